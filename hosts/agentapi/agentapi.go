@@ -1,0 +1,252 @@
+// Package agentapi is what an agent and the server say to each other: JSON over HTTP under /node/v1/, and bytes by
+// digest under /blobs/. The agent speaks first, always.
+//
+//	POST /node/v1/hello       Hello  -> Assignment          once per boot, and again whenever the server asks for it
+//	GET  /node/v1/assignment  ?mac=MAC&after=VERSION&wait=SECONDS -> Assignment
+//	                                                        returns at once if its version is not VERSION, else when it changes or time is up
+//	POST /node/v1/report      Report -> ReportReply         every few seconds, and at each stage
+//	GET  /blobs/sha256/HEX    bytes, with Range
+package agentapi
+
+import (
+	"time"
+
+	"github.com/troupe-dev/troupe/internal/digest"
+)
+
+// Identity is how a machine is known.
+type Identity struct {
+	MAC    string `json:"mac"` // of the interface that it booted from; lower case, colons
+	UUID   string `json:"uuid,omitempty"`
+	Serial string `json:"serial,omitempty"`
+}
+
+// Hello is the first thing that an agent says after it has a network.
+type Hello struct {
+	Identity
+	BootID    string        `json:"bootID"` // from the kernel's command line
+	Agent     string        `json:"agent"`  // its version
+	Kernel    digest.Digest `json:"kernel"` // the kernel that was booted, from the command line
+	Inventory Inventory     `json:"inventory"`
+}
+
+// Inventory is what a machine is made of.
+type Inventory struct {
+	CPU    CPU    `json:"cpu"`
+	Memory int64  `json:"memory"` // bytes
+	Disks  []Disk `json:"disks"`
+	NICs   []NIC  `json:"nics"`
+	SMBIOS SMBIOS `json:"smbios"`
+	// Firmware is "bios" or "uefi".
+	Firmware string `json:"firmware"`
+}
+
+// CPU is a machine's processors.
+type CPU struct {
+	Model   string `json:"model"`
+	Arch    string `json:"arch"` // as uname -m has it
+	Sockets int    `json:"sockets"`
+	Cores   int    `json:"cores"`
+	Threads int    `json:"threads"`
+}
+
+// Disk is a block device of a machine.
+type Disk struct {
+	Name   string `json:"name"` // "sda"
+	Size   int64  `json:"size"` // bytes
+	Model  string `json:"model,omitempty"`
+	Serial string `json:"serial,omitempty"`
+	WWN    string `json:"wwn,omitempty"`
+	Rotary bool   `json:"rotary,omitempty"`
+	// Holds says what is on it: "blank", "troupe" (our cache), or what was found, e.g. "gpt", "ext4".
+	Holds string `json:"holds"`
+}
+
+// NIC is a network interface of a machine.
+type NIC struct {
+	Name   string `json:"name"`
+	MAC    string `json:"mac"`
+	Driver string `json:"driver,omitempty"`
+	Speed  int    `json:"speed,omitempty"` // Mbit/s; 0 where the driver does not say
+	Up     bool   `json:"up"`              // it has a carrier
+}
+
+// SMBIOS is what the firmware says of the machine (SMBIOS types 0, 1 and 2).
+type SMBIOS struct {
+	Vendor  string `json:"vendor,omitempty"`
+	Product string `json:"product,omitempty"`
+	Serial  string `json:"serial,omitempty"`
+	UUID    string `json:"uuid,omitempty"`
+	Board   string `json:"board,omitempty"`
+	BIOS    string `json:"bios,omitempty"`
+}
+
+// State is what the server wants of a machine.
+type State string
+
+const (
+	// Unclaimed: no host declares this machine. Report the inventory, write nothing, wait.
+	Unclaimed State = "unclaimed"
+	// Waiting: a host declares it, but its release is not there yet (Reason says why). Wait; a running role goes on.
+	Waiting State = "waiting"
+	// Assigned: run Release.
+	Assigned State = "assigned"
+)
+
+// An Assignment is what the server wants of a machine now.
+type Assignment struct {
+	// Version changes whenever anything below does; opaque to the agent.
+	Version string `json:"version"`
+	State   State  `json:"state"`
+	Reason  string `json:"reason,omitempty"`
+
+	Host       string   `json:"host,omitempty"`
+	Generation uint64   `json:"generation,omitempty"`
+	Role       string   `json:"role,omitempty"`
+	Release    *Release `json:"release,omitempty"`
+	Node       Node     `json:"node,omitzero"`
+	Disk       Disks    `json:"disk,omitzero"`
+	Checks     []Check  `json:"checks,omitempty"`
+}
+
+// A Blob is immutable bytes that the server has.
+type Blob struct {
+	Digest digest.Digest `json:"digest"`
+	Size   int64         `json:"size"` // bytes
+}
+
+// A Release is the bytes of a role.
+type Release struct {
+	ID     digest.Digest `json:"id"`
+	Base   Blob          `json:"base"`
+	Delta  Blob          `json:"delta"`
+	Kernel digest.Digest `json:"kernel"` // a machine that runs another one must boot again to run this release
+	// KernelArgs are the role's own arguments.
+	KernelArgs []string `json:"kernelArgs,omitempty"`
+}
+
+// Node is what only this host has.
+type Node struct {
+	Hostname string `json:"hostname"`
+	Domain   string `json:"domain,omitempty"`
+	// Digest names Files; a node delta belongs to one release and one digest.
+	Digest digest.Digest   `json:"digest"`
+	Files  map[string]File `json:"files,omitempty"` // by absolute path
+}
+
+// A File is a regular file that a node delta starts with.
+type File struct {
+	Content string `json:"content"`
+	Mode    uint32 `json:"mode"`
+	UID     uint32 `json:"uid,omitempty"`
+	GID     uint32 `json:"gid,omitempty"`
+}
+
+// Disks says which disk may hold the cache.
+type Disks struct {
+	Take   bool   `json:"take,omitempty"` // also one that is not blank
+	Device string `json:"device,omitempty"`
+}
+
+// A Check is one condition of health; exactly one of HTTP, TCP, Unit and Exec is set.
+type Check struct {
+	HTTP    *HTTPCheck    `json:"http,omitempty"`
+	TCP     *TCPCheck     `json:"tcp,omitempty"`
+	Unit    string        `json:"unit,omitempty"`
+	Exec    []string      `json:"exec,omitempty"`
+	Every   time.Duration `json:"every"`   // nanoseconds
+	Timeout time.Duration `json:"timeout"` // nanoseconds
+}
+
+// HTTPCheck wants a GET on the node itself to be answered with Status.
+type HTTPCheck struct {
+	Port   uint16 `json:"port"`
+	Path   string `json:"path"`
+	Status int    `json:"status"`
+}
+
+// TCPCheck wants a port of the node to accept a connection.
+type TCPCheck struct {
+	Port uint16 `json:"port"`
+}
+
+// A Stage is how far an agent came with a boot, or with staging a release while another one runs.
+type Stage string
+
+// The stages of a boot in their order, after netboot's own.
+const (
+	StageAgent   Stage = "agent-up"    // the agent runs and has a network
+	StageWait    Stage = "wait"        // it has nothing to run: unclaimed, or the release is being built
+	StageCache   Stage = "cache"       // the cache is mounted; made, where the disk was blank
+	StageFetch   Stage = "fetch"       // all that the release needs is in the cache and verified
+	StageMount   Stage = "mount"       // base, role delta and node delta are mounted as one root
+	StageSwitch  Stage = "switch-root" // the OS's init is about to run
+	StageService Stage = "service"     // the agent runs as a service of the OS
+	StageHealthy Stage = "healthy"     // every check passed
+	StageStage   Stage = "stage"       // another release was fetched in the background
+	StageReboot  Stage = "reboot"      // the node reboots to activate a release
+	StageFailed  Stage = "failed"      // the boot cannot go on: Detail says why
+)
+
+// A Mark is one stage reached, in the agent's own time.
+type Mark struct {
+	Stage  Stage         `json:"stage"`
+	At     time.Duration `json:"at"` // nanoseconds since the kernel started (CLOCK_BOOTTIME): a node's wall clock may be wrong
+	Detail string        `json:"detail,omitempty"`
+	Bytes  int64         `json:"bytes,omitempty"` // image bytes fetched over the network to reach it
+}
+
+// A Report is how a node is.
+type Report struct {
+	Identity
+	BootID string        `json:"bootID"`
+	Uptime time.Duration `json:"uptime"` // nanoseconds since the kernel started, when the report was made
+	Marks  []Mark        `json:"marks,omitempty"`
+	Agent  string        `json:"agent"`
+
+	// Running is what the node has switched to; nil before that.
+	Running *Running `json:"running,omitempty"`
+	// Staged is the release that is whole in the cache and waits for a reboot; "" for none.
+	Staged digest.Digest   `json:"staged,omitempty"`
+	Fetch  *Progress       `json:"fetch,omitempty"`  // a transfer under way
+	Cached []digest.Digest `json:"cached,omitempty"` // whole, verified images in the cache
+	Error  string          `json:"error,omitempty"`  // what keeps the node from its assignment; "" when nothing does
+}
+
+// Running is what a node runs.
+type Running struct {
+	Host       string        `json:"host"`
+	Role       string        `json:"role"`
+	Generation uint64        `json:"generation"`
+	Release    digest.Digest `json:"release"`
+	Base       digest.Digest `json:"base"`
+	Delta      digest.Digest `json:"delta"`
+	Node       digest.Digest `json:"node"`
+	Health     Health        `json:"health"`
+}
+
+// Health is the outcome of the checks.
+type Health struct {
+	Healthy bool     `json:"healthy"`
+	Failing []string `json:"failing,omitempty"` // one line for each check that does not pass
+}
+
+// Progress is a transfer under way.
+type Progress struct {
+	Release digest.Digest `json:"release"`
+	Done    int64         `json:"done"`  // bytes
+	Total   int64         `json:"total"` // bytes
+}
+
+// ReportReply tells the agent what to do beyond going on.
+type ReportReply struct {
+	// Version is of the current assignment; where it is not the agent's, the agent asks for it.
+	Version string `json:"version"`
+	// Hello asks for a Hello: the server does not know this machine (any more).
+	Hello bool `json:"hello,omitempty"`
+}
+
+// An Error is the body of every answer that is not 2xx.
+type Error struct {
+	Message string `json:"error"`
+}

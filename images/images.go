@@ -1,0 +1,73 @@
+// Package images has the nouns of what troupe builds: recipes, artifacts and releases, as values without I/O. Each is
+// named by a digest of its own canonical bytes, so that what is the same has the same name.
+package images
+
+import "github.com/troupe-dev/troupe/internal/digest"
+
+// A Blob is an immutable file of the store.
+type Blob struct {
+	Digest digest.Digest `json:"digest"`
+	Size   int64         `json:"size"` // bytes
+}
+
+// A RecipeID names a recipe: what an image is made of and how, not what came out.
+type RecipeID = digest.Digest
+
+// A BaseRecipe is an OS base made of Debian packages.
+type BaseRecipe struct {
+	Suite      string   `json:"suite"`
+	Mirror     string   `json:"mirror"`
+	Components []string `json:"components"` // order matters to nobody: sorted, without repeats
+	Arch       string   `json:"arch"`       // Debian's word for it: "amd64", "arm64"
+	Packages   []string `json:"packages"`   // sorted, without repeats
+	Kernel     string   `json:"kernel"`
+}
+
+// A Base is what came out of a BaseRecipe.
+type Base struct {
+	Recipe  RecipeID `json:"recipe"`
+	Arch    string   `json:"arch"`
+	Image   Blob     `json:"image"`   // EROFS: the whole root file system, its kernel's modules with it
+	Kernel  Blob     `json:"kernel"`  // a bootable kernel image
+	Modules Blob     `json:"modules"` // a cpio archive (zstd): the modules and tools that the agent needs to reach its root
+	Version string   `json:"version"` // of the kernel, as uname -r has it
+	// Packages is the lock: every package with its version, "name=version", sorted.
+	Packages []string `json:"packages,omitempty"`
+}
+
+// A DeltaRecipe is what a role adds to an OS base.
+type DeltaRecipe struct {
+	Base     RecipeID        `json:"base"`
+	Files    map[string]File `json:"files,omitempty"`
+	Packages []string        `json:"packages,omitempty"` // sorted, without repeats
+	Enable   []string        `json:"enable,omitempty"`   // systemd units, sorted, without repeats
+	Run      []string        `json:"run,omitempty"`      // in this order
+}
+
+// A File is a regular file of a DeltaRecipe.
+type File struct {
+	Content string `json:"content"`
+	Mode    uint32 `json:"mode"`
+	UID     uint32 `json:"uid"`
+	GID     uint32 `json:"gid"`
+}
+
+// A Delta is what came out of a DeltaRecipe on one Base.
+type Delta struct {
+	Recipe RecipeID `json:"recipe"`
+	Base   Blob     `json:"base"`  // the image that it lies over
+	Image  Blob     `json:"image"` // EROFS: an overlayfs layer
+	// Packages is the lock of what the delta adds or changes, as in Base.
+	Packages []string `json:"packages,omitempty"`
+}
+
+// A Release is a role's bytes: what a node keeps, mounts and runs. Two releases with the same bytes are the same
+// release, whatever their roles are called.
+type Release struct {
+	Base    Blob `json:"base"`
+	Delta   Blob `json:"delta"`
+	Kernel  Blob `json:"kernel"`
+	Modules Blob `json:"modules"`
+	// KernelArgs are the role's own, after troupe's.
+	KernelArgs []string `json:"kernelArgs,omitempty"`
+}

@@ -1,0 +1,168 @@
+// Package state has the records that the reconciler works on, and the Store that keeps them: etcd, embedded in the
+// process by default, through clientv3.Client and nothing else. Records are small; logs and images live elsewhere.
+//
+// Each kind of record has one writer; anybody may read and watch.
+//
+//	kind        key                     writer            what
+//	source      source                  source            what Git says, what is in force, what is wrong
+//	assignment  assignments/<host>      assign            what each declared host shall run, and its generation
+//	build       builds/<recipe>         build             each recipe that was ever built, or is being built
+//	base        bases/<recipe>          build             what came out of it
+//	delta       deltas/<recipe>         build             what came out of it
+//	release     releases/<release>      build             what a node runs, by digest
+//	machine     machines/<mac>          observe           what a machine is made of, when it was seen
+//	node        nodes/<mac>             observe           what it runs and how it is: changes often
+//	boot        boots/<mac>/<boot>      observe           the timeline of one boot; the last few of each machine
+//	lease       leases/<mac>            dhcp              an address of the dynamic range
+//	event       events/<time>-<n>       the recorder      what happened, for people; the last few thousand
+package state
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/schema"
+)
+
+// A Commit names one commit of the fleet's repo.
+type Commit struct {
+	Hash    string    `json:"hash"`
+	Subject string    `json:"subject"`
+	Author  string    `json:"author"`
+	Time    time.Time `json:"time"`
+}
+
+// Source is how the fleet's repo is followed.
+type Source struct {
+	Repo   string `json:"repo"` // without secrets
+	Branch string `json:"branch"`
+	Path   string `json:"path"`
+
+	Applied   *Commit          `json:"applied,omitempty"`   // in force
+	AppliedAt time.Time        `json:"appliedAt,omitzero"`  // when it came into force
+	Attempted *Commit          `json:"attempted,omitempty"` // the newest seen; equal to Applied when it is good
+	Problems  []schema.Problem `json:"problems,omitempty"`  // why Attempted is not in force
+	// FetchError says why the repo cannot be followed now: unreachable, branch deleted, …; "" when it can.
+	FetchError string    `json:"fetchError,omitempty"`
+	Fetched    time.Time `json:"fetched,omitzero"` // the last time that the repo answered
+	// Rewritten is when the branch last moved to a commit that does not descend from the one before (a force-push).
+	Rewritten time.Time `json:"rewritten,omitzero"`
+}
+
+// An Assignment is what one host shall run.
+type Assignment struct {
+	Host       string        `json:"host"`
+	Generation uint64        `json:"generation"` // from 1; goes up only when something changes for this host
+	Commit     string        `json:"commit"`     // that last changed it
+	Why        string        `json:"why"`        // that change, for people
+	Since      time.Time     `json:"since"`
+	Role       string        `json:"role"`
+	Release    digest.Digest `json:"release"`
+	Node       digest.Digest `json:"node"` // of the node files
+	// Fleet fields the agent needs, frozen with the generation, so that a bad commit changes nothing.
+	Spec agentapi.Assignment `json:"spec"`
+}
+
+// BuildPhase is where a build is.
+type BuildPhase string
+
+// The phases of a build. A build that was under way when the server died is found Running with no process: it is
+// started again.
+const (
+	BuildQueued  BuildPhase = "queued"
+	BuildRunning BuildPhase = "running"
+	BuildDone    BuildPhase = "done"
+	BuildFailed  BuildPhase = "failed"
+)
+
+// A Build is the building of one recipe.
+type Build struct {
+	Recipe   images.RecipeID `json:"recipe"`
+	Kind     string          `json:"kind"` // "base" or "delta"
+	Name     string          `json:"name"` // of the image or the role that asked first, for people
+	Phase    BuildPhase      `json:"phase"`
+	Step     string          `json:"step,omitempty"` // under way, or failed
+	Error    string          `json:"error,omitempty"`
+	Tail     []string        `json:"tail,omitempty"` // the last lines of output of a failed build
+	Attempts int             `json:"attempts"`
+	Started  time.Time       `json:"started,omitzero"`
+	Finished time.Time       `json:"finished,omitzero"`
+	Retry    time.Time       `json:"retry,omitzero"` // when a failed build is tried again
+	Result   digest.Digest   `json:"result,omitempty"`
+	Size     int64           `json:"size,omitempty"`
+}
+
+// A Release is a release with its name, and the recipes that it came from.
+type Release struct {
+	ID    digest.Digest   `json:"id"`
+	Base  images.RecipeID `json:"baseRecipe"`
+	Delta images.RecipeID `json:"deltaRecipe"`
+	images.Release
+	Created time.Time `json:"created"`
+	Roles   []string  `json:"roles"` // whose release it was when it was made
+}
+
+// A Machine is something that booted from us, declared or not.
+type Machine struct {
+	agentapi.Identity
+	Inventory *agentapi.Inventory `json:"inventory,omitempty"` // nil until its agent spoke
+	Address   netip.Addr          `json:"address,omitzero"`    // the last one that it had
+	Agent     string              `json:"agent,omitempty"`
+	FirstSeen time.Time           `json:"firstSeen"`
+}
+
+// A Node is how a machine is now.
+type Node struct {
+	MAC      string             `json:"mac"`
+	BootID   string             `json:"bootID"`
+	LastSeen time.Time          `json:"lastSeen"`
+	Booted   time.Time          `json:"booted,omitzero"` // when its kernel started
+	Stage    string             `json:"stage"`           // the last one reached
+	Kernel   digest.Digest      `json:"kernel,omitempty"`
+	Running  *agentapi.Running  `json:"running,omitempty"`
+	Staged   digest.Digest      `json:"staged,omitempty"`
+	Fetch    *agentapi.Progress `json:"fetch,omitempty"`
+	Cached   []digest.Digest    `json:"cached,omitempty"`
+	Error    string             `json:"error,omitempty"`
+}
+
+// A Boot is the timeline of one boot of one machine.
+type Boot struct {
+	ID      string    `json:"id"`
+	MAC     string    `json:"mac"`
+	Host    string    `json:"host,omitempty"`
+	Started time.Time `json:"started"`
+	Marks   []Mark    `json:"marks"`
+	Bytes   int64     `json:"bytes"` // image bytes fetched during this boot, staging for it in the boot before included
+	Healthy time.Time `json:"healthy,omitzero"`
+	Error   string    `json:"error,omitempty"` // the last thing that went wrong
+}
+
+// A Mark is one stage of a Boot, on the server's clock.
+type Mark struct {
+	Stage  string    `json:"stage"`
+	Time   time.Time `json:"time"`
+	Detail string    `json:"detail,omitempty"`
+	Bytes  int64     `json:"bytes,omitempty"`
+	Error  string    `json:"error,omitempty"`
+}
+
+// A Lease is an address of the dynamic range, given to a machine.
+type Lease struct {
+	MAC      string     `json:"mac"`
+	Address  netip.Addr `json:"address"`
+	Hostname string     `json:"hostname,omitempty"`
+	Expires  time.Time  `json:"expires"`
+}
+
+// An Event is something that happened, for people.
+type Event struct {
+	Time    time.Time `json:"time"`
+	Kind    string    `json:"kind"`    // "commit", "build", "assignment", "boot", "node", "dhcp"
+	Subject string    `json:"subject"` // host, MAC, commit or image
+	Message string    `json:"message"`
+	Warning bool      `json:"warning,omitempty"` // somebody should look
+}

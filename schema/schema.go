@@ -1,0 +1,233 @@
+// Package schema has the words of a fleet as Go types: what a Git repo of CUE declares, after it was loaded, checked
+// and had its defaults filled in. The CUE schema lies beside the types; package schema/load turns CUE into them.
+package schema
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+)
+
+// A Fleet is everything that one commit declares. It is read-only once loaded: share it, do not change it.
+type Fleet struct {
+	Network Network          `json:"network"`
+	Images  map[string]Image `json:"images"`
+	Roles   map[string]Role  `json:"roles"`
+	Hosts   map[string]Host  `json:"hosts"`
+
+	// AllowEmpty lets a commit take the last host out of a fleet that had some.
+	AllowEmpty bool `json:"allowEmpty,omitempty"`
+
+	// Discovery says what machines boot that no host declares.
+	Discovery Discovery `json:"discovery"`
+}
+
+// A Network is the one that the fleet's machines boot on.
+type Network struct {
+	Subnet  netip.Prefix `json:"subnet"`
+	Router  netip.Addr   `json:"router,omitzero"`
+	DNS     []netip.Addr `json:"dns,omitempty"`
+	NTP     []netip.Addr `json:"ntp,omitempty"`
+	Domain  string       `json:"domain,omitempty"`
+	Dynamic Range        `json:"dynamic,omitzero"` // for machines that no host declares
+	Lease   Duration     `json:"lease"`            // of an address; default 1h
+}
+
+// A Range is First to Last, both included; in CUE "10.77.0.100-10.77.0.199". The zero Range is empty.
+type Range struct{ First, Last netip.Addr }
+
+// Discovery is what a machine boots that no host declares.
+type Discovery struct {
+	OS string `json:"os,omitempty"` // the OS image whose kernel it gets; default: the first by name
+}
+
+// An Image is something that is built once, centrally, and never changed.
+type Image struct {
+	Name string `json:"name"`
+	Kind string `json:"kind"` // "os"
+	From From   `json:"from"`
+}
+
+// From says what an image is made of; exactly one field is set.
+type From struct {
+	Debian *Debian `json:"debian,omitempty"`
+}
+
+// Debian is an OS made of Debian packages.
+type Debian struct {
+	Suite      string   `json:"suite"`
+	Mirror     string   `json:"mirror"` // default http://deb.debian.org/debian
+	Components []string `json:"components"`
+	Arch       string   `json:"arch"` // "amd64" or "arm64"; default amd64
+	Packages   []string `json:"packages"`
+	Kernel     string   `json:"kernel"` // the package whose kernel and modules boot the OS
+}
+
+// A Role is what a host is for.
+type Role struct {
+	Name     string          `json:"name"`
+	OS       string          `json:"os"`   // names an Image of kind "os"
+	Boot     string          `json:"boot"` // "disk"
+	Apps     []string        `json:"apps,omitempty"`
+	Files    map[string]File `json:"files,omitempty"` // by absolute path
+	Packages []string        `json:"packages,omitempty"`
+	Services Services        `json:"services,omitzero"`
+	Run      []string        `json:"run,omitempty"` // shell commands, run in order in the image when it is built
+	Kernel   Kernel          `json:"kernel,omitzero"`
+	Healthy  []Check         `json:"healthy,omitempty"`
+}
+
+// A File is a regular file of a role or of a host. In CUE a plain string is its content.
+type File struct {
+	Content string `json:"content"`
+	Mode    uint32 `json:"mode"` // permission bits, and 0o7000; default 0o644
+	UID     uint32 `json:"uid,omitempty"`
+	GID     uint32 `json:"gid,omitempty"`
+}
+
+// Services are systemd units.
+type Services struct {
+	Enable []string `json:"enable,omitempty"`
+}
+
+// Kernel has what the kernel of a role gets on its command line, after troupe's own.
+type Kernel struct {
+	Args []string `json:"args,omitempty"`
+}
+
+// A Check must pass for a node to be healthy; exactly one of HTTP, TCP, Unit and Exec is set.
+type Check struct {
+	HTTP *HTTPCheck `json:"http,omitempty"`
+	TCP  *TCPCheck  `json:"tcp,omitempty"`
+	Unit string     `json:"unit,omitempty"` // a systemd unit that must be active
+	Exec []string   `json:"exec,omitempty"` // a command, run on the node, that must exit 0
+
+	Every   Duration `json:"every"`   // default 10s
+	Timeout Duration `json:"timeout"` // of one try; default 5s
+}
+
+// HTTPCheck wants a GET on the node itself to be answered with Status.
+type HTTPCheck struct {
+	Port   uint16 `json:"port"`
+	Path   string `json:"path"`   // default "/"
+	Status int    `json:"status"` // default 200
+}
+
+// TCPCheck wants a port of the node to accept a connection.
+type TCPCheck struct {
+	Port uint16 `json:"port"`
+}
+
+// A Host is a declared machine. At least one of MAC, UUID and Serial is set.
+type Host struct {
+	Name    string            `json:"name"`
+	MAC     string            `json:"mac,omitempty"`  // lower case, colons
+	UUID    string            `json:"uuid,omitempty"` // of SMBIOS, lower case
+	Serial  string            `json:"serial,omitempty"`
+	Address netip.Addr        `json:"address,omitzero"`
+	Role    string            `json:"role"`
+	Labels  map[string]string `json:"labels,omitempty"`
+	Disk    Disk              `json:"disk,omitzero"`
+
+	// Node is what only this host has: the role's node, computed with this host as #host, and the host's own.
+	Node Node `json:"node,omitzero"`
+}
+
+// Disk says which disk of a host may hold the cache.
+type Disk struct {
+	Take   bool   `json:"take,omitempty"`   // also a disk that is not blank: what is on it is lost
+	Device string `json:"device,omitempty"` // e.g. "/dev/nvme0n1" or "/dev/disk/by-id/…"; default: the first blank one
+}
+
+// Node is the content with which a node delta starts.
+type Node struct {
+	Files map[string]File `json:"files,omitempty"`
+}
+
+// A Duration is a time.Duration that is written as in "1h30m".
+type Duration time.Duration
+
+// MarshalText writes d as time.Duration does.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
+
+// UnmarshalText reads what time.ParseDuration does.
+func (d *Duration) UnmarshalText(b []byte) error {
+	v, err := time.ParseDuration(string(b))
+	if err != nil {
+		return err
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// IsZero says whether r is the empty Range.
+func (r Range) IsZero() bool { return !r.First.IsValid() }
+
+// Contains says whether a lies in r.
+func (r Range) Contains(a netip.Addr) bool {
+	return r.First.IsValid() && r.First.Compare(a) <= 0 && a.Compare(r.Last) <= 0
+}
+
+// MarshalText writes r as "first-last", and the empty Range as nothing.
+func (r Range) MarshalText() ([]byte, error) {
+	if r.IsZero() {
+		return nil, nil
+	}
+	return []byte(r.First.String() + "-" + r.Last.String()), nil
+}
+
+// UnmarshalText reads "first-last", with last not before first and both of one address family.
+func (r *Range) UnmarshalText(b []byte) error {
+	if len(b) == 0 {
+		*r = Range{}
+		return nil
+	}
+	first, last, ok := strings.Cut(string(b), "-")
+	if !ok {
+		return fmt.Errorf("range %q: want FIRST-LAST", b)
+	}
+	var v Range
+	var err error
+	if v.First, err = netip.ParseAddr(strings.TrimSpace(first)); err != nil {
+		return fmt.Errorf("range %q: %w", b, err)
+	}
+	if v.Last, err = netip.ParseAddr(strings.TrimSpace(last)); err != nil {
+		return fmt.Errorf("range %q: %w", b, err)
+	}
+	if v.First.BitLen() != v.Last.BitLen() || v.Last.Less(v.First) {
+		return fmt.Errorf("range %q: last comes before first", b)
+	}
+	*r = v
+	return nil
+}
+
+// A Problem is something wrong with a fleet, at a place in one of its files.
+type Problem struct {
+	File    string `json:"file,omitempty"` // slash-separated, from the fleet's root; "" where no file is to blame
+	Line    int    `json:"line,omitempty"` // from 1
+	Column  int    `json:"column,omitempty"`
+	Message string `json:"message"`
+}
+
+// String is "file:line:col: message", without the parts that are not known.
+func (p Problem) String() string {
+	switch {
+	case p.File == "":
+		return p.Message
+	case p.Line == 0:
+		return p.File + ": " + p.Message
+	}
+	return fmt.Sprintf("%s:%d:%d: %s", p.File, p.Line, p.Column, p.Message)
+}
+
+// Problems are all that is wrong with a fleet. As an error it prints one problem a line.
+type Problems []Problem
+
+func (ps Problems) Error() string {
+	lines := make([]string, len(ps))
+	for i, p := range ps {
+		lines[i] = p.String()
+	}
+	return strings.Join(lines, "\n")
+}
