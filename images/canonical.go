@@ -1,0 +1,74 @@
+package images
+
+import (
+	"encoding/binary"
+
+	"github.com/troupe-dev/troupe/internal/digest"
+)
+
+// The canonical bytes of a value are what its id is the digest of. They are ours alone, and not those of JSON or any
+// other library, so that no upgrade gives the same thing a new name.
+//
+//	value   = string(format) field…     every field of the type, in the order below
+//	number  = 8 bytes, big-endian
+//	string  = number(length in bytes) bytes
+//	list    = number(count) string…     sorted and without repeats, where order has no meaning
+//	files   = number(count) file…       sorted by path
+//	file    = string(path) string(content) number(mode) number(uid) number(gid)
+//	blob    = string(digest) number(size)
+//
+//	base recipe:   suite mirror list(components) arch list(packages) kernel
+//	delta recipe:  base files list(packages) list(enable) list(run)
+//	release:       base delta kernel modules list(kernelArgs)
+//
+// Every part says how long it is before it comes, so two different values never have the same bytes. The number at the
+// end of a format goes up when the fields change, and when package build starts to make something else of the same
+// recipe: what was built before must not pass for it.
+const (
+	formatBase    = "troupe base recipe 1"
+	formatDelta   = "troupe delta recipe 1"
+	formatRelease = "troupe release 1"
+)
+
+func (r BaseRecipe) canonical() []byte {
+	e := encoder{}.str(formatBase).str(r.Suite).str(r.Mirror).list(sorted(r.Components))
+	return e.str(r.Arch).list(sorted(r.Packages)).str(r.Kernel).b
+}
+
+func (r DeltaRecipe) canonical() []byte {
+	e := encoder{}.str(formatDelta).str(string(r.Base)).num(uint64(len(r.Files)))
+	for _, path := range sortedKeys(r.Files) {
+		f := r.Files[path]
+		e = e.str(path).str(f.Content).num(uint64(f.Mode)).num(uint64(f.UID)).num(uint64(f.GID))
+	}
+	return e.list(sorted(r.Packages)).list(sorted(r.Enable)).list(r.Run).b
+}
+
+func (r Release) canonical() []byte {
+	e := encoder{}.str(formatRelease)
+	for _, b := range []Blob{r.Base, r.Delta, r.Kernel, r.Modules} {
+		e = e.str(string(b.Digest)).num(uint64(b.Size))
+	}
+	return e.list(r.KernelArgs).b
+}
+
+// ID names the release by its bytes and its kernel arguments.
+func (r Release) ID() digest.Digest { return digest.Of(r.canonical()) }
+
+// An encoder holds the canonical bytes so far.
+type encoder struct{ b []byte }
+
+func (e encoder) num(n uint64) encoder { return encoder{binary.BigEndian.AppendUint64(e.b, n)} }
+
+func (e encoder) str(s string) encoder {
+	e = e.num(uint64(len(s)))
+	return encoder{append(e.b, s...)}
+}
+
+func (e encoder) list(l []string) encoder {
+	e = e.num(uint64(len(l)))
+	for _, s := range l {
+		e = e.str(s)
+	}
+	return e
+}

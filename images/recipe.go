@@ -1,0 +1,62 @@
+package images
+
+import (
+	"maps"
+	"slices"
+
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/schema"
+)
+
+// BaseRecipeOf is the recipe of an OS image. Of an image that is not made of Debian packages it is the zero recipe;
+// schema/load lets no such image through.
+func BaseRecipeOf(img schema.Image) BaseRecipe {
+	d := img.From.Debian
+	if d == nil {
+		return BaseRecipe{}
+	}
+	return BaseRecipe{
+		Suite:      d.Suite,
+		Mirror:     d.Mirror,
+		Components: sorted(d.Components),
+		Arch:       d.Arch,
+		Packages:   sorted(d.Packages),
+		Kernel:     d.Kernel,
+	}
+}
+
+// DeltaRecipeOf is the recipe of what role r adds to the OS base that the recipe named base makes.
+func DeltaRecipeOf(base RecipeID, r schema.Role) DeltaRecipe {
+	var files map[string]File
+	if len(r.Files) > 0 {
+		files = make(map[string]File, len(r.Files))
+	}
+	for path, f := range r.Files {
+		files[path] = File(f)
+	}
+	return DeltaRecipe{
+		Base:     base,
+		Files:    files,
+		Packages: sorted(r.Packages),
+		Enable:   sorted(r.Services.Enable),
+		Run:      slices.Clone(r.Run),
+	}
+}
+
+// ID names the recipe: the digest of its canonical bytes. Order and repeats in its sorted lists change nothing.
+func (r BaseRecipe) ID() RecipeID { return digest.Of(r.canonical()) }
+
+// ID names the recipe: the digest of its canonical bytes. Order and repeats in Packages and Enable change nothing,
+// the order of Run does.
+func (r DeltaRecipe) ID() RecipeID { return digest.Of(r.canonical()) }
+
+// sorted is a sorted copy of list without repeats; nil if there is nothing in it.
+func sorted(list []string) []string {
+	if len(list) == 0 {
+		return nil
+	}
+	return slices.Compact(slices.Sorted(slices.Values(list)))
+}
+
+// sortedKeys are the keys of m in order.
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -1,0 +1,263 @@
+package images
+
+import (
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/schema"
+)
+
+func baseRecipe() BaseRecipe {
+	return BaseRecipe{
+		Suite:      "bookworm",
+		Mirror:     "http://deb.debian.org/debian",
+		Components: []string{"main"},
+		Arch:       "amd64",
+		Packages:   []string{"iproute2", "udev"},
+		Kernel:     "linux-image-cloud-amd64",
+	}
+}
+
+func deltaRecipe() DeltaRecipe {
+	return DeltaRecipe{
+		Base:     digest.Of([]byte("base")),
+		Files:    map[string]File{"/etc/motd": {Content: "hi\n", Mode: 0o644}, "/bin/x": {Mode: 0o4755, UID: 1, GID: 2}},
+		Packages: []string{"hello"},
+		Enable:   []string{"web.service"},
+		Run:      []string{"true", "echo"},
+	}
+}
+
+func release() Release {
+	blob := func(s string) Blob { return Blob{Digest: digest.Of([]byte(s)), Size: int64(len(s))} }
+	return Release{
+		Base: blob("base"), Delta: blob("delta"), Kernel: blob("kernel"), Modules: blob("mods"),
+		KernelArgs: []string{"quiet"},
+	}
+}
+
+// The ids of what a fleet built must not change under it: a new id builds every image again and reboots every machine.
+func TestGolden(t *testing.T) {
+	const wantBytes = "000000000000001474726f7570652062617365207265636970652031" +
+		"0000000000000008626f6f6b776f726d" +
+		"000000000000001c687474703a2f2f6465622e64656269616e2e6f72672f64656269616e" +
+		"000000000000000100000000000000046d61696e" +
+		"0000000000000005616d643634" +
+		"000000000000000200000000000000086970726f75746532000000000000000475646576" +
+		"00000000000000176c696e75782d696d6167652d636c6f75642d616d643634"
+	if got := hex.EncodeToString(baseRecipe().canonical()); got != wantBytes {
+		t.Errorf("canonical bytes of a base recipe:\n got %s\nwant %s", got, wantBytes)
+	}
+	for _, c := range []struct{ name, got, want string }{
+		{"base", baseRecipe().ID().Hex(), "e76fb47e49628111a257b9c2245d8a9021a5d5672d1ab1c9a102f10bc900fc05"},
+		{"delta", deltaRecipe().ID().Hex(), "359c80e5006ad8687f2655ffaa45f647f66c44fac74d67b5b7f9ca0687b1c77a"},
+		{"empty delta", DeltaRecipe{Base: digest.Of([]byte("base"))}.ID().Hex(), "85a2d5747eb07954220c6e601948aec6a2d6c4717eaf5d6c82544b876488b481"},
+		{"release", release().ID().Hex(), "0d8e0bad3c1471e23de8d8972c6f7a79e04110576630235e9cd269b9e1e31d30"},
+	} {
+		if c.got != c.want {
+			t.Errorf("id of %s: got %s, want %s", c.name, c.got, c.want)
+		}
+	}
+}
+
+func TestOrderWithoutMeaningChangesNothing(t *testing.T) {
+	b := baseRecipe()
+	b.Packages = []string{"udev", "iproute2", "udev"}
+	if b.ID() != baseRecipe().ID() {
+		t.Error("order or repeats of packages changed the id of a base recipe")
+	}
+	d := deltaRecipe()
+	d.Enable = []string{"web.service", "web.service"}
+	if d.ID() != deltaRecipe().ID() {
+		t.Error("a repeated unit changed the id of a delta recipe")
+	}
+	d.Run = []string{"echo", "true"}
+	if d.ID() == deltaRecipe().ID() {
+		t.Error("another order of run steps did not change the id of a delta recipe")
+	}
+}
+
+// TestEveryFieldCounts walks the fields by reflection, so that a field that is added later and forgotten in canonical
+// fails here.
+func TestEveryFieldCounts(t *testing.T) {
+	checkFields(t, baseRecipe, BaseRecipe.ID)
+	checkFields(t, deltaRecipe, DeltaRecipe.ID)
+	checkFields(t, release, Release.ID)
+}
+
+func checkFields[T any](t *testing.T, value func() T, id func(T) digest.Digest) {
+	t.Helper()
+	v := value()
+	seen := map[digest.Digest]string{id(v): "nothing"}
+	for i := range mutations(reflect.ValueOf(&v).Elem(), fmt.Sprintf("%T", v)) {
+		v := value()
+		m := mutations(reflect.ValueOf(&v).Elem(), fmt.Sprintf("%T", v))[i]
+		m.apply()
+		got := id(v)
+		if other, dup := seen[got]; dup {
+			t.Errorf("changing %s gives the same id as changing %s", m.name, other)
+		}
+		seen[got] = m.name
+	}
+}
+
+type mutation struct {
+	name  string
+	apply func()
+}
+
+// mutations are all the ways to change one thing in v.
+func mutations(v reflect.Value, name string) []mutation {
+	switch v.Kind() {
+	case reflect.String:
+		return []mutation{{name, func() { v.SetString(v.String() + "x") }}}
+	case reflect.Int64:
+		return []mutation{{name, func() { v.SetInt(v.Int() + 1) }}}
+	case reflect.Uint32:
+		return []mutation{{name, func() { v.SetUint(v.Uint() + 1) }}}
+	case reflect.Struct:
+		var all []mutation
+		for i := range v.NumField() {
+			all = append(all, mutations(v.Field(i), name+"."+v.Type().Field(i).Name)...)
+		}
+		return all
+	case reflect.Slice:
+		all := []mutation{{name + " minus one", func() { v.SetLen(v.Len() - 1) }}}
+		for i := range v.Len() {
+			all = append(all, mutations(v.Index(i), fmt.Sprintf("%s[%d]", name, i))...)
+		}
+		return all
+	case reflect.Map:
+		return mapMutations(v, name)
+	}
+	panic("no way to change a " + v.Kind().String())
+}
+
+func mapMutations(v reflect.Value, name string) []mutation {
+	var all []mutation
+	keys := v.MapKeys()
+	slices.SortFunc(keys, func(a, b reflect.Value) int { return strings.Compare(a.String(), b.String()) })
+	for _, k := range keys {
+		at := name + "[" + k.String() + "]"
+		all = append(all, mutation{at + " gone", func() { v.SetMapIndex(k, reflect.Value{}) }})
+		elem := reflect.New(v.Type().Elem()).Elem()
+		elem.Set(v.MapIndex(k))
+		for _, m := range mutations(elem, at) {
+			all = append(all, mutation{m.name, func() { m.apply(); v.SetMapIndex(k, elem) }})
+		}
+	}
+	return all
+}
+
+func TestRecipesOfSchema(t *testing.T) {
+	img := schema.Image{Name: "debian", Kind: "os", From: schema.From{Debian: &schema.Debian{
+		Suite: "bookworm", Mirror: "http://deb.debian.org/debian", Components: []string{"main"}, Arch: "amd64",
+		Packages: []string{"udev", "iproute2", "udev"}, Kernel: "linux-image-cloud-amd64",
+	}}}
+	if diff := cmp.Diff(baseRecipe(), BaseRecipeOf(img)); diff != "" {
+		t.Errorf("base recipe (-want +got):\n%s", diff)
+	}
+	role := schema.Role{
+		Name: "web", OS: "debian", Boot: "disk",
+		Files: map[string]schema.File{
+			"/etc/motd": {Content: "hi\n", Mode: 0o644}, "/bin/x": {Mode: 0o4755, UID: 1, GID: 2},
+		},
+		Packages: []string{"hello"},
+		Services: schema.Services{Enable: []string{"web.service"}},
+		Run:      []string{"true", "echo"},
+	}
+	if diff := cmp.Diff(deltaRecipe(), DeltaRecipeOf(digest.Of([]byte("base")), role)); diff != "" {
+		t.Errorf("delta recipe (-want +got):\n%s", diff)
+	}
+	role.Name, role.Healthy, role.Kernel.Args = "other", []schema.Check{{Unit: "x"}}, []string{"quiet"}
+	if DeltaRecipeOf(digest.Of([]byte("base")), role).ID() != deltaRecipe().ID() {
+		t.Error("a name, a check or a kernel argument changed the id of a delta: it would be built twice")
+	}
+}
+
+// FuzzDeltaCanonical reads the canonical bytes back: since they say everything, no two recipes share them.
+func FuzzDeltaCanonical(f *testing.F) {
+	f.Add("sha256:00", "/etc/a", "x", uint32(0o644), uint32(0), "p", "u.service", "echo")
+	f.Add("", "", "", uint32(0), uint32(0), "", "", "")
+	f.Add("a\x00b", "/\xff", "\x00\x00\x00\x00\x00\x00\x00\x01", uint32(1<<31), uint32(7), "a b", "\n", "\x00")
+	f.Fuzz(func(t *testing.T, base, path, content string, mode, uid uint32, pkg, unit, run string) {
+		want := DeltaRecipe{
+			Base:     RecipeID(base),
+			Files:    map[string]File{path: {content, mode, uid, mode ^ uid}, content: {path, uid, mode, 0}},
+			Packages: sorted([]string{pkg, unit}),
+			Enable:   sorted([]string{unit, run}),
+			Run:      []string{run, pkg, ""},
+		}
+		d := decoder{want.canonical()}
+		if got := d.str(); got != formatDelta {
+			t.Fatalf("format %q", got)
+		}
+		got := d.delta()
+		if len(d.b) > 0 {
+			t.Fatalf("%d bytes left over", len(d.b))
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Fatalf("read back (-want +got):\n%s", diff)
+		}
+	})
+}
+
+// FuzzBaseCanonical is FuzzDeltaCanonical for base recipes.
+func FuzzBaseCanonical(f *testing.F) {
+	f.Add("bookworm", "http://deb.debian.org/debian", "main", "contrib", "amd64", "udev", "linux-image-cloud-amd64")
+	f.Add("", "\x00", "", "", "a", "", "")
+	f.Fuzz(func(t *testing.T, suite, mirror, comp1, comp2, arch, pkg, kernel string) {
+		want := BaseRecipe{suite, mirror, sorted([]string{comp1, comp2}), arch, sorted([]string{pkg, comp1}), kernel}
+		d := decoder{want.canonical()}
+		if got := d.str(); got != formatBase {
+			t.Fatalf("format %q", got)
+		}
+		got := BaseRecipe{d.str(), d.str(), d.list(), d.str(), d.list(), d.str()}
+		if diff := cmp.Diff(want, got, cmpopts.EquateEmpty()); diff != "" || len(d.b) > 0 {
+			t.Fatalf("%d bytes left over; read back (-want +got):\n%s", len(d.b), diff)
+		}
+	})
+}
+
+// A decoder reads canonical bytes; it panics on others.
+type decoder struct{ b []byte }
+
+func (d *decoder) num() uint64 {
+	n := binary.BigEndian.Uint64(d.b)
+	d.b = d.b[8:]
+	return n
+}
+
+func (d *decoder) str() string {
+	n := d.num()
+	s := string(d.b[:n])
+	d.b = d.b[n:]
+	return s
+}
+
+func (d *decoder) list() []string {
+	var l []string
+	for range d.num() {
+		l = append(l, d.str())
+	}
+	return l
+}
+
+func (d *decoder) delta() DeltaRecipe {
+	r := DeltaRecipe{Base: RecipeID(d.str()), Files: map[string]File{}}
+	for range d.num() {
+		path := d.str()
+		r.Files[path] = File{d.str(), uint32(d.num()), uint32(d.num()), uint32(d.num())}
+	}
+	r.Packages, r.Enable, r.Run = d.list(), d.list(), d.list()
+	return r
+}
