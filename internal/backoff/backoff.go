@@ -24,12 +24,22 @@ func (b *Backoff) Next() time.Duration {
 	if limit <= 0 {
 		limit = time.Minute
 	}
-	d := limit
-	if b.tries < 32 && first<<b.tries > 0 {
-		d = min(limit, first<<b.tries)
-	}
 	b.tries++
+	d := Exponential(first, limit, b.tries)
 	return d/2 + rand.N(d/2+1)
+}
+
+// Exponential is the wait after so many failed tries, counted from 1, without a random part: first, twice that, four
+// times that, and never more than limit.
+func Exponential(first, limit time.Duration, tries int) time.Duration {
+	d := first
+	for range tries - 1 {
+		if d >= limit/2 {
+			return limit
+		}
+		d *= 2
+	}
+	return min(d, limit)
 }
 
 // Reset begins anew: call it after a success.

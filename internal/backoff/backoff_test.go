@@ -41,3 +41,13 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 		}
 	})
 }
+
+func TestExponential(t *testing.T) {
+	for tries, want := range map[int]time.Duration{
+		0: time.Second, 1: time.Second, 2: 2 * time.Second, 3: 4 * time.Second, 4: 8 * time.Second, 5: 10 * time.Second, 1 << 30: 10 * time.Second,
+	} {
+		if got := Exponential(time.Second, 10*time.Second, tries); got != want {
+			t.Errorf("Exponential(1s, 10s, %d) = %s, want %s", tries, got, want)
+		}
+	}
+}
