@@ -1,0 +1,141 @@
+package netup
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/insomniacslk/dhcp/dhcpv4"
+	"github.com/insomniacslk/dhcp/dhcpv4/nclient4"
+)
+
+// A Lease is an address that a DHCP server gave to an interface, with what else it said. It goes through JSON: the
+// service of the booted OS renews the lease that the initramfs got.
+type Lease struct {
+	Interface string        `json:"interface"`
+	MAC       string        `json:"mac"`
+	Address   netip.Prefix  `json:"address"`
+	Server    netip.Addr    `json:"server"` // the DHCP server
+	Routes    []Route       `json:"routes,omitempty"`
+	DNS       []netip.Addr  `json:"dns,omitempty"`
+	Domain    string        `json:"domain,omitempty"`
+	MTU       int           `json:"mtu,omitempty"` // bytes; 0 where the server did not say
+	Duration  time.Duration `json:"duration"`      // nanoseconds; 0 means for ever
+	ACK       []byte        `json:"ack"`           // the server's last answer, as it came
+}
+
+// A Route is one that the DHCP server gave.
+type Route struct {
+	To  netip.Prefix `json:"to"`
+	Via netip.Addr   `json:"via,omitzero"` // not set: on the link
+}
+
+// newLease reads an acknowledgement.
+func newLease(link string, mac net.HardwareAddr, ack *dhcpv4.DHCPv4) (*Lease, error) {
+	addr, ok := netip.AddrFromSlice(ack.YourIPAddr.To4())
+	if !ok || addr.IsUnspecified() {
+		return nil, fmt.Errorf("DHCP answer on %s: no address in it", link)
+	}
+	bits := 32
+	if m := ack.SubnetMask(); len(m) == 4 {
+		ones, size := m.Size()
+		if size != 32 {
+			return nil, fmt.Errorf("DHCP answer on %s: netmask %v has gaps", link, m)
+		}
+		bits = ones
+	}
+	l := &Lease{
+		Interface: link, MAC: mac.String(), Address: netip.PrefixFrom(addr, bits),
+		Routes: routes(ack), Domain: domain(ack.DomainName()), Duration: ack.IPAddressLeaseTime(0), ACK: ack.ToBytes(),
+	}
+	l.Server, _ = netip.AddrFromSlice(ack.ServerIdentifier().To4())
+	for _, ip := range ack.DNS() {
+		if a, ok := netip.AddrFromSlice(ip.To4()); ok {
+			l.DNS = append(l.DNS, a)
+		}
+	}
+	// RFC 791 asks for 576 at least; less is a broken server.
+	if mtu, err := dhcpv4.GetUint16(dhcpv4.OptionInterfaceMTU, ack.Options); err == nil && mtu >= 576 {
+		l.MTU = int(mtu)
+	}
+	return l, nil
+}
+
+// routes are the classless ones or else the router's: RFC 3442 says that the former replace the latter.
+func routes(ack *dhcpv4.DHCPv4) []Route {
+	var out []Route
+	for _, r := range ack.ClasslessStaticRoute() {
+		to, ok := netip.AddrFromSlice(r.Dest.IP.To4())
+		ones, _ := r.Dest.Mask.Size()
+		if !ok {
+			continue
+		}
+		via, _ := netip.AddrFromSlice(r.Router.To4())
+		if via.IsUnspecified() {
+			via = netip.Addr{}
+		}
+		out = append(out, Route{To: netip.PrefixFrom(to, ones).Masked(), Via: via})
+	}
+	if len(out) > 0 {
+		return out
+	}
+	for _, ip := range ack.Router() {
+		if via, ok := netip.AddrFromSlice(ip.To4()); ok && !via.IsUnspecified() {
+			return []Route{{To: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Via: via}}
+		}
+	}
+	return nil
+}
+
+// domain lets through only what may stand in resolv.conf: the option comes from the network.
+func domain(s string) string {
+	s = strings.Trim(strings.TrimRight(s, "\x00"), ".")
+	if len(s) > 253 {
+		return ""
+	}
+	for _, r := range s {
+		if !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '.' || r == '_') {
+			return ""
+		}
+	}
+	return s
+}
+
+// ResolvConf is resolv.conf(5) for this lease; "" where the server named no name server.
+func (l *Lease) ResolvConf() string {
+	if len(l.DNS) == 0 {
+		return ""
+	}
+	var b strings.Builder
+	b.WriteString(ResolvConfMark)
+	if l.Domain != "" {
+		fmt.Fprintf(&b, "search %s\n", l.Domain)
+	}
+	for _, a := range l.DNS[:min(3, len(l.DNS))] { // glibc looks at no more (MAXNS)
+		fmt.Fprintf(&b, "nameserver %s\n", a)
+	}
+	return b.String()
+}
+
+// ResolvConfMark is the first line of a ResolvConf: a file without it is somebody else's.
+const ResolvConfMark = "# written by troupe from its DHCP lease\n"
+
+// nclient is the lease as the client library wants it back for a renewal.
+func (l *Lease) nclient() (*nclient4.Lease, error) {
+	ack, err := dhcpv4.FromBytes(l.ACK)
+	if err != nil {
+		return nil, fmt.Errorf("reading the kept DHCP answer of %s: %w", l.Interface, err)
+	}
+	return &nclient4.Lease{Offer: ack, ACK: ack}, nil
+}
+
+// renewAfter is when to renew: half of the lease (RFC 2131 section 4.4.5), but not more often than each 5 s. A lease
+// without end is looked after once an hour.
+func (l *Lease) renewAfter() time.Duration {
+	if l.Duration <= 0 {
+		return time.Hour
+	}
+	return max(5*time.Second, l.Duration/2)
+}
