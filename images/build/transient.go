@@ -1,0 +1,84 @@
+package build
+
+import (
+	"io"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// emptied are directories that an image has, with nothing in them: what is there belongs to a running system, or is a
+// cache that only makes images larger and different.
+var emptied = []string{
+	"boot", "dev", "proc", "run", "sys", "tmp", "var/tmp",
+	"var/cache/apt", "var/lib/apt/lists",
+}
+
+// transient are files that differ from build to build and that nobody misses. Those of path.Match's patterns.
+var transient = []string{
+	"etc/.pwd.lock",
+	"etc/passwd-", "etc/group-", "etc/shadow-", "etc/gshadow-", "etc/subuid-", "etc/subgid-",
+	"etc/ssh/ssh_host_*",
+	"root/.bash_history", "root/.wget-hsts",
+	"var/cache/debconf/*-old",
+	"var/cache/ldconfig/aux-cache",
+	"var/cache/man/*",
+	"var/lib/apt/extended_states.*",
+	"var/lib/dbus/machine-id",
+	"var/lib/dpkg/*-old", "var/lib/dpkg/lock", "var/lib/dpkg/lock-frontend", "var/lib/dpkg/triggers/Lock",
+	"var/lib/systemd/credential.secret",
+	"var/lib/systemd/random-seed",
+}
+
+// isTransient says whether name, as a build left it, does not belong into an image.
+func isTransient(name string, dir bool) bool {
+	for _, d := range emptied {
+		if strings.HasPrefix(name, d+"/") {
+			return true
+		}
+	}
+	if strings.HasPrefix(name, "var/log/") {
+		return !dir // programs expect the directories that their packages made
+	}
+	return slices.ContainsFunc(transient, func(p string) bool {
+		ok, _ := path.Match(p, name) // the patterns are constants
+		return ok
+	})
+}
+
+// sshKeyDropIn has sshd make the host keys that an image must not have, since all its machines would share them. They
+// are made once, and stay in the node delta.
+func sshKeyDropIn() map[string]entry {
+	const conf = `# The image has no host keys: every machine makes its own.
+[Service]
+ExecStartPre=
+ExecStartPre=/usr/bin/ssh-keygen -A
+ExecStartPre=/usr/sbin/sshd -t
+`
+	dir := entry{mode: unix.S_IFDIR | 0o755, mtime: epoch}
+	return map[string]entry{
+		"etc/systemd/system/ssh.service.d":                   dir,
+		"etc/systemd/system/ssh.service.d/50-host-keys.conf": regular(conf, 0o644),
+	}
+}
+
+// regular is a file of root's with this content.
+func regular(content string, mode uint32) entry {
+	return entry{
+		mode: unix.S_IFREG | mode, mtime: epoch,
+		open: func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader(content)), nil },
+	}
+}
+
+// addAll adds entries to the image by path.
+func addAll(entries map[string]entry, w *imageWriter) error {
+	for _, name := range slices.Sorted(maps.Keys(entries)) {
+		if err := w.add(name, entries[name]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
