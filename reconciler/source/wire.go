@@ -1,0 +1,181 @@
+package source
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"slices"
+
+	"github.com/go-git/go-git/v5/plumbing"
+	"github.com/go-git/go-git/v5/plumbing/format/packfile"
+	"github.com/go-git/go-git/v5/plumbing/object"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp/capability"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp/sideband"
+	"github.com/go-git/go-git/v5/plumbing/transport"
+	githttp "github.com/go-git/go-git/v5/plumbing/transport/http"
+)
+
+const (
+	// wireTries is how often a transfer is begun anew that broke after the remote had answered: a branch that is forced
+	// elsewhere between listing and transfer makes the remote refuse what it offered.
+	wireTries = 3
+	// haveCommits is how many commits we tell the remote that we have, beside the tips: after a force-push it is an
+	// ancestor of the old tip that saves fetching everything.
+	haveCommits = 256
+)
+
+// A wire is a repository that speaks Git's pack protocol. There is one connection for each list and each fetch.
+type wire struct {
+	dial func(ctx context.Context) (session, error)
+	done func() // closes what connections are kept; may be nil
+}
+
+// A session is one conversation with git-upload-pack(1).
+type session interface {
+	AdvertisedReferencesContext(ctx context.Context) (*packp.AdvRefs, error)
+	UploadPack(ctx context.Context, req *packp.UploadPackRequest) (*packp.UploadPackResponse, error)
+	Close() error
+}
+
+// newHTTPRemote takes the credentials out of ep: they go into a header, and URLs come back in errors.
+func newHTTPRemote(cfg Config, ep *transport.Endpoint, s *scrubber) (*wire, error) {
+	auth, err := httpAuth(cfg, ep)
+	if err != nil {
+		return nil, err
+	}
+	if auth != nil {
+		s.add(auth.Password)
+	}
+	ep.User, ep.Password = "", ""
+	tr, err := httpTransport(cfg.CAFile)
+	if err != nil {
+		return nil, err
+	}
+	client := githttp.NewClient(&http.Client{Transport: tr})
+	dial := func(context.Context) (session, error) {
+		e := *ep // the session follows redirects by changing it
+		if auth == nil {
+			return client.NewUploadPackSession(&e, nil)
+		}
+		return client.NewUploadPackSession(&e, auth)
+	}
+	return &wire{dial: dial, done: tr.CloseIdleConnections}, nil
+}
+
+func (w *wire) list(ctx context.Context) (refs, error) {
+	var got refs
+	err := w.session(ctx, func(_ session, ar *packp.AdvRefs) (err error) {
+		got, err = advertised(ar)
+		return err
+	})
+	return got, err
+}
+
+func (w *wire) fetch(ctx context.Context, m *mirror) (refs, error) {
+	var got refs
+	var err error
+	for range wireTries {
+		answered := false
+		err = w.session(ctx, func(s session, ar *packp.AdvRefs) (err error) {
+			answered = true
+			if got, err = advertised(ar); err != nil {
+				return err
+			}
+			return transfer(ctx, s, ar, got, m)
+		})
+		if err == nil || !answered || errors.Is(err, errMirror) || ctx.Err() != nil {
+			break
+		}
+		m.sweepPacks()
+	}
+	return got, err
+}
+
+// session talks to the remote: f gets what it offers, and is not called for an empty repository.
+func (w *wire) session(ctx context.Context, f func(session, *packp.AdvRefs) error) (err error) {
+	if w.done != nil {
+		defer w.done()
+	}
+	s, err := w.dial(ctx)
+	if err != nil {
+		return classify(err)
+	}
+	defer func() {
+		if cerr := s.Close(); err == nil && cerr != nil {
+			err = classify(cerr)
+		}
+	}()
+	ar, err := s.AdvertisedReferencesContext(ctx)
+	if errors.Is(err, transport.ErrEmptyRemoteRepository) {
+		return nil
+	}
+	if err != nil {
+		return classify(err)
+	}
+	if err := f(s, ar); err != nil {
+		return classify(err)
+	}
+	return nil
+}
+
+func advertised(ar *packp.AdvRefs) (refs, error) {
+	all, err := ar.AllReferences()
+	if err != nil {
+		return nil, fmt.Errorf("reading the list of branches: %w", err)
+	}
+	return readRefs(all)
+}
+
+// transfer brings what the mirror lacks of got.
+func transfer(ctx context.Context, s session, ar *packp.AdvRefs, got refs, m *mirror) error {
+	dst := openStorage(m.dir)
+	req := packp.NewUploadPackRequestFromCapabilities(ar.Capabilities)
+	if ar.Capabilities.Supports(capability.NoProgress) {
+		if err := req.Capabilities.Set(capability.NoProgress); err != nil {
+			return err
+		}
+	}
+	for _, h := range got {
+		if dst.HasEncodedObject(h) != nil && !slices.Contains(req.Wants, h) {
+			req.Wants = append(req.Wants, h)
+		}
+	}
+	if len(req.Wants) == 0 {
+		return nil
+	}
+	req.Haves = m.haves()
+	res, err := s.UploadPack(ctx, req)
+	if err != nil {
+		return fmt.Errorf("asking for %d objects: %w", len(req.Wants), err)
+	}
+	defer res.Close() //nolint:errcheck // only read
+	if err := packfile.UpdateObjectStorage(dst, demux(req.Capabilities, res)); err != nil {
+		return fmt.Errorf("receiving objects: %w", err)
+	}
+	return nil
+}
+
+// demux takes the pack out of the bands in which it comes beside the remote's messages (gitprotocol-pack(5)).
+func demux(l *capability.List, r io.Reader) io.Reader {
+	switch {
+	case l.Supports(capability.Sideband64k):
+		return sideband.NewDemuxer(sideband.Sideband64k, r)
+	case l.Supports(capability.Sideband):
+		return sideband.NewDemuxer(sideband.Sideband, r)
+	}
+	return r
+}
+
+// haves are commits of the mirror, for the remote to find what both have.
+func (m *mirror) haves() []plumbing.Hash {
+	var all []plumbing.Hash
+	walkCommits(m.objects.commit, slices.Collect(maps.Values(*m.refs.Load())), func(c *object.Commit) bool {
+		all = append(all, c.Hash)
+		return len(all) < haveCommits
+	})
+	return all
+}
