@@ -69,6 +69,11 @@ const (
 	HostFailed    HostState = "failed"    // cannot go on; Detail: why
 )
 
+var hostStates = []HostState{
+	HostHealthy, HostUnhealthy, HostBooting, HostWaiting, HostStaging, HostRebooting, HostUnclaimed, HostAbsent, HostLost,
+	HostFailed,
+}
+
 // A Host is a declared host with the machine that plays it, or a machine that no host declares.
 type Host struct {
 	Name    string            `json:"name,omitempty"` // "" where State is unclaimed
@@ -140,9 +145,9 @@ type Boot struct {
 	MAC     string        `json:"mac"`
 	Host    string        `json:"host,omitempty"`
 	Started time.Time     `json:"started"`
-	Healthy bool          `json:"healthy"`        // it got that far
-	Took    time.Duration `json:"took"`           // nanoseconds from Started to healthy, else to the last mark
-	Bytes   int64         `json:"bytes"`          // image bytes fetched for it
+	Healthy bool          `json:"healthy"` // it got that far
+	Took    time.Duration `json:"took"`    // nanoseconds from Started to healthy, else to the last mark
+	Bytes   int64         `json:"bytes"`   // image bytes fetched for it
 	Error   string        `json:"error,omitempty"`
 	Marks   []Mark        `json:"marks"` // in order of time
 }
@@ -160,12 +165,15 @@ type Mark struct {
 
 // A Role is a declared role with what came of it.
 type Role struct {
-	Name    string        `json:"name"`
-	OS      string        `json:"os"`
-	Boot    string        `json:"boot"`
-	Release digest.Digest `json:"release,omitempty"` // of its hosts' assignments, else the newest made; "" for none
-	Hosts   []string      `json:"hosts"`             // that shall play it, sorted
-	Healthy int           `json:"healthy"`           // of them
+	Name        string          `json:"name"`
+	OS          string          `json:"os"`
+	Boot        string          `json:"boot"`
+	Release     digest.Digest   `json:"release,omitempty"` // that its hosts shall run; "" while it is not built
+	Waiting     string          `json:"waiting,omitempty"` // what of Release is not built
+	BaseRecipe  images.RecipeID `json:"baseRecipe"`
+	DeltaRecipe images.RecipeID `json:"deltaRecipe"`
+	Hosts       []string        `json:"hosts"`   // that shall play it, sorted
+	Healthy     int             `json:"healthy"` // of them
 	// Spec is the role as declared.
 	Spec schema.Role `json:"spec"`
 }
@@ -186,6 +194,7 @@ type Image struct {
 	Digest   digest.Digest    `json:"digest,omitempty"` // of what came out
 	Size     int64            `json:"size,omitempty"`   // bytes
 	Used     bool             `json:"used"`             // by a release that a host shall run or runs
+	Declared bool             `json:"declared"`         // by the fleet in force
 }
 
 // ImageDetail is everything about one image; one of Base and Delta is set where it was built.
@@ -220,12 +229,13 @@ type Snapshot struct {
 
 // A Change is what Watch tells; exactly one field is set. The first is always a Snapshot.
 type Change struct {
-	Snapshot *Snapshot    `json:"snapshot,omitempty"`
-	Status   *Status      `json:"status,omitempty"`
-	Host     *Host        `json:"host,omitempty"` // new or changed
-	Gone     string       `json:"gone,omitempty"` // key of a host that is no longer there
-	Image    *Image       `json:"image,omitempty"`
-	Event    *state.Event `json:"event,omitempty"`
+	Snapshot  *Snapshot    `json:"snapshot,omitempty"`
+	Status    *Status      `json:"status,omitempty"`
+	Host      *Host        `json:"host,omitempty"`      // new or changed
+	Gone      string       `json:"gone,omitempty"`      // key of a host that is no longer there
+	Image     *Image       `json:"image,omitempty"`     // new or changed
+	GoneImage string       `json:"goneImage,omitempty"` // recipe of an image that is no longer there
+	Event     *state.Event `json:"event,omitempty"`
 }
 
 // Apply makes s what it was after the change.
@@ -241,6 +251,8 @@ func (s *Snapshot) Apply(c Change) {
 		s.Hosts = remove(s.Hosts, c.Gone, Host.Key)
 	case c.Image != nil:
 		s.Images = put(s.Images, *c.Image, func(i Image) string { return string(i.Recipe) })
+	case c.GoneImage != "":
+		s.Images = remove(s.Images, c.GoneImage, func(i Image) string { return string(i.Recipe) })
 	case c.Event != nil:
 		s.Events = append([]state.Event{*c.Event}, s.Events...)
 		s.Events = s.Events[:min(len(s.Events), snapshotEvents)]

@@ -1,0 +1,262 @@
+package api
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/netboot"
+	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
+)
+
+// How long a machine may be silent before it counts as lost. A running agent reports every few seconds; firmware,
+// boot loader and kernel say nothing for as long as a download takes on a slow link.
+const (
+	silentRunning = 30 * time.Second
+	silentBooting = 5 * time.Minute
+)
+
+// Hosts are the declared hosts by name, then the machines that no host declares, by MAC.
+func (r *Records) Hosts() []Host {
+	declared := r.declared()
+	seen := r.sightings()
+	machines := r.match(declared, seen)
+	releases := r.releasesWanted()
+	all := make([]Host, 0, len(declared)+len(seen))
+	claimed := make(map[string]bool, len(machines))
+	for _, name := range slices.Sorted(maps.Keys(declared)) {
+		mac := machines[name]
+		claimed[mac] = true
+		h := r.host(declared[name], mac)
+		if s, ok := seen[mac]; ok {
+			h.see(s)
+			h.State, h.Detail = r.stateOf(r.Assignments[name], releases[h.Role], s)
+		}
+		all = append(all, h)
+	}
+	first := len(all)
+	for _, mac := range slices.Sorted(maps.Keys(seen)) {
+		if !claimed[mac] {
+			all = append(all, r.unclaimed(mac, seen[mac]))
+		}
+	}
+	r.propose(all[first:])
+	return all
+}
+
+// declared are the hosts of the fleet in force. Before that is loaded, just after the server started, those that have
+// an assignment stand in for them.
+func (r *Records) declared() map[string]schema.Host {
+	if r.Fleet != nil {
+		return r.Fleet.Hosts
+	}
+	all := make(map[string]schema.Host, len(r.Assignments))
+	for name, a := range r.Assignments {
+		all[name] = schema.Host{Name: name, Role: a.Role}
+	}
+	for mac, n := range r.Nodes {
+		if n.Running == nil {
+			continue
+		}
+		if h, ok := all[n.Running.Host]; ok {
+			h.MAC = mac
+			all[h.Name] = h
+		}
+	}
+	return all
+}
+
+// match finds the machine of each declared host: its MAC, by host name. A MAC says more than a UUID, which boards are
+// known to share, and that more than a serial number. Of several machines that could be one host, it is the one that
+// was seen last.
+func (r *Records) match(declared map[string]schema.Host, seen map[string]sighting) map[string]string {
+	byMAC := make(map[string]string, len(declared))
+	byUUID, bySerial := map[string]string{}, map[string]string{}
+	for name, h := range declared {
+		byMAC[h.MAC], byUUID[h.UUID], bySerial[h.Serial] = name, name, name
+	}
+	delete(byMAC, "")
+	delete(byUUID, "")
+	delete(bySerial, "")
+	found := make(map[string]string, len(declared))
+	for _, mac := range slices.Sorted(maps.Keys(seen)) {
+		m := r.Machines[mac]
+		name := cmp.Or(byMAC[mac], byUUID[strings.ToLower(m.UUID)], bySerial[m.Serial])
+		if name == "" {
+			continue
+		}
+		other, taken := found[name]
+		if !taken || seen[mac].last.After(seen[other].last) {
+			found[name] = mac
+		}
+	}
+	return found
+}
+
+// host is what the repo and the reconciler say of a declared host, played by the machine mac ("" where none was seen).
+func (r *Records) host(spec schema.Host, mac string) Host {
+	a, m := r.Assignments[spec.Name], r.Machines[mac]
+	h := Host{
+		Name: spec.Name, MAC: cmp.Or(mac, spec.MAC), UUID: cmp.Or(spec.UUID, m.UUID), Serial: cmp.Or(spec.Serial, m.Serial),
+		Address: spec.Address, Role: spec.Role, Labels: spec.Labels,
+		Generation: a.Generation, Target: a.Release, Why: a.Why, Commit: a.Commit, Since: a.Since,
+		State: HostAbsent, Detail: "never seen",
+	}
+	if !h.Address.IsValid() {
+		h.Address = m.Address
+	}
+	return h
+}
+
+// unclaimed is the view of a machine that no host declares.
+func (r *Records) unclaimed(mac string, s sighting) Host {
+	m := r.Machines[mac]
+	h := Host{
+		MAC: mac, UUID: m.UUID, Serial: m.Serial, Address: m.Address,
+		State: HostUnclaimed, Inventory: m.Inventory,
+	}
+	h.see(s)
+	switch silent := r.Now.Sub(s.last); {
+	case silent > silentBooting:
+		h.Detail = "not seen for " + short(silent)
+	case s.err != "":
+		h.Detail = s.err
+	case h.RunningRole != "":
+		h.Detail = "still runs " + h.RunningRole
+	case m.Inventory == nil:
+		h.Detail = "booting (" + s.stage + ")"
+	}
+	return h
+}
+
+// A sighting is the last that is known of a machine: what its node reported, or, if it is in firmware or in a boot
+// loader since, how far that came.
+type sighting struct {
+	stage   string
+	last    time.Time
+	err     string
+	node    state.Node // what of it still holds
+	booting bool       // it has not come to its OS's init
+}
+
+// sightings are of all machines that ever asked for something, by MAC.
+func (r *Records) sightings() map[string]sighting {
+	all := make(map[string]sighting, len(r.Machines))
+	for mac, n := range r.Nodes {
+		s := sighting{stage: n.Stage, last: n.LastSeen, err: n.Error, node: n}
+		s.booting = isBooting(n.Stage) || n.Running == nil
+		all[mac] = s
+	}
+	for mac, b := range r.Boots {
+		if len(b.Marks) == 0 || b.ID == r.Nodes[mac].BootID {
+			continue
+		}
+		m := b.Marks[len(b.Marks)-1]
+		if m.Time.Before(all[mac].last) {
+			continue
+		}
+		all[mac] = sighting{
+			stage: m.Stage, last: m.Time, err: m.Error, booting: true,
+			node: state.Node{MAC: mac, BootID: b.ID, Cached: r.Nodes[mac].Cached},
+		}
+	}
+	return all
+}
+
+// see takes over what is known of the machine.
+func (h *Host) see(s sighting) {
+	n := s.node
+	h.Stage, h.BootID, h.Booted, h.LastSeen, h.Error = s.stage, n.BootID, n.Booted, s.last, s.err
+	h.Staged, h.Fetch = n.Staged, n.Fetch
+	if run := n.Running; run != nil && !s.booting {
+		h.RunningRole, h.RunningGeneration, h.Running = run.Role, run.Generation, run.Release
+		h.Healthy, h.Failing = run.Health.Healthy, run.Health.Failing
+	}
+}
+
+// isBooting says whether stage is one of a boot that has not come to the OS's init yet.
+func isBooting(stage string) bool {
+	switch stage {
+	case string(netboot.StageOffer), string(netboot.StageTFTP), string(netboot.StageScript), string(netboot.StageKernel),
+		string(agentapi.StageAgent), string(agentapi.StageWait), string(agentapi.StageCache),
+		string(agentapi.StageFetch), string(agentapi.StageMount), string(agentapi.StageSwitch):
+		return true
+	}
+	return false
+}
+
+// stateOf says how a host is whose machine was seen at least once.
+func (r *Records) stateOf(a state.Assignment, want wanted, s sighting) (HostState, string) {
+	leaving := s.booting || s.stage == string(agentapi.StageReboot)
+	if silent := r.Now.Sub(s.last); silent > silentBooting || !leaving && silent > silentRunning {
+		return HostLost, "not seen for " + short(silent)
+	}
+	switch {
+	case s.stage == string(agentapi.StageFailed):
+		return HostFailed, cmp.Or(s.err, "its boot failed")
+	case s.stage == string(agentapi.StageReboot):
+		return HostRebooting, ""
+	case s.err != "":
+		return HostFailed, s.err
+	case s.booting && s.stage != string(agentapi.StageWait):
+		return HostBooting, bootDetail(s)
+	case want.missing != "":
+		return HostWaiting, want.missing
+	case a.Generation == 0 || a.Spec.State == agentapi.Waiting || want.release != "" && a.Release != want.release:
+		return HostWaiting, cmp.Or(a.Spec.Reason, "being planned")
+	case s.booting: // it was told to wait, and its next question will be answered
+		return HostBooting, s.stage
+	}
+	return stateRunning(a, s)
+}
+
+// stateRunning says how a host is that runs some role while it has an assignment.
+func stateRunning(a state.Assignment, s sighting) (HostState, string) {
+	n := s.node
+	health := n.Running.Health
+	switch {
+	case n.Running.Host != a.Host || n.Running.Release != a.Release || n.Running.Node != a.Node:
+		if n.Staged != "" && n.Staged == a.Release {
+			return HostRebooting, "staged"
+		}
+		return HostStaging, percent(n.Fetch)
+	case health.Healthy:
+		return HostHealthy, ""
+	case s.stage == string(agentapi.StageService) && len(health.Failing) == 0:
+		return HostBooting, s.stage
+	}
+	return HostUnhealthy, strings.Join(health.Failing, "; ")
+}
+
+func bootDetail(s sighting) string {
+	if p := percent(s.node.Fetch); p != "" {
+		return string(agentapi.StageFetch) + " " + p
+	}
+	return s.stage
+}
+
+// percent is how far a transfer came, "" where there is none.
+func percent(p *agentapi.Progress) string {
+	if p == nil || p.Total <= 0 {
+		return ""
+	}
+	return fmt.Sprintf("%d%%", min(100, p.Done*100/p.Total))
+}
+
+// short writes d as people say it: its largest unit, and whole.
+func short(d time.Duration) string {
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%d s", int(d.Seconds()))
+	case d < time.Hour:
+		return fmt.Sprintf("%d min", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%d h", int(d.Hours()))
+	}
+	return fmt.Sprintf("%d days", int(d.Hours()/24))
+}

@@ -1,0 +1,243 @@
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"time"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
+)
+
+// Agents answers what agents ask. An error with a method Invalid() bool that says true is the agent's fault.
+type Agents interface {
+	Hello(ctx context.Context, peer netip.Addr, h agentapi.Hello) (agentapi.Assignment, error)
+	// Assignment returns when the assignment of mac is another than after, or wait is over.
+	Assignment(ctx context.Context, mac, after string, wait time.Duration) (agentapi.Assignment, error)
+	Report(ctx context.Context, peer netip.Addr, r agentapi.Report) (agentapi.ReportReply, error)
+}
+
+// Images builds images. An unknown name, and a recipe without a log, wrap state.ErrNotFound.
+type Images interface {
+	// Build has the image or the role's delta of that name built, also if its build failed and waits.
+	Build(ctx context.Context, name string) error
+	// Log reads the output of a recipe's last build; with follow, until the build ends.
+	Log(ctx context.Context, recipe digest.Digest, follow bool) (io.ReadCloser, error)
+}
+
+// A Server answers operators and agents. Store, Fleet and what an endpoint asks must be set; an endpoint whose
+// controller is nil answers 501. The Server must not be copied once Handler was called.
+type Server struct {
+	Store  *state.Store
+	Fleet  func() *schema.Fleet // in force, from memory; it returns nil before there is one
+	Poke   func()               // looks at the repo soon; must not block
+	Agents Agents
+	Images Images
+
+	// Planned is the hash of the commit that all assignments are those of, so that a fleet does not count as converged
+	// between a commit's coming into force and its plan. nil: that moment is not told apart.
+	Planned func() string
+	// Boots are the newest boots of all machines, from memory. nil: all boots are read from the store each time.
+	Boots func() []state.Boot
+
+	Log *slog.Logger // nil: nothing is logged
+
+	shared shared
+}
+
+// Bounds of one request.
+const (
+	maxBody     = 4 << 20 // bytes; a report of a machine with hundreds of disks has some 100 KB
+	maxPlanBody = 64 << 20
+	maxWait     = time.Minute      // for an assignment
+	answerTime  = 30 * time.Second // for all that does not wait or stream
+)
+
+// Handler serves the API: /api/v1/, /node/v1/, /healthz and /metrics. Requests that a browser makes for a page of
+// another origin and that would change something are refused.
+func (s *Server) Handler() http.Handler {
+	if s.Log == nil {
+		s.Log = slog.New(slog.DiscardHandler)
+	}
+	mux := http.NewServeMux()
+	for _, route := range s.routes() {
+		mux.Handle(route.pattern, s.answer(route))
+	}
+	mux.HandleFunc("/api/", s.unknown)
+	mux.HandleFunc("/node/", s.unknown)
+	return s.logged(http.NewCrossOriginProtection().Handler(mux))
+}
+
+// A route is one endpoint. Its function writes the whole answer and returns nil, or returns an error.
+type route struct {
+	pattern string
+	streams bool // it lives as long as the client likes
+	serve   func(http.ResponseWriter, *http.Request) error
+}
+
+func (s *Server) routes() []route {
+	return []route{
+		{"GET /api/v1/status", false, s.getStatus},
+		{"GET /api/v1/hosts", false, s.getHosts},
+		{"GET /api/v1/hosts/{host}", false, s.getHost},
+		{"GET /api/v1/roles", false, s.getRoles},
+		{"GET /api/v1/images", false, s.getImages},
+		{"GET /api/v1/images/{image}", false, s.getImage},
+		{"POST /api/v1/images/{image}/build", false, s.buildImage},
+		{"GET /api/v1/builds/{recipe}/log", true, s.getLog},
+		{"GET /api/v1/releases", false, s.getReleases},
+		{"GET /api/v1/events", false, s.getEvents},
+		{"POST /api/v1/poke", false, s.poke},
+		{"GET /api/v1/watch", true, s.watch},
+		{"GET /api/v1/openapi.json", false, s.getOpenAPI},
+		{"POST /node/v1/hello", false, s.hello},
+		{"GET /node/v1/assignment", true, s.assignment}, // waits for up to maxWait
+		{"POST /node/v1/report", false, s.report},
+		{"GET /healthz", false, s.healthz},
+		{"GET /metrics", false, s.metrics},
+	}
+}
+
+// answer bounds a request in time and answers its error.
+func (s *Server) answer(rt route) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		ctl := http.NewResponseController(w)
+		if rt.streams {
+			_ = ctl.SetWriteDeadline(time.Time{}) // the http.Server's own would cut it; not every writer has one
+		} else {
+			ctx, cancel := context.WithTimeout(r.Context(), answerTime)
+			defer cancel()
+			r = r.WithContext(ctx)
+		}
+		if err := rt.serve(w, r); err != nil {
+			s.fail(w, r, err)
+		}
+	})
+}
+
+// fail answers an error: with the status that it has, else as one of the server's own.
+func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
+	if r.Context().Err() != nil && errors.Is(err, context.Canceled) {
+		return // nobody is there any more
+	}
+	e := asError(err)
+	if e.Status >= 500 {
+		s.Log.Warn("a request was not answered", "method", r.Method, "path", r.URL.Path, "error", err)
+	}
+	_ = writeJSON(w, e.Status, e)
+}
+
+// asError gives err its status.
+func asError(err error) *Error {
+	var own *Error
+	var problems schema.Problems
+	var invalid interface{ Invalid() bool }
+	e := &Error{Status: http.StatusInternalServerError, Message: err.Error()}
+	switch {
+	case errors.As(err, &own):
+		return own
+	case errors.As(err, &problems):
+		e.Status, e.Problems = http.StatusUnprocessableEntity, problems
+	case errors.Is(err, state.ErrNotFound):
+		e.Status = http.StatusNotFound
+	case errors.As(err, &invalid) && invalid.Invalid():
+		e.Status = http.StatusBadRequest
+	case errors.Is(err, context.DeadlineExceeded):
+		e.Status = http.StatusGatewayTimeout
+	}
+	return e
+}
+
+func badRequest(format string, args ...any) error {
+	return &Error{Status: http.StatusBadRequest, Message: fmt.Sprintf(format, args...)}
+}
+
+func notFound(format string, args ...any) error {
+	return &Error{Status: http.StatusNotFound, Message: fmt.Sprintf(format, args...)}
+}
+
+func notHere(what string) error {
+	return &Error{Status: http.StatusNotImplemented, Message: "this server has no " + what}
+}
+
+func (s *Server) unknown(w http.ResponseWriter, r *http.Request) {
+	s.fail(w, r, notFound("there is no %s %s", r.Method, r.URL.Path))
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("encoding the answer: %w", err)
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(status)
+	_, _ = w.Write(append(b, '\n')) // there is nobody to tell that the client is gone
+	return nil
+}
+
+// readJSON reads a body of at most most bytes.
+func readJSON(w http.ResponseWriter, r *http.Request, most int64, v any) error {
+	err := json.NewDecoder(http.MaxBytesReader(w, r.Body, most)).Decode(v)
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLarge):
+		return &Error{Status: http.StatusRequestEntityTooLarge, Message: fmt.Sprintf("the body has more than %d bytes", most)}
+	case err != nil:
+		return badRequest("reading the body: %v", err)
+	}
+	return nil
+}
+
+// peer is the address that a request came from; the zero Addr where it is not known.
+func peer(r *http.Request) netip.Addr {
+	ap, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return netip.Addr{}
+	}
+	return ap.Addr().Unmap().WithZone("")
+}
+
+// logged notes each request at debug level.
+func (s *Server) logged(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		start := time.Now()
+		sw := &statusWriter{ResponseWriter: w}
+		next.ServeHTTP(sw, r)
+		s.shared.count(sw.status)
+		s.Log.Debug("request", "method", r.Method, "path", r.URL.Path, "status", sw.status, "took", time.Since(start),
+			"from", r.RemoteAddr)
+	})
+}
+
+// A statusWriter remembers the status.
+type statusWriter struct {
+	http.ResponseWriter
+	status int
+}
+
+func (w *statusWriter) WriteHeader(status int) {
+	if w.status == 0 {
+		w.status = status
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *statusWriter) Write(b []byte) (int, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	return w.ResponseWriter.Write(b)
+}
+
+// Unwrap gives http.ResponseController the writer that can flush and has deadlines.
+func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
