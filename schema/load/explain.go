@@ -1,0 +1,409 @@
+package load
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"cuelang.org/go/cue"
+	"cuelang.org/go/cue/ast"
+	cueerrors "cuelang.org/go/cue/errors"
+	"cuelang.org/go/cue/token"
+)
+
+// This file makes problems of CUE's errors: at a place in the user's files, and in words about the fleet.
+
+// explain adds a problem for each error in err.
+func (e *evaluation) explain(err error) {
+	e.explainSome(err, func([]string) bool { return true })
+}
+
+// explainSome explains only the errors whose paths are wanted.
+func (e *evaluation) explainSome(err error, wanted func(path []string) bool) {
+	var unplaced []cueerrors.Error
+	before := len(e.out.Problems)
+	list := cueerrors.Errors(err)
+	for len(list) > 0 {
+		first := list[0]
+		path := userPath(first)
+		n := 1
+		if isDisjunction(first) {
+			n += slices.IndexFunc(append(slices.Clone(list[1:]), nil), func(m cueerrors.Error) bool { return m == nil || !below(userPath(m), path) })
+		}
+		group := list[:n]
+		list = list[n:]
+		switch {
+		case !wanted(path):
+		case isDisjunction(first):
+			e.explainDisjunction(path, group)
+		case isClosed(first) && !e.userPlace(first).IsValid():
+			unplaced = append(unplaced, first) // mostly follows from another
+		default:
+			e.explainOne(path, first)
+		}
+	}
+	if len(e.out.Problems) == before {
+		for _, u := range unplaced {
+			e.explainOne(userPath(u), u)
+		}
+	}
+}
+
+// Formats of CUE's errors that get words of ours.
+const (
+	formatDisjunction = "%d errors in empty disjunction:"
+	formatClosed      = "field not allowed"
+	formatRequired    = "field is required but not present"
+	formatIncomplete  = "incomplete value %v"
+	formatConflict    = "conflicting values %s and %s"
+	formatInvalid     = "invalid value %v"
+)
+
+func format(err cueerrors.Error) string { f, _ := err.Msg(); return f }
+
+func isDisjunction(err cueerrors.Error) bool { return format(err) == formatDisjunction }
+func isClosed(err cueerrors.Error) bool      { return format(err) == formatClosed }
+
+// below says whether path is prefix or lies below it.
+func below(path, prefix []string) bool {
+	return len(path) >= len(prefix) && slices.EqualFunc(path[:len(prefix)], prefix, func(a, b string) bool { return unquote(a) == unquote(b) })
+}
+
+// notInNode says whether path is not that of a role's node, which has definite values only once #host is known.
+func notInNode(path []string) bool {
+	return len(path) < 3 || path[0] != "roles" || path[2] != "node"
+}
+
+// userPath is the path of an error in the fleet.
+func userPath(err cueerrors.Error) []string {
+	path := err.Path()
+	if len(path) > 0 && path[0] == "#Fleet" {
+		path = path[1:]
+	}
+	return path
+}
+
+// userPlace is the last of an error's positions that lies in the user's files: with two values in conflict, the one
+// that came second.
+func (e *evaluation) userPlace(err cueerrors.Error) token.Pos {
+	all := e.userPlaces(err)
+	if len(all) == 0 {
+		return token.NoPos
+	}
+	return all[len(all)-1]
+}
+
+func (e *evaluation) userPlaces(err cueerrors.Error) []token.Pos {
+	var out []token.Pos
+	for _, pos := range append([]token.Pos{err.Position()}, err.InputPositions()...) {
+		if e.place(pos) != (place{}) {
+			out = append(out, pos)
+		}
+	}
+	slices.SortFunc(out, func(a, b token.Pos) int { return a.Compare(b) })
+	return slices.Compact(out)
+}
+
+// explainOne adds the problem of one error.
+func (e *evaluation) explainOne(path []string, err cueerrors.Error) {
+	f, args := err.Msg()
+	pos := e.userPlace(err)
+	if !pos.IsValid() {
+		pos = e.posOf(path...)
+	}
+	say := func(text string, args ...any) {
+		text = fmt.Sprintf(text, args...)
+		if len(path) > 0 {
+			text = pathText(path) + ": " + text
+		}
+		e.add(pos, "%s", text)
+	}
+	switch {
+	case f == formatClosed:
+		say("%s", e.unknownField(path))
+	case f == formatRequired:
+		say("missing")
+	case f == formatIncomplete && len(e.userPlaces(err)) == 0:
+		say("missing")
+	case f == formatIncomplete:
+		say("has no definite value: it is only known to be %s", brief(fmt.Sprint(args...)))
+	case strings.HasPrefix(f, formatConflict) || strings.HasPrefix(f, formatInvalid):
+		e.explainValue(path, err, say)
+	default:
+		say("%s", brief(fmt.Sprintf(f, args...)))
+	}
+}
+
+// explainValue explains a value that is not what another one, or the schema, wants.
+func (e *evaluation) explainValue(path []string, err cueerrors.Error, say func(string, ...any)) {
+	f, args := err.Msg()
+	places := e.userPlaces(err)
+	if want := e.schema.wanted(err); want != "" && len(places) == 1 {
+		say("%s is not %s", e.written(path), want)
+		return
+	}
+	text := brief(fmt.Sprintf(f, args...))
+	switch {
+	case len(places) > 1:
+		other := places[0]
+		say("%s; the other one is at %s:%d:%d", text, other.Filename(), other.Line(), other.Column())
+	case len(args) == 4:
+		say("%s is of type %v, want %v", e.written(path), typeOf(e.user.LookupPath(cue.MakePath(e.selectors(path)...)), args), wantType(e.user.LookupPath(cue.MakePath(e.selectors(path)...)), args))
+	default:
+		say("%s", text)
+	}
+}
+
+// typeOf is the type of the value v, which is one of the last two arguments of a conflict between types.
+func typeOf(v cue.Value, args []any) any {
+	if k := v.IncompleteKind(); k != cue.BottomKind {
+		return k
+	}
+	return args[2]
+}
+
+// wantType is the other one.
+func wantType(v cue.Value, args []any) any {
+	if fmt.Sprint(args[2]) == fmt.Sprint(typeOf(v, args)) {
+		return args[3]
+	}
+	return args[2]
+}
+
+// written is the value at path as the user's files have it, in brief.
+func (e *evaluation) written(path []string) string {
+	v := e.user.LookupPath(cue.MakePath(e.selectors(path)...))
+	switch v.IncompleteKind() {
+	case cue.StructKind:
+		return "a struct"
+	case cue.ListKind:
+		return "a list"
+	case cue.BottomKind:
+		return "the value"
+	}
+	return brief(fmt.Sprint(v))
+}
+
+// unknownField explains a field that a closed struct does not have.
+func (e *evaluation) unknownField(path []string) string {
+	if len(path) == 0 {
+		return "unknown field"
+	}
+	parent, name := path[:len(path)-1], unquote(path[len(path)-1])
+	known := e.fieldsOf(parent)
+	if slices.Contains(known, name) {
+		return `not allowed: a definition of this fleet that it is part of is closed and does not have it; end that definition with "..."`
+	}
+	return "unknown field" + suggest(name, known)
+}
+
+// fieldsOf are the fields that the schema has at path.
+func (e *evaluation) fieldsOf(path []string) []string {
+	v := e.fleet
+	for _, p := range path {
+		next := v.LookupPath(cue.MakePath(cue.Str(unquote(p)).Optional()))
+		if !next.Exists() {
+			next = v.LookupPath(cue.MakePath(cue.AnyString))
+		}
+		if !next.Exists() {
+			next = v.LookupPath(cue.MakePath(cue.AnyIndex))
+		}
+		v = next
+	}
+	if v.IncompleteKind() != cue.StructKind { // a disjunction with one, like #File
+		if _, alternatives := v.Expr(); len(alternatives) > 0 {
+			for _, a := range alternatives {
+				if a.IncompleteKind() == cue.StructKind {
+					v = a
+				}
+			}
+		}
+	}
+	iter, err := v.Fields(cue.Optional(true))
+	if err != nil {
+		return nil
+	}
+	var names []string
+	for iter.Next() {
+		names = append(names, iter.Selector().Unquoted())
+	}
+	return names
+}
+
+// explainDisjunction explains a value that is none of several: group begins with the error that says so, and goes on
+// with why it is not each of them.
+func (e *evaluation) explainDisjunction(path []string, group []cueerrors.Error) {
+	v := e.user.LookupPath(cue.MakePath(e.selectors(path)...))
+	if len(path) > 1 && unquote(path[len(path)-2]) == "files" && v.IncompleteKind() == cue.StructKind {
+		// A file in full: what does not matter is that it is no plain text either.
+		group = slices.DeleteFunc(slices.Clone(group[1:]), func(m cueerrors.Error) bool {
+			return len(userPath(m)) == len(path) && !strings.Contains(format(m), "required")
+		})
+		if len(group) > 0 {
+			e.explain(joined(group))
+			return
+		}
+	}
+	var want []string
+	for _, m := range group[1:] {
+		if w := e.schema.wanted(m); w != "" {
+			want = append(want, w)
+		} else if f, args := m.Msg(); strings.HasPrefix(f, formatConflict) && len(args) >= 2 {
+			want = append(want, e.otherValue(v, args))
+		}
+	}
+	want = slices.Compact(want)
+	pos := token.NoPos
+	for _, m := range group {
+		if p := e.userPlace(m); p.IsValid() {
+			pos = p
+		}
+	}
+	if !pos.IsValid() {
+		pos = e.posOf(path...)
+	}
+	text := "is not one of what it can be"
+	switch {
+	case len(want) == 1:
+		text = "is not " + want[0]
+	case len(want) > 1:
+		text = "is none of: " + strings.Join(want, ", ")
+	}
+	e.add(pos, "%s: %s %s", pathText(path), e.written(path), text)
+}
+
+// otherValue is that of the first two args of a conflict that is not the user's value v.
+func (e *evaluation) otherValue(v cue.Value, args []any) string {
+	if mine := fmt.Sprint(v); fmt.Sprint(args[0]) == mine {
+		return brief(fmt.Sprint(args[1]))
+	}
+	return brief(fmt.Sprint(args[0]))
+}
+
+// joined makes one error of several.
+func joined(list []cueerrors.Error) error {
+	var out cueerrors.Error
+	for _, m := range list {
+		out = cueerrors.Append(out, m)
+	}
+	return out
+}
+
+// brief is a text of CUE's on one line and not too long.
+func brief(s string) string {
+	s = strings.Join(strings.Fields(s), " ")
+	const most = 160
+	if r := []rune(s); len(r) > most {
+		return string(r[:most]) + "…"
+	}
+	return s
+}
+
+// suggest is the end of a sentence about an unknown name: the known one that was meant, or all if they are few.
+func suggest(name string, known []string) string {
+	known = slices.Sorted(slices.Values(known))
+	best, least := "", 3
+	for _, k := range known {
+		if d := distance(strings.ToLower(name), strings.ToLower(k)); d < least && d < len(k) {
+			best, least = k, d
+		}
+	}
+	switch {
+	case best != "":
+		return fmt.Sprintf("; did you mean %q?", best)
+	case len(known) > 0 && len(known) <= 12:
+		return "; known are " + strings.Join(known, ", ")
+	}
+	return ""
+}
+
+// distance is how many letters must be added, dropped, changed or swapped with the next to make b of a (optimal string
+// alignment).
+func distance(a, b string) int {
+	if len(a) > 64 || len(b) > 64 {
+		return 64
+	}
+	var before, prev, cur []int
+	for j := range len(b) + 1 {
+		prev = append(prev, j)
+	}
+	for i := 1; i <= len(a); i++ {
+		cur = append(make([]int, 0, len(b)+1), i)
+		for j := 1; j <= len(b); j++ {
+			change := 1
+			if a[i-1] == b[j-1] {
+				change = 0
+			}
+			d := min(prev[j]+1, cur[j-1]+1, prev[j-1]+change)
+			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
+				d = min(d, before[j-2]+1)
+			}
+			cur = append(cur, d)
+		}
+		before, prev = prev, cur
+	}
+	return prev[len(b)]
+}
+
+// schemaDocs are the definitions of the schema that say what a single value must look like.
+type schemaDocs struct{ defs []schemaDef }
+
+type schemaDef struct {
+	name        string
+	first, last int    // lines
+	want        string // "an IPv4 address", from the comment "#Address is an IPv4 address."
+}
+
+// readSchemaDocs reads the comments of the schema's definitions.
+func readSchemaDocs(f *ast.File) *schemaDocs {
+	out := &schemaDocs{}
+	for _, d := range f.Decls {
+		field, ok := d.(*ast.Field)
+		if !ok {
+			continue
+		}
+		if _, isStruct := field.Value.(*ast.StructLit); isStruct {
+			continue
+		}
+		name, _, err := ast.LabelName(field.Label)
+		if err != nil {
+			continue
+		}
+		for _, c := range ast.Comments(field) {
+			text := strings.Join(strings.Fields(c.Text()), " ")
+			if want, ok := strings.CutPrefix(text, name+" is "); ok {
+				out.defs = append(out.defs, schemaDef{name, field.Pos().Line(), field.End().Line(), strings.TrimSuffix(want, ".")})
+			}
+		}
+	}
+	return out
+}
+
+// wanted says what the schema wants where err is, or "".
+func (s *schemaDocs) wanted(err cueerrors.Error) string {
+	for _, pos := range append([]token.Pos{err.Position()}, err.InputPositions()...) {
+		if pos.Filename() != schemaFile {
+			continue
+		}
+		for _, d := range s.defs {
+			if d.first <= pos.Line() && pos.Line() <= d.last {
+				return d.want
+			}
+		}
+	}
+	return ""
+}
+
+// nameOf says what names of a part of the fleet look like.
+func (s *schemaDocs) nameOf(part string) string {
+	def := "#Name"
+	if part == "hosts" {
+		def = "#Label"
+	}
+	for _, d := range s.defs {
+		if d.name == def {
+			return d.want
+		}
+	}
+	return "another one"
+}
