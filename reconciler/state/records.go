@@ -64,6 +64,11 @@ type Assignment struct {
 	Node       digest.Digest `json:"node"` // of the node files
 	// Fleet fields the agent needs, frozen with the generation, so that a bad commit changes nothing.
 	Spec agentapi.Assignment `json:"spec"`
+
+	// What the generation was made of, so that a plan can say what is different now.
+	Address     netip.Addr      `json:"address,omitzero"`
+	BaseRecipe  images.RecipeID `json:"baseRecipe,omitempty"`
+	DeltaRecipe images.RecipeID `json:"deltaRecipe,omitempty"`
 }
 
 // BuildPhase is where a build is.
@@ -93,6 +98,9 @@ type Build struct {
 	Retry    time.Time       `json:"retry,omitzero"` // when a failed build is tried again
 	Result   digest.Digest   `json:"result,omitempty"`
 	Size     int64           `json:"size,omitempty"`
+	// Parts say what the recipe is made of, for people: "package nginx", "file /etc/motd", each with its value or the
+	// short digest of it. Two builds are compared by them. Empty where there are too many.
+	Parts map[string]string `json:"parts,omitempty"`
 }
 
 // A Release is a release with its name, and the recipes that it came from.
