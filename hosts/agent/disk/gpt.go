@@ -1,0 +1,211 @@
+package disk
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"unicode/utf16"
+)
+
+// A GPT (UEFI specification 2.10, section 5.3) as it lies on a disk of n blocks:
+//
+//	block 0          protective MBR: one partition of type 0xee over all
+//	block 1          header
+//	block 2 ff       128 entries of 128 bytes (16 KiB)
+//	1 MiB ff         the partition
+//	before the last  the entries again
+//	block n-1        header again, "my" and "other" address changed
+const (
+	gptEntries   = 128
+	gptEntrySize = 128
+	gptAlign     = 1 << 20 // bytes; where every partitioner since 2010 starts the first partition
+)
+
+// linuxData is the type of a partition with Linux data: 0FC63DAF-8483-4772-8E79-3D69D8477DE4, in its order on disk.
+var linuxData = [16]byte{0xaf, 0x3d, 0xc6, 0x0f, 0x83, 0x84, 0x72, 0x47, 0x8e, 0x79, 0x3d, 0x69, 0xd8, 0x47, 0x7d, 0xe4}
+
+// An Entry is one partition of a GPT.
+type Entry struct {
+	Number      int    // from 1
+	Name        string // label of the partition
+	First, Size int64  // bytes
+}
+
+// errNoGPT is the error for a disk without a valid partition table.
+var errNoGPT = errors.New("no valid GPT")
+
+// writer is what a GPT is written to.
+type writer interface {
+	io.WriterAt
+	Sync() error
+}
+
+// writeGPT makes a table with one partition of that name over the whole disk of size bytes in blocks of block bytes.
+// Block 0 says whose disk it is until all the rest is there, and then becomes what makes the table one: each step is on
+// the disk before the next is written, so that a crash leaves the disk claimed, or with this table.
+func writeGPT(w writer, size, block int64, name string) error {
+	n := size / block
+	entryBlocks := int64(gptEntries*gptEntrySize) / block
+	first := gptAlign / block
+	// The end is aligned too; 1 MiB holds the copy of the table.
+	last := (size-gptAlign)/gptAlign*gptAlign/block - 1
+	if last <= first {
+		return fmt.Errorf("disk of %d bytes is too small for a partition", size)
+	}
+	var guids [32]byte
+	if _, err := rand.Read(guids[:]); err != nil {
+		return fmt.Errorf("making the disk's GUID: %w", err)
+	}
+	entries := make([]byte, gptEntries*gptEntrySize)
+	copy(entries, linuxData[:])
+	copy(entries[16:], guid(guids[16:]))
+	binary.LittleEndian.PutUint64(entries[32:], uint64(first))
+	binary.LittleEndian.PutUint64(entries[40:], uint64(last))
+	for i, u := range utf16.Encode([]rune(name)) {
+		if i < 36 {
+			binary.LittleEndian.PutUint16(entries[56+2*i:], u)
+		}
+	}
+	h := gptHeader{blocks: n, block: block, entryBlocks: entryBlocks, guid: guid(guids[:16]), crc: crc32.ChecksumIEEE(entries)}
+	steps := []struct {
+		at   int64
+		data []byte
+	}{
+		{0, claimBlock(block)},
+		{n - 1 - entryBlocks, entries},
+		{n - 1, h.bytes(n-1, 1, n-1-entryBlocks)},
+		{2, entries},
+		{1, h.bytes(1, n-1, 2)},
+		{0, protectiveMBR(n, block)},
+	}
+	for _, s := range steps {
+		if _, err := w.WriteAt(s.data, s.at*block); err != nil {
+			return fmt.Errorf("writing the partition table at block %d: %w", s.at, err)
+		}
+		if err := w.Sync(); err != nil {
+			return fmt.Errorf("writing the partition table at block %d: %w", s.at, err)
+		}
+	}
+	return nil
+}
+
+// guid sets the bits of a random UUID (RFC 9562 section 5.4), in the mixed order that GPT has.
+func guid(b []byte) []byte {
+	b[7] = b[7]&0x0f | 0x40
+	b[8] = b[8]&0x3f | 0x80
+	return b
+}
+
+type gptHeader struct {
+	blocks, block, entryBlocks int64
+	guid                       []byte
+	crc                        uint32
+}
+
+func (h gptHeader) bytes(my, other, entries int64) []byte {
+	le := binary.LittleEndian
+	b := make([]byte, h.block)
+	copy(b, "EFI PART")
+	le.PutUint32(b[8:], 0x00010000)
+	le.PutUint32(b[12:], 92)
+	le.PutUint64(b[24:], uint64(my))
+	le.PutUint64(b[32:], uint64(other))
+	le.PutUint64(b[40:], uint64(2+h.entryBlocks))
+	le.PutUint64(b[48:], uint64(h.blocks-h.entryBlocks-2))
+	copy(b[56:], h.guid)
+	le.PutUint64(b[72:], uint64(entries))
+	le.PutUint32(b[80:], gptEntries)
+	le.PutUint32(b[84:], gptEntrySize)
+	le.PutUint32(b[88:], h.crc)
+	le.PutUint32(b[16:], crc32.ChecksumIEEE(b[:92]))
+	return b
+}
+
+func claimBlock(block int64) []byte {
+	b := make([]byte, block)
+	copy(b, claimText)
+	return b
+}
+
+func protectiveMBR(blocks, block int64) []byte {
+	b := make([]byte, block)
+	e := b[446:]
+	copy(e, []byte{0, 0, 2, 0, 0xee, 0xff, 0xff, 0xff, 1, 0, 0, 0})
+	binary.LittleEndian.PutUint32(e[12:], uint32(min(blocks-1, 0xffffffff))) //nolint:gosec // bounded on this line
+	b[510], b[511] = 0x55, 0xaa
+	return b
+}
+
+// readGPT reads the partitions of the disk; from the copy at its end where the table at its start is broken. Every
+// number in it is taken for hostile: it came with the disk.
+func readGPT(r io.ReaderAt, size, block int64) ([]Entry, error) {
+	if block < 512 || size < 64*block {
+		return nil, errNoGPT
+	}
+	entries, err := readTable(r, size, block, 1)
+	if err != nil {
+		entries, err = readTable(r, size, block, size/block-1)
+	}
+	return entries, err
+}
+
+func readTable(r io.ReaderAt, size, block, at int64) ([]Entry, error) {
+	le := binary.LittleEndian
+	h := make([]byte, block)
+	if _, err := r.ReadAt(h, at*block); err != nil {
+		return nil, fmt.Errorf("reading the partition table at block %d: %w", at, err)
+	}
+	length := le.Uint32(h[12:])
+	if string(h[:8]) != "EFI PART" || length < 92 || int64(length) > block {
+		return nil, errNoGPT
+	}
+	sum := le.Uint32(h[16:])
+	le.PutUint32(h[16:], 0)
+	if crc32.ChecksumIEEE(h[:length]) != sum {
+		return nil, errNoGPT
+	}
+	start, count, esize := le.Uint64(h[72:]), le.Uint32(h[80:]), le.Uint32(h[84:])
+	if count > 1024 || esize < 128 || esize > 4096 || start > uint64(size/block) {
+		return nil, errNoGPT
+	}
+	table := make([]byte, int(count)*int(esize))
+	if _, err := r.ReadAt(table, int64(start)*block); err != nil { //nolint:gosec // start is at most the disk's size
+		return nil, fmt.Errorf("reading the partition table at block %d: %w", start, err)
+	}
+	if crc32.ChecksumIEEE(table) != le.Uint32(h[88:]) {
+		return nil, errNoGPT
+	}
+	return parseEntries(table, int(esize), size, block), nil
+}
+
+func parseEntries(table []byte, esize int, size, block int64) []Entry {
+	le := binary.LittleEndian
+	var out []Entry
+	for i := 0; (i+1)*esize <= len(table); i++ {
+		e := table[i*esize:][:esize]
+		if bytes.Equal(e[:16], make([]byte, 16)) {
+			continue
+		}
+		first, last := le.Uint64(e[32:]), le.Uint64(e[40:])
+		if last < first || last >= uint64(size/block) {
+			continue
+		}
+		units := make([]uint16, 36)
+		for j := range units {
+			units[j] = le.Uint16(e[56+2*j:])
+		}
+		name := string(utf16.Decode(units))
+		if end := bytes.IndexByte([]byte(name), 0); end >= 0 {
+			name = name[:end]
+		}
+		out = append(out, Entry{
+			Number: i + 1, Name: name,
+			First: int64(first) * block, Size: int64(last-first+1) * block, //nolint:gosec // both lie on the disk
+		})
+	}
+	return out
+}

@@ -1,0 +1,206 @@
+package disk
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+)
+
+// A Maker finds the cache of a machine, or makes it. It is killed at any point without harm: what it left is found
+// again and finished.
+//
+//	on the disk                     next
+//	blank                           claim it, write the table
+//	claimed                         the same
+//	table, partition empty          mke2fs
+//	table, mke2fs broken off        mke2fs
+//	table, ext4 with our label      use it
+type Maker struct {
+	Scanner Scanner
+	Mke2fs  string // "" means /sbin/mke2fs
+	MinSize int64  // bytes; 0 means the constant MinSize
+	Log     *slog.Logger
+}
+
+// Ensure returns the device with the cache's file system, and whether it was made now. An error that wraps ErrNoDisk
+// says which disks were looked at and what they hold; nothing was written to any of them then.
+func (m Maker) Ensure(ctx context.Context, spec agentapi.Disks) (path string, made bool, err error) {
+	disks, err := m.Scanner.Scan()
+	if err != nil {
+		return "", false, err
+	}
+	if d, p, ok := findCache(disks, spec); ok {
+		return m.use(ctx, d, p)
+	}
+	minSize := m.MinSize
+	if minSize == 0 {
+		minSize = MinSize
+	}
+	d, err := choose(disks, spec, minSize)
+	if err != nil {
+		return "", false, err
+	}
+	m.Log.Warn("making the cache", "disk", d.Name, "size_mib", d.Size>>20, "holds", d.describe())
+	p, err := m.partition(d)
+	if err != nil {
+		return "", false, fmt.Errorf("making the cache on %s: %w", d.Name, err)
+	}
+	return p.Path, true, m.format(ctx, p.Path)
+}
+
+// use takes a partition of ours; one that was not finished is finished first.
+func (m Maker) use(ctx context.Context, d Disk, p Part) (string, bool, error) {
+	var err error
+	switch {
+	case p.Holds == Claimed:
+		m.Log.Warn("finishing a cache that was not made to the end", "disk", d.Name)
+		if p, err = m.partition(d); err != nil {
+			return "", false, fmt.Errorf("finishing the cache on %s: %w", d.Name, err)
+		}
+	case p.Path == "":
+		if p.Path, err = m.show(d, p.Entry); err != nil {
+			return "", false, err
+		}
+	}
+	if p.Holds == Troupe {
+		return p.Path, false, nil
+	}
+	m.Log.Warn("making the cache's file system", "disk", d.Name, "partition", p.Path)
+	return p.Path, true, m.format(ctx, p.Path)
+}
+
+// show makes the kernel see a partition that it did not find itself.
+func (m Maker) show(d Disk, e Entry) (string, error) {
+	f, err := os.OpenFile(d.Path, os.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", fmt.Errorf("opening the disk %s: %w", d.Name, err)
+	}
+	defer f.Close()
+	return m.appear(f, d, e)
+}
+
+// partition writes the table and returns its one partition. What else was on the disk is wiped before, as far as it
+// would be seen again.
+func (m Maker) partition(d Disk) (Part, error) {
+	f, err := claim(d.Path)
+	if err != nil {
+		return Part{}, err
+	}
+	defer f.Close()
+	if d.Holds != Blank {
+		if err := wipe(f, d.Size, d.Block); err != nil {
+			return Part{}, err
+		}
+	}
+	if err := writeGPT(f, d.Size, d.Block, Label); err != nil {
+		return Part{}, err
+	}
+	entries, err := readGPT(f, d.Size, d.Block)
+	if err != nil || len(entries) != 1 {
+		return Part{}, fmt.Errorf("reading the partition table back: %d partitions, %w", len(entries), err)
+	}
+	path, err := m.appear(f, d, entries[0])
+	return Part{Entry: entries[0], Path: path}, err
+}
+
+// wipe zeroes the parts of a disk that Identify reads whole, and as much of the partition to be: no format finds
+// itself there afterwards. Block 0 is not zeroed but claimed, first of all: a disk that was given away stays ours.
+func wipe(f *os.File, size, block int64) error {
+	if _, err := f.WriteAt(claimBlock(block), 0); err != nil {
+		return fmt.Errorf("claiming the disk: %w", err)
+	}
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("claiming the disk: %w", err)
+	}
+	zeros := make([]byte, 1<<20)
+	for _, r := range [][2]int64{{block, headSize + gptAlign}, {size - tailSize - 2*gptAlign, size}} {
+		for off := max(block, r[0]); off < min(r[1], size); off += int64(len(zeros)) {
+			n := min(int64(len(zeros)), size-off)
+			if _, err := f.WriteAt(zeros[:n], off); err != nil {
+				return fmt.Errorf("wiping %d bytes at %d: %w", n, off, err)
+			}
+		}
+	}
+	return f.Sync()
+}
+
+// appear makes the kernel see a partition, and returns its device. A kernel that reads the table itself is asked to;
+// one that does not (it was built without GPT) is told.
+func (m Maker) appear(f *os.File, d Disk, e Entry) (string, error) {
+	s := m.Scanner.withDefaults()
+	if path := s.partPath(d.Name, e); path != "" {
+		return path, nil
+	}
+	rereadErr := unix.IoctlSetInt(int(f.Fd()), unix.BLKRRPART, 0)
+	if path := s.partPath(d.Name, e); path != "" {
+		return path, nil
+	}
+	if err := addPartition(f, e); err != nil {
+		return "", fmt.Errorf("making the kernel see partition %d of %s: %w", e.Number, d.Name, errors.Join(rereadErr, err))
+	}
+	path := s.partPath(d.Name, e)
+	if path == "" {
+		return "", fmt.Errorf("partition %d of %s does not appear in %s", e.Number, d.Name, filepath.Join(s.Sys, "block", d.Name))
+	}
+	return path, nil
+}
+
+func addPartition(f *os.File, e Entry) error {
+	p := unix.BlkpgPartition{Start: e.First, Length: e.Size, Pno: int32(e.Number)} //nolint:gosec // at most 1024
+	arg := unix.BlkpgIoctlArg{Op: unix.BLKPG_ADD_PARTITION, Datalen: int32(unsafe.Sizeof(p)), Data: (*byte)(unsafe.Pointer(&p))}
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.BLKPG, uintptr(unsafe.Pointer(&arg)))
+	if errno != 0 {
+		return fmt.Errorf("adding it by hand: %w", errno)
+	}
+	return nil
+}
+
+// format makes ext4 with our label. mke2fs clears the place of the superblock first and writes the superblock last,
+// after a flush of all the rest: where it is found, the file system is whole.
+func (m Maker) format(ctx context.Context, path string) error {
+	tool := m.Mke2fs
+	if tool == "" {
+		tool = "/sbin/mke2fs"
+	}
+	// No space is kept back for root, which is who uses it; what a new file system need not write now is written later.
+	cmd := exec.CommandContext(ctx, tool, "-q", "-F", "-t", "ext4", "-L", Label, "-m", "0",
+		"-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", path)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("making a file system on %s: %s: %w", path, lastLine(out.String()), err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("making a file system on %s: %w", path, err)
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+func lastLine(s string) string {
+	lines := strings.Split(strings.TrimSpace(s), "\n")
+	return lines[len(lines)-1]
+}
+
+// Mount mounts the cache's file system on dir, which is made where it is not there.
+func Mount(path, dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	err := unix.Mount(path, dir, "ext4", unix.MS_NOATIME|unix.MS_NODEV|unix.MS_NOSUID, "errors=remount-ro")
+	if err != nil {
+		return fmt.Errorf("mounting the cache %s on %s: %w", path, dir, err)
+	}
+	return nil
+}
