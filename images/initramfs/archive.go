@@ -87,8 +87,7 @@ func (a *archive) has(name string) bool {
 // writeTo writes the archive, compressed, and says how many bytes its files have. Sorted by name, a directory comes
 // before what is in it.
 func (a *archive) writeTo(w io.Writer) (int64, error) {
-	// One goroutine and one level: the bytes must not depend on the machine. Compared on Debian's cloud kernel: see
-	// BenchmarkModules.
+	// One goroutine: the bytes must not depend on the machine.
 	z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(level), zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(true),
 		zstd.WithWindowSize(window))
 	if err != nil {
@@ -134,8 +133,10 @@ func writeEntry(cw cpio.RecordWriter, name string, e entry, ino int) (int64, err
 	return int64(rec.FileSize), nil
 }
 
-// Of the compressor. The kernel takes windows of up to 128 MiB (lib/decompress_unzstd.c).
+// Of the compressor. An archive is made once and sent at each boot: of Debian's cloud kernel the best level makes 5.3 MB
+// in 1.5 s, the default one 6.0 MB in 0.25 s. A window of 32 MiB gains less than 1%, and the booting kernel, which would
+// take up to 128 MiB (lib/decompress_unzstd.c), has to find memory for it.
 const (
-	level  = zstd.SpeedBetterCompression
+	level  = zstd.SpeedBestCompression
 	window = 8 << 20
 )

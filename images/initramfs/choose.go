@@ -15,7 +15,6 @@ var takeDirs = []string{
 	"drivers/block",
 	"drivers/char/hw_random", // without entropy a fresh machine's TLS and UUIDs wait
 	"drivers/hv",
-	"drivers/md",
 	"drivers/message/fusion", // LSI SCSI, and VMware's
 	"drivers/mmc",
 	"drivers/net",
@@ -45,6 +44,8 @@ var takeNames = []string{
 	// File names on the EFI system partition.
 	"nls_ascii", "nls_cp437", "nls_iso8859_1", "nls_utf8",
 	"efivarfs", "iscsi_ibft", "qemu_fw_cfg",
+	// Of drivers/md what the agent can set up by itself; arrays and volumes need tools that are not here.
+	"dm_mod", "dm_snapshot", "dm_verity",
 	// Check sums of file systems and of dm-verity, by name only (a symbol would show in modules.dep).
 	"crc32c_generic", "crc32c_intel", "crc32_pclmul", "crct10dif_generic", "crct10dif_pclmul", "sha256_generic",
 	"sha256_ssse3", "sha256_arm64", "sha2_ce", "crct10dif_ce",
@@ -54,7 +55,6 @@ var takeNames = []string{
 var leaveOut = []string{
 	"drivers/block/aoe", "drivers/block/drbd", "drivers/block/rbd", "drivers/block/rnbd", "drivers/block/pktcdvd",
 	"drivers/block/floppy", "drivers/block/null_blk", "drivers/block/xen-blkback",
-	"drivers/md/bcache", "drivers/md/dm-vdo",
 	"drivers/net/appletalk", "drivers/net/arcnet", "drivers/net/can", "drivers/net/fddi", "drivers/net/hamradio",
 	"drivers/net/hippi", "drivers/net/ieee802154", "drivers/net/plip", "drivers/net/ppp", "drivers/net/slip",
 	"drivers/net/wan", "drivers/net/wireless", "drivers/net/wireguard", "drivers/net/wwan", "drivers/net/xen-netback",
@@ -65,11 +65,15 @@ var leaveOut = []string{
 	"drivers/net/ethernet/smsc/smc91c92_cs", "drivers/net/ethernet/fujitsu", "drivers/net/ethernet/xircom",
 	"drivers/net/ethernet/mellanox/mlxsw", // switches' own chips
 	"drivers/net/usb/cdc-phonet", "drivers/net/usb/hso", "drivers/net/usb/kaweth", "drivers/net/usb/sierra_net",
+	"drivers/nvme/host/nvme-rdma", // takes all of InfiniBand with it
 	"drivers/phy/ti",
 	"drivers/scsi/fcoe", "drivers/scsi/bnx2fc", "drivers/scsi/pcmcia", "drivers/scsi/scsi_debug", "drivers/scsi/st",
-	"drivers/scsi/ch", "drivers/scsi/osst", "drivers/scsi/xen-scsifront",
+	"drivers/scsi/ch", "drivers/scsi/bfa", "drivers/scsi/qla4xxx", "drivers/scsi/qedf", "drivers/scsi/qedi",
+	"drivers/scsi/cxgbi", "drivers/scsi/bnx2i", "drivers/scsi/elx", "drivers/scsi/csiostor", "drivers/scsi/xen-scsifront",
+	"drivers/scsi/qla2xxx/tcm_qla2xxx", "drivers/scsi/ibmvscsi_tgt",
 	"drivers/xen/xen-scsiback", "drivers/xen/xen-pciback", "drivers/xen/pvcalls-back", "drivers/xen/pvcalls-front",
 	"drivers/usb/storage/ums-realtek",
+	"drivers/watchdog/mei_wdt",
 }
 
 // needed are modules without which no node reaches its root; each must be there or be built into the kernel.

@@ -24,15 +24,15 @@ type File struct {
 // maxList bounds what List reads in all, in bytes after decompression.
 const maxList = 2 << 30
 
-// List reads initramfs archives that stand one after the other, each compressed with zstd, as the kernel does, and gives
-// all their entries in order. It is for looking at what Agent and Modules wrote.
+// List reads initramfs archives that stand one after the other with nothing between them, each compressed with zstd, and
+// gives all their entries in order. It is for looking at what Agent and Modules wrote.
 func List(r io.Reader) ([]File, error) {
 	z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(1<<30))
 	if err != nil {
 		return nil, err
 	}
 	defer z.Close()
-	c := &cpioReader{r: bufio.NewReader(io.LimitReader(z, maxList))}
+	c := newCPIOReader(io.LimitReader(z, maxList))
 	var files []File
 	for {
 		f, err := c.next()
@@ -54,6 +54,8 @@ type cpioReader struct {
 	r   *bufio.Reader
 	pos int64 // in the archive: entries are aligned to 4 bytes
 }
+
+func newCPIOReader(r io.Reader) *cpioReader { return &cpioReader{r: bufio.NewReader(r)} }
 
 const (
 	headerSize = 6 + 13*8
