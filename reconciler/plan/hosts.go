@@ -1,0 +1,281 @@
+package plan
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
+)
+
+// A planner is one call of Make.
+type planner struct {
+	fleet *schema.Fleet
+	obs   Observed
+
+	roles     map[string]*role // those that hosts have
+	diffs     map[diffKey][]string
+	machines  map[string]string // MAC by host
+	runs      map[string]string // MAC of the node that runs as a host
+	unclaimed []string
+}
+
+// match finds each host's machine. A MAC says more than a UUID, which boards are known to share, and that more than a
+// serial number, which vendors leave at "To be filled".
+func (p *planner) match() {
+	byMAC, byUUID, bySerial := map[string]string{}, map[string]string{}, map[string]string{}
+	for _, name := range slices.Sorted(maps.Keys(p.fleet.Hosts)) {
+		h := p.fleet.Hosts[name]
+		byMAC[strings.ToLower(h.MAC)], byUUID[strings.ToLower(h.UUID)], bySerial[h.Serial] = name, name, name
+	}
+	delete(byMAC, "")
+	delete(byUUID, "")
+	delete(bySerial, "")
+	p.machines = make(map[string]string, len(p.fleet.Hosts))
+	for _, mac := range slices.Sorted(maps.Keys(p.obs.Machines)) {
+		m := p.obs.Machines[mac]
+		name := cmp.Or(byMAC[strings.ToLower(mac)], byUUID[strings.ToLower(m.UUID)], bySerial[m.Serial])
+		if name == "" {
+			p.unclaimed = append(p.unclaimed, mac)
+		} else if p.better(name, mac) {
+			p.machines[name] = mac
+		}
+	}
+	// A node that never said hello to this server may still be known by what it reports.
+	for mac := range p.obs.Nodes {
+		if name := byMAC[mac]; name != "" {
+			p.machines[name] = mac
+		}
+	}
+	p.runs = map[string]string{}
+	for mac, n := range p.obs.Nodes {
+		if n.Running == nil {
+			continue
+		}
+		if old, ok := p.runs[n.Running.Host]; !ok || p.newer(mac, old) {
+			p.runs[n.Running.Host] = mac
+		}
+	}
+}
+
+// better says whether mac is rather the host's machine than the one found before: a machine with two interfaces may have
+// booted from either, and a board may have been replaced.
+func (p *planner) better(name, mac string) bool {
+	old, ok := p.machines[name]
+	if !ok {
+		return true
+	}
+	declared := strings.ToLower(p.fleet.Hosts[name].MAC)
+	if old == declared || mac == declared {
+		return mac == declared
+	}
+	return p.newer(mac, old)
+}
+
+// newer says whether the node at mac was seen after that at old; the lower MAC where it cannot be told.
+func (p *planner) newer(mac, old string) bool {
+	c := p.obs.Nodes[mac].LastSeen.Compare(p.obs.Nodes[old].LastSeen)
+	return c > 0 || c == 0 && mac < old
+}
+
+// host plans one declared host.
+func (p *planner) host(name string, h schema.Host) Host {
+	r := p.role(h.Role)
+	old, had := p.obs.Assignments[name]
+	mac, seen := p.machines[name]
+	out := Host{
+		Name: name, MAC: cmp.Or(mac, h.MAC), ToRole: h.Role, Generation: 1, FetchBytes: -1,
+		Base: r.base, Delta: r.delta, host: h,
+	}
+	if had {
+		out.FromRole, out.From, out.Generation = old.Role, old.Release, old.Generation
+	}
+	want := wanted{Host: h, node: nodeOf(h, p.fleet.Network.Domain), checks: r.checks, role: r}
+	if had {
+		out.Why = p.changes(old, want)
+		out.Changed = len(out.Why) > 0
+	} else {
+		out.Why, out.Changed = []string{"first assignment: role " + h.Role}, true
+	}
+	if out.Changed && had {
+		out.Generation++
+	}
+	node := p.obs.Nodes[mac]
+	if r.release == nil {
+		r.waiting = append(r.waiting, name)
+		out.Action = AwaitBuild
+		out.Reboot = out.Changed && node.Running != nil
+		out.Why = append(out.Why, r.wait)
+		return out
+	}
+	out.To = r.id
+	out.Spec = p.spec(&out, old, want)
+	p.act(&out, old, had, seen, node)
+	return out
+}
+
+// act finds what the machine has to do to follow out.Spec.
+func (p *planner) act(out *Host, old state.Assignment, had, seen bool, node state.Node) {
+	run, rel := node.Running, out.Spec.Release
+	current := run != nil && run.Release == rel.ID && run.Node == out.Spec.Node.Digest
+	out.FetchBytes = 0
+	if !current {
+		out.FetchBytes = missing(node.Cached, rel.Base, rel.Delta)
+	}
+	switch {
+	case !seen:
+		out.Action = Absent
+	case current && !out.Changed:
+		out.Action = None
+		return
+	case current:
+		out.Action = Update
+		return
+	case run == nil && !had:
+		out.Action = Claim
+		out.Reboot = node.Kernel != "" && node.Kernel != rel.Kernel
+	case run == nil:
+		out.Action = Boot
+	case out.FetchBytes > 0:
+		out.Action, out.Reboot = StageAndReboot, true
+	default:
+		out.Action, out.Reboot = Reboot, true
+	}
+	if len(out.Why) == 0 {
+		out.Why = []string{fmt.Sprintf("generation %d is not active yet: %s", old.Generation, old.Why)}
+	}
+	if !seen {
+		out.Why = append(out.Why, "its machine has never been seen")
+	}
+}
+
+// missing is the size of those blobs that are not in cached. What comes twice is fetched once.
+func missing(cached []digest.Digest, base, delta agentapi.Blob) int64 {
+	var n int64
+	if !slices.Contains(cached, base.Digest) {
+		n += base.Size
+	}
+	if delta.Digest != base.Digest && !slices.Contains(cached, delta.Digest) {
+		n += delta.Size
+	}
+	return n
+}
+
+// leave plans a host that is assigned and no longer declared.
+func (p *planner) leave(name string, a state.Assignment) Host {
+	out := Host{
+		Name: name, Action: Leave, Changed: true, Why: []string{"host removed from the fleet"},
+		FromRole: a.Role, From: a.Release, Generation: a.Generation,
+	}
+	mac, ok := p.runs[name]
+	if !ok {
+		return out
+	}
+	out.MAC = mac
+	// A machine that another host takes over reboots for that one.
+	_, out.Reboot = slices.BinarySearch(p.unclaimed, mac)
+	return out
+}
+
+// spec is what the agent is told. A host for which nothing changed is told the same as before.
+func (p *planner) spec(out *Host, old state.Assignment, want wanted) *agentapi.Assignment {
+	if !out.Changed {
+		return &old.Spec
+	}
+	rel := want.role.release
+	s := &agentapi.Assignment{
+		State: agentapi.Assigned, Host: out.Name, Generation: out.Generation, Role: out.ToRole,
+		Release: &agentapi.Release{
+			ID: want.role.id, Base: agentapi.Blob(rel.Base), Delta: agentapi.Blob(rel.Delta),
+			Kernel: rel.Kernel.Digest, KernelArgs: rel.KernelArgs,
+		},
+		Node: want.node, Disk: agentapi.Disks(want.Disk), Checks: want.checks,
+	}
+	s.Version = version(s)
+	return s
+}
+
+// version names the content of an assignment. The generation alone would not do: a host that left and came back starts
+// again at 1.
+func version(s *agentapi.Assignment) string {
+	e := encoder("troupe assignment 1").str(s.Host).num(s.Generation).str(s.Role).str(string(s.Release.ID)).str(string(s.Node.Digest))
+	e = e.flag(s.Disk.Take).str(s.Disk.Device).num(uint64(len(s.Checks)))
+	for _, c := range s.Checks {
+		e = e.check(c)
+	}
+	return fmt.Sprintf("%d-%s", s.Generation, digest.Of(e).Short())
+}
+
+// nodeOf is what only this host has. Its digest covers the name and the address beside the files: the node delta of one
+// identity, with whatever programs derived from that identity, is not taken over by another. So a host with a new address
+// reboots, gets the address from DHCP as its firmware starts, and begins with a fresh node delta.
+func nodeOf(h schema.Host, domain string) agentapi.Node {
+	n := agentapi.Node{Hostname: h.Name, Domain: domain}
+	e := encoder("troupe node 1").str(n.Hostname).str(n.Domain).str(addr(h.Address)).num(uint64(len(h.Node.Files)))
+	if len(h.Node.Files) > 0 {
+		n.Files = make(map[string]agentapi.File, len(h.Node.Files))
+	}
+	for _, path := range slices.Sorted(maps.Keys(h.Node.Files)) {
+		f := h.Node.Files[path]
+		n.Files[path] = agentapi.File(f)
+		e = e.str(path).str(f.Content).num(uint64(f.Mode)).num(uint64(f.UID)).num(uint64(f.GID))
+	}
+	n.Digest = digest.Of(e)
+	return n
+}
+
+// Defaults of a check, for fleets that did not come through schema/load.
+const (
+	defaultEvery   = 10 * time.Second
+	defaultTimeout = 5 * time.Second
+)
+
+// checksOf are a role's checks as the agent gets them.
+func checksOf(list []schema.Check) []agentapi.Check {
+	if len(list) == 0 {
+		return nil
+	}
+	out := make([]agentapi.Check, len(list))
+	for i, c := range list {
+		out[i] = agentapi.Check{
+			Unit: c.Unit, Exec: c.Exec,
+			Every:   cmp.Or(time.Duration(c.Every), defaultEvery),
+			Timeout: cmp.Or(time.Duration(c.Timeout), defaultTimeout),
+		}
+		if c.HTTP != nil {
+			out[i].HTTP = &agentapi.HTTPCheck{Port: c.HTTP.Port, Path: cmp.Or(c.HTTP.Path, "/"), Status: cmp.Or(c.HTTP.Status, 200)}
+		}
+		if c.TCP != nil {
+			out[i].TCP = &agentapi.TCPCheck{Port: c.TCP.Port}
+		}
+	}
+	return out
+}
+
+// wanted is what a host is to be.
+type wanted struct {
+	schema.Host
+	node   agentapi.Node
+	checks []agentapi.Check
+	role   *role
+}
+
+// A role is what its hosts have in common.
+type role struct {
+	schema.Role
+	base, delta images.RecipeID
+	baseRecipe  images.BaseRecipe
+	recipe      images.DeltaRecipe
+	checks      []agentapi.Check
+	release     *images.Release // nil until it is built
+	id          digest.Digest
+	wait        string   // why there is no release, for people
+	waiting     []string // hosts
+}

@@ -1,0 +1,181 @@
+package plan
+
+import (
+	"cmp"
+	"encoding/binary"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/reconciler/state"
+)
+
+// role computes what the hosts of a role have in common, once.
+func (p *planner) role(name string) *role {
+	if r := p.roles[name]; r != nil {
+		return r
+	}
+	r := &role{Role: p.fleet.Roles[name]}
+	p.roles[name] = r
+	r.baseRecipe = images.BaseRecipeOf(p.fleet.Images[r.OS])
+	r.base = r.baseRecipe.ID()
+	r.recipe = images.DeltaRecipeOf(r.base, r.Role)
+	r.delta = r.recipe.ID()
+	r.checks = checksOf(r.Healthy)
+	base, ok := p.obs.Bases[r.base]
+	if !ok {
+		r.wait = p.waits("image "+r.OS, r.base)
+		return r
+	}
+	delta, ok := p.delta(r.delta, base)
+	if !ok {
+		r.wait = p.waits("role "+name, r.delta)
+		return r
+	}
+	r.release = &images.Release{
+		Base: base.Image, Delta: delta.Image, Kernel: base.Kernel, Modules: base.Modules, KernelArgs: r.Kernel.Args,
+	}
+	r.id = r.release.ID()
+	return r
+}
+
+// delta is what came out of a recipe on this very base: a base that was built again has other bytes under a delta.
+func (p *planner) delta(id images.RecipeID, base images.Base) (images.Delta, bool) {
+	d, ok := p.obs.Deltas[id]
+	return d, ok && d.Base == base.Image
+}
+
+// waits says for people what a host without a release waits for.
+func (p *planner) waits(what string, id images.RecipeID) string {
+	switch b := p.obs.Builds[id]; b.Phase {
+	case state.BuildFailed:
+		return fmt.Sprintf("the build of %s failed in step %q", what, b.Step)
+	case state.BuildRunning:
+		return what + " is being built"
+	}
+	return what + " has to be built"
+}
+
+// builds lists what has to be built for the hosts, and for discovery: a machine that no host declares boots an OS image
+// too.
+func (p *planner) builds() []Build {
+	byRecipe := map[images.RecipeID]*Build{}
+	for _, name := range slices.Sorted(maps.Keys(p.roles)) {
+		r := p.roles[name]
+		if r.release != nil {
+			continue
+		}
+		_, based := p.obs.Bases[r.base]
+		if !based {
+			p.want(byRecipe, Build{Recipe: r.base, Kind: KindBase, Name: r.OS, Base: &r.baseRecipe, Hosts: r.waiting})
+		}
+		b := Build{Recipe: r.delta, Kind: KindDelta, Name: name, Delta: &r.recipe, Hosts: r.waiting}
+		if !based {
+			b.After = r.base
+		}
+		p.want(byRecipe, b)
+	}
+	if os := p.discovery(); os != "" {
+		recipe := images.BaseRecipeOf(p.fleet.Images[os])
+		if id := recipe.ID(); p.obs.Bases[id].Recipe == "" {
+			p.want(byRecipe, Build{Recipe: id, Kind: KindBase, Name: os, Base: &recipe})
+		}
+	}
+	out := make([]Build, 0, len(byRecipe))
+	for _, b := range byRecipe {
+		slices.Sort(b.Hosts)
+		out = append(out, *b)
+	}
+	slices.SortFunc(out, func(a, b Build) int {
+		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Recipe, b.Recipe))
+	})
+	return out
+}
+
+// discovery is the OS image that unknown machines boot.
+func (p *planner) discovery() string {
+	if os := p.fleet.Discovery.OS; os != "" {
+		return os
+	}
+	names := slices.Sorted(maps.Keys(p.fleet.Images))
+	if len(names) == 0 {
+		return ""
+	}
+	return names[0]
+}
+
+// want adds a build, or the hosts that wait for it to one that is wanted already.
+func (p *planner) want(all map[images.RecipeID]*Build, b Build) {
+	if known := all[b.Recipe]; known != nil {
+		known.Name = min(known.Name, b.Name)
+		known.Hosts = append(known.Hosts, b.Hosts...)
+		return
+	}
+	rec := p.obs.Builds[b.Recipe]
+	switch rec.Phase {
+	case state.BuildRunning:
+		b.State = BuildRunning
+	case state.BuildFailed:
+		b.State, b.Error = BuildFailed, rec.Error
+	default:
+		b.State = BuildMissing
+	}
+	if b.Base != nil {
+		b.Parts = baseParts(*b.Base)
+	} else {
+		b.Parts = deltaParts(*b.Delta)
+	}
+	b.Hosts = slices.Clone(b.Hosts)
+	all[b.Recipe] = &b
+}
+
+// releases lists the releases of the roles that hosts have.
+func (p *planner) releases() []state.Release {
+	var out []state.Release
+	for _, name := range slices.Sorted(maps.Keys(p.roles)) {
+		r := p.roles[name]
+		if r.release == nil {
+			continue
+		}
+		i := slices.IndexFunc(out, func(rel state.Release) bool { return rel.ID == r.id })
+		if i < 0 {
+			out = append(out, state.Release{ID: r.id, Base: r.base, Delta: r.delta, Release: *r.release})
+			i = len(out) - 1
+		}
+		out[i].Roles = append(out[i].Roles, name)
+	}
+	slices.SortFunc(out, func(a, b state.Release) int { return cmp.Compare(a.ID, b.ID) })
+	return out
+}
+
+// canonical bytes: each part says how long it is before it comes, so that two different values never have the same.
+type canonical []byte
+
+func encoder(format string) canonical { return canonical(nil).str(format) }
+
+func (e canonical) num(n uint64) canonical { return binary.BigEndian.AppendUint64(e, n) }
+
+func (e canonical) str(s string) canonical { return append(e.num(uint64(len(s))), s...) }
+
+func (e canonical) flag(b bool) canonical {
+	if b {
+		return e.num(1)
+	}
+	return e.num(0)
+}
+
+func (e canonical) check(c agentapi.Check) canonical {
+	if e = e.flag(c.HTTP != nil); c.HTTP != nil {
+		e = e.num(uint64(c.HTTP.Port)).str(c.HTTP.Path).num(uint64(c.HTTP.Status))
+	}
+	if e = e.flag(c.TCP != nil); c.TCP != nil {
+		e = e.num(uint64(c.TCP.Port))
+	}
+	e = e.str(c.Unit).num(uint64(len(c.Exec)))
+	for _, arg := range c.Exec {
+		e = e.str(arg)
+	}
+	return e.num(uint64(c.Every)).num(uint64(c.Timeout))
+}

@@ -1,0 +1,219 @@
+package plan
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/reconciler/state"
+)
+
+const (
+	maxParts   = 256 << 10 // bytes of a recipe's parts that are recorded: a record must stay below what the store takes
+	maxReasons = 8         // of one kind that are told
+)
+
+// changes are the reasons why a host gets another generation; none if it is to run on as it does.
+func (p *planner) changes(old state.Assignment, want wanted) []string {
+	var why []string
+	if old.Role != want.Role {
+		why = append(why, fmt.Sprintf("role %s → %s", old.Role, want.Role))
+	} else if r := want.role; r.release == nil || old.Release != r.id {
+		why = append(why, p.released(old, r)...)
+	}
+	if old.Node != want.node.Digest {
+		why = append(why, nodeChanges(old, want)...)
+	}
+	if old.Spec.Disk != agentapi.Disks(want.Disk) {
+		why = append(why, "disk policy changed")
+	}
+	if !slices.EqualFunc(old.Spec.Checks, want.checks, sameCheck) {
+		why = append(why, "health checks of role "+want.Role+" changed")
+	}
+	return why
+}
+
+type diffKey struct {
+	base, delta images.RecipeID
+	release     digest.Digest
+	role        string
+}
+
+// released says what is different between the release that a host has and the one that its role has now. Many hosts
+// have the same answer.
+func (p *planner) released(old state.Assignment, r *role) []string {
+	key := diffKey{old.BaseRecipe, old.DeltaRecipe, old.Release, r.Name}
+	if why, ok := p.diffs[key]; ok {
+		return why
+	}
+	why := p.compare(old, r)
+	p.diffs[key] = why
+	return why
+}
+
+func (p *planner) compare(old state.Assignment, r *role) []string {
+	var why []string
+	if old.BaseRecipe != r.base {
+		why = append(why, p.recipes("OS image "+r.OS, old.BaseRecipe, baseParts(r.baseRecipe))...)
+	}
+	if old.DeltaRecipe != r.delta {
+		of := "role " + r.Name
+		// A delta's recipe names its base: with another base it is another recipe, made of the same parts.
+		if now := deltaParts(r.recipe); old.BaseRecipe == r.base || !maps.Equal(p.obs.Builds[old.DeltaRecipe].Parts, now) {
+			why = append(why, p.recipes(of, old.DeltaRecipe, now)...)
+		}
+	}
+	if rel := old.Spec.Release; rel != nil && !slices.Equal(rel.KernelArgs, r.Kernel.Args) {
+		why = append(why, "kernel arguments of role "+r.Name+" changed")
+	}
+	if len(why) == 0 && r.release != nil {
+		why = append(why, r.rebuilt(old)...)
+	}
+	return why
+}
+
+// rebuilt says which image has other bytes though its recipe is the same.
+func (r *role) rebuilt(old state.Assignment) []string {
+	rel := old.Spec.Release
+	if rel != nil && rel.Base == agentapi.Blob(r.release.Base) && rel.Kernel == r.release.Kernel.Digest {
+		return []string{"role " + r.Name + " was built again"}
+	}
+	return []string{"OS image " + r.OS + " was built again"}
+}
+
+// recipes compares what was built by the recipe before with the parts now.
+func (p *planner) recipes(of string, before images.RecipeID, now map[string]string) []string {
+	old := p.obs.Builds[before].Parts
+	if len(old) == 0 || len(now) == 0 {
+		return []string{of + " changed"}
+	}
+	why := compareParts(old, now, func(part, how string) string { return part + " of " + of + " " + how })
+	if len(why) == 0 {
+		return []string{of + " changed"}
+	}
+	return why
+}
+
+// compareParts says which parts were added, removed and changed, by name.
+func compareParts(old, now map[string]string, say func(part, how string) string) []string {
+	var why []string
+	names := maps.Clone(old)
+	maps.Copy(names, now)
+	for _, part := range slices.Sorted(maps.Keys(names)) {
+		was, had := old[part]
+		is, has := now[part]
+		switch {
+		case !has:
+			why = append(why, say(part, "removed"))
+		case !had:
+			why = append(why, say(part, "added"))
+		case was != is:
+			why = append(why, say(part, "changed"))
+		}
+	}
+	if n := len(why); n > maxReasons {
+		why = append(why[:maxReasons-1:maxReasons-1], fmt.Sprintf("and %d more", n-maxReasons+1))
+	}
+	return why
+}
+
+func nodeChanges(old state.Assignment, want wanted) []string {
+	why := compareParts(nodeParts(old.Spec.Node), nodeParts(want.node), func(part, how string) string { return part + " " + how })
+	if was, is := addr(old.Address), addr(want.Address); was != is {
+		why = append(why, fmt.Sprintf("address %s → %s", orNone(was), orNone(is)))
+	}
+	if was, is := old.Spec.Node.Domain, want.node.Domain; was != is {
+		why = append(why, fmt.Sprintf("domain %s → %s", orNone(was), orNone(is)))
+	}
+	if len(why) == 0 {
+		return []string{"node delta changed"}
+	}
+	return why
+}
+
+func nodeParts(n agentapi.Node) map[string]string {
+	parts := make(map[string]string, len(n.Files))
+	for path, f := range n.Files {
+		parts["node file "+path] = fileValue(images.File(f))
+	}
+	return parts
+}
+
+// addr is a in text; "" for the zero Addr.
+func addr(a netip.Addr) string {
+	if !a.IsValid() {
+		return ""
+	}
+	return a.String()
+}
+
+func orNone(s string) string {
+	if s == "" {
+		return "none"
+	}
+	return s
+}
+
+// baseParts are the parts of an OS base's recipe.
+func baseParts(r images.BaseRecipe) map[string]string {
+	parts := map[string]string{"suite": r.Suite, "mirror": r.Mirror, "architecture": r.Arch, "kernel": r.Kernel}
+	named(parts, "component ", r.Components)
+	named(parts, "package ", r.Packages)
+	return limited(parts)
+}
+
+// deltaParts are the parts of a role delta's recipe, without its base. "commands" is always among them, so that even an
+// empty delta has a part.
+func deltaParts(r images.DeltaRecipe) map[string]string {
+	e := encoder("")
+	for _, cmd := range r.Run {
+		e = e.str(cmd)
+	}
+	parts := map[string]string{"commands": digest.Of(e).Short()}
+	named(parts, "package ", r.Packages)
+	named(parts, "service ", r.Enable)
+	for path, f := range r.Files {
+		parts["file "+path] = fileValue(f)
+	}
+	return limited(parts)
+}
+
+func named(parts map[string]string, kind string, names []string) {
+	for _, n := range names {
+		parts[kind+n] = ""
+	}
+}
+
+func limited(parts map[string]string) map[string]string {
+	size := 0
+	for part, value := range parts {
+		size += len(part) + len(value) + len(`"":"",`)
+	}
+	if size > maxParts {
+		return nil
+	}
+	return parts
+}
+
+func fileValue(f images.File) string {
+	return digest.Of(encoder("").str(f.Content).num(uint64(f.Mode)).num(uint64(f.UID)).num(uint64(f.GID))).Short()
+}
+
+func sameCheck(a, b agentapi.Check) bool {
+	return a.Unit == b.Unit && a.Every == b.Every && a.Timeout == b.Timeout && slices.Equal(a.Exec, b.Exec) &&
+		samePtr(a.HTTP, b.HTTP) && samePtr(a.TCP, b.TCP)
+}
+
+func samePtr[T comparable](a, b *T) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return *a == *b
+}
+
+func join(why []string) string { return strings.Join(why, "; ") }
