@@ -94,7 +94,7 @@ func startEtcd(ctx context.Context, dir, socket string, log *slog.Logger) (*embe
 	cfg.ListenPeerUrls = []url.URL{{Scheme: "unix", Host: socket}}
 	cfg.AdvertisePeerUrls = []url.URL{{Scheme: "http", Host: "127.0.0.1:2380"}}
 	cfg.InitialCluster = "troupe=http://127.0.0.1:2380"
-	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = "periodic", "1h"
+	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = "revision", "10000" // nodes report often
 	cfg.QuotaBackendBytes = 2 << 30
 	e, err := embed.StartEtcd(cfg)
 	if err != nil {

@@ -1,0 +1,240 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/troupe-dev/troupe/images/build"
+	"github.com/troupe-dev/troupe/images/initramfs"
+	"github.com/troupe-dev/troupe/images/store"
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/netboot"
+	"github.com/troupe-dev/troupe/netboot/dhcp"
+	"github.com/troupe-dev/troupe/reconciler"
+	"github.com/troupe-dev/troupe/reconciler/source"
+	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema/load"
+)
+
+// serveOptions are the flags of troupe serve.
+type serveOptions struct {
+	repo, branch, path string
+	credentials        string
+	interval           time.Duration
+	data               string
+	listen             string
+	iface              string
+	dhcp               string
+	agent              string
+	ipxe               []string
+	jobs               int
+	verbose            bool
+}
+
+func newServeCommand() *cobra.Command {
+	var o serveOptions
+	cmd := &cobra.Command{
+		Use:   "serve --repo URL|PATH --data DIR",
+		Short: "Run the server: follow a repo, build images, boot machines",
+		Long: `Follows a branch of a Git repo, builds the images that its fleet needs, and
+boots the fleet's machines with its own DHCP, TFTP and HTTP servers.
+
+All state lies under --data. It may be killed at any time: the next start goes on.
+
+DHCP answers nobody unless --interface is given. As "server" it is the only DHCP
+server of that network; as "proxy" it leaves addresses to the one that is there and
+only says what to boot; "off" leaves both to others.`,
+		Example: `  troupe serve --repo /srv/fleet.git --data /var/lib/troupe --interface eth1
+  troupe serve --repo https://git.example.com/fleet.git --data /var/lib/troupe --interface eth1 --dhcp proxy`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			level := slog.LevelInfo
+			if o.verbose {
+				level = slog.LevelDebug
+			}
+			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level}))
+			return o.run(cmd.Context(), log)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.repo, "repo", "", "Git repo of the fleet: a path, or a URL (https, ssh, file)")
+	f.StringVar(&o.branch, "branch", source.DefaultBranch, "branch to follow")
+	f.StringVar(&o.path, "path", ".", "the fleet's directory in the repo")
+	f.StringVar(&o.credentials, "credentials", "", "file with credentials for https, in the format of git-credential-store")
+	f.DurationVar(&o.interval, "interval", source.DefaultInterval, "time between two looks at the repo")
+	f.StringVar(&o.data, "data", "", "directory of all of the server's state")
+	f.StringVar(&o.listen, "listen", ":8080", "address of the HTTP server")
+	f.StringVar(&o.iface, "interface", "", "interface of the machines' network; without one only HTTP is served")
+	f.StringVar(&o.dhcp, "dhcp", "server", "server, proxy or off")
+	f.StringVar(&o.agent, "agent", "", "the troupe-agent program (default: beside this one)")
+	f.StringSliceVar(&o.ipxe, "ipxe", nil, "directories of iPXE's boot files (default: where Debian has them)")
+	f.IntVar(&o.jobs, "jobs", 2, "builds at a time")
+	f.BoolVarP(&o.verbose, "verbose", "v", false, "log what is done for whom")
+	for _, name := range []string{"repo", "data"} {
+		_ = cmd.MarkFlagRequired(name) // fails for unknown flags only
+	}
+	return cmd
+}
+
+// run puts the server together and runs it until ctx ends.
+func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
+	if err := os.MkdirAll(o.data, 0o755); err != nil {
+		return fmt.Errorf("making the data directory: %w", err)
+	}
+	records, err := state.Open(ctx, filepath.Join(o.data, "state"), log)
+	if err != nil {
+		return err
+	}
+	defer closeLogged(log, "the records", records.Close)
+	blobs, err := store.Open(filepath.Join(o.data, "store"))
+	if err != nil {
+		return err
+	}
+	defer closeLogged(log, "the image store", blobs.Close)
+	repo, err := source.Open(source.Config{
+		Repo: o.repo, Branch: o.branch, Path: o.path, Dir: filepath.Join(o.data, "mirror"),
+		Interval: o.interval, Credentials: o.credentials, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	agent, err := putAgent(ctx, blobs, o.agent)
+	if err != nil {
+		return err
+	}
+	builder := &build.Builder{Store: blobs, Dir: filepath.Join(o.data, "build"), Log: log}
+	if err := builder.Clean(); err != nil {
+		return err
+	}
+	rec := reconciler.New(reconciler.Config{
+		Repo: repo, Branch: o.branch, Path: o.path, Loader: &load.Loader{}, Store: records, Blobs: blobs, Builder: builder,
+		Logs: filepath.Join(o.data, "logs"), Agent: agent, Jobs: o.jobs, Log: log,
+	})
+	return o.servers(ctx, log, rec)
+}
+
+// servers opens the sockets and runs everything that listens, and the reconciler, until ctx ends or one of them fails.
+func (o serveOptions) servers(ctx context.Context, log *slog.Logger, rec *reconciler.Reconciler) error {
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", o.listen)
+	if err != nil {
+		return fmt.Errorf("opening the HTTP server's port: %w", err)
+	}
+	boot, err := o.netboot(l, log, rec)
+	if err != nil {
+		_ = l.Close()
+		return err
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/", rec.API().Handler())
+	mux.Handle("/boot/", boot.Handler())
+	mux.Handle("/blobs/", boot.Handler())
+	log.Info("serving", "http", l.Addr().String(), "interface", o.iface, "dhcp", o.dhcp, "repo", source.Redact(o.repo))
+
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return rec.Run(ctx) })
+	g.Go(func() error { return serveHTTP(ctx, l, mux) })
+	g.Go(func() error { return o.serveBoot(ctx, boot) })
+	return g.Wait()
+}
+
+// serveHTTP serves until ctx ends. Transfers and long polls get a moment to end by themselves: agents come back.
+func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
+	srv := &http.Server{
+		Handler: h, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		BaseContext: func(net.Listener) context.Context { return ctx },
+	}
+	done := make(chan error, 1)
+	go func() {
+		<-ctx.Done()
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer cancel()
+		if srv.Shutdown(grace) != nil {
+			_ = srv.Close()
+		}
+		done <- nil
+	}()
+	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serving HTTP: %w", err)
+	}
+	return <-done
+}
+
+// putAgent makes the initramfs segment with the agent, and keeps it in the store.
+func putAgent(ctx context.Context, blobs *store.Store, name string) (digest.Digest, error) {
+	if name == "" {
+		self, err := os.Executable()
+		if err != nil {
+			return "", fmt.Errorf("finding troupe-agent: %w", err)
+		}
+		name = filepath.Join(filepath.Dir(self), "troupe-agent")
+	}
+	f, err := os.Open(name)
+	if err != nil {
+		return "", fmt.Errorf("opening the agent that machines boot (see --agent): %w", err)
+	}
+	defer f.Close()
+	w, err := blobs.Create(ctx)
+	if err != nil {
+		return "", fmt.Errorf("writing the agent's initramfs: %w", err)
+	}
+	defer func() { _ = w.Abort() }()
+	if err := initramfs.Agent(w, f); err != nil {
+		return "", fmt.Errorf("writing the agent's initramfs: %w", err)
+	}
+	b, err := w.Commit()
+	if err != nil {
+		return "", fmt.Errorf("writing the agent's initramfs: %w", err)
+	}
+	return b.Digest, nil
+}
+
+func closeLogged(log *slog.Logger, what string, closer func() error) {
+	if err := closer(); err != nil {
+		log.Error("closing "+what, "error", err)
+	}
+}
+
+// netboot is the server that machines boot from. Its HTTP part is served on l.
+func (o serveOptions) netboot(l net.Listener, log *slog.Logger, rec *reconciler.Reconciler) (*netboot.Server, error) {
+	mode, ok := map[string]dhcp.Mode{"server": dhcp.ModeServer, "proxy": dhcp.ModeProxy, "off": dhcp.ModeServer}[o.dhcp]
+	if !ok {
+		return nil, fmt.Errorf("--dhcp %s: want server, proxy or off", o.dhcp)
+	}
+	addr, ok := l.Addr().(*net.TCPAddr)
+	if !ok {
+		return nil, fmt.Errorf("--listen %s: not a TCP address", o.listen)
+	}
+	return &netboot.Server{
+		Director: rec.Director(), Blobs: rec.Blobs(), Observer: rec.Observer(), Mode: mode,
+		Addresses: rec.Addresses(), Leases: rec.Leases(), HTTPPort: uint16(addr.Port), //nolint:gosec // a TCP port has 16 bits
+		LoaderDirs: o.ipxe, Log: log,
+	}, nil
+}
+
+// serveBoot answers DHCP and TFTP on the machines' network until ctx ends.
+func (o serveOptions) serveBoot(ctx context.Context, boot *netboot.Server) error {
+	if o.iface == "" {
+		return nil
+	}
+	socks, err := netboot.Listen(ctx, o.iface, boot.Mode)
+	if err != nil {
+		return fmt.Errorf("opening the ports of DHCP and TFTP on %s: %w", o.iface, err)
+	}
+	if o.dhcp == "off" {
+		for _, t := range socks.DHCP {
+			_ = t.Close()
+		}
+		socks.DHCP = nil
+	}
+	return boot.Serve(ctx, socks)
+}

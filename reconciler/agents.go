@@ -1,0 +1,225 @@
+package reconciler
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/reconciler/state"
+)
+
+// seenEvery is how old a node's record may grow while nothing changes on it but the time: every write is an fsync,
+// and a thousand idle nodes should not cost one every few milliseconds.
+const seenEvery = 10 * time.Second
+
+// agents listens to what agents say, and writes it down: machines, nodes and the agents' part of each boot.
+type agents struct {
+	store  *state.Store
+	views  *views
+	boots  *boots
+	events *recorder
+	now    func() time.Time
+}
+
+// Hello takes up a machine and answers with its assignment.
+func (a *agents) Hello(ctx context.Context, peer netip.Addr, h agentapi.Hello) (agentapi.Assignment, error) {
+	id, err := cleanIdentity(h.Identity)
+	if err != nil {
+		return agentapi.Assignment{}, err
+	}
+	now := a.now()
+	m, err := state.Machines.Get(ctx, a.store, id.MAC)
+	if err != nil && !notFound(err) {
+		return agentapi.Assignment{}, err
+	}
+	if notFound(err) {
+		m.FirstSeen = now
+		v, _ := a.views.get()
+		if v.host(id) == "" {
+			a.events.note(ctx, state.Event{Kind: "machine", Subject: id.MAC, Message: "an unknown machine reported: " + describe(h.Inventory)})
+		}
+	}
+	m.Identity, m.Inventory, m.Address, m.Agent = id, &h.Inventory, peer, h.Agent
+	if err := state.Machines.Put(ctx, a.store, id.MAC, m); err != nil {
+		return agentapi.Assignment{}, err
+	}
+	n, err := state.Nodes.Get(ctx, a.store, id.MAC)
+	if err != nil && !notFound(err) {
+		return agentapi.Assignment{}, err
+	}
+	if n.BootID != h.BootID {
+		n = state.Node{MAC: id.MAC, BootID: h.BootID, Cached: n.Cached, Stage: string(agentapi.StageAgent)}
+	}
+	n.Kernel, n.LastSeen = h.Kernel, now
+	if err := state.Nodes.Put(ctx, a.store, id.MAC, n); err != nil {
+		return agentapi.Assignment{}, err
+	}
+	v, _, err := a.fleetView()
+	if err != nil {
+		return agentapi.Assignment{}, err
+	}
+	return v.assignment(id), nil
+}
+
+// Assignment waits until the assignment of mac is another than after, or until wait is over.
+func (a *agents) Assignment(ctx context.Context, mac, after string, wait time.Duration) (agentapi.Assignment, error) {
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	for {
+		v, newer, err := a.fleetView()
+		if err != nil {
+			return agentapi.Assignment{}, err
+		}
+		got := v.assignment(agentapi.Identity{MAC: mac})
+		if got.Version != after {
+			return got, nil
+		}
+		select {
+		case <-newer:
+		case <-timer.C:
+			return got, nil
+		case <-ctx.Done():
+			return agentapi.Assignment{}, ctx.Err()
+		}
+	}
+}
+
+// Report writes down how a node is. What it acknowledges is on disk.
+func (a *agents) Report(ctx context.Context, _ netip.Addr, r agentapi.Report) (agentapi.ReportReply, error) {
+	id, err := cleanIdentity(r.Identity)
+	if err != nil {
+		return agentapi.ReportReply{}, err
+	}
+	r.Identity = id
+	now := a.now()
+	v, _, err := a.fleetView()
+	if err != nil {
+		return agentapi.ReportReply{}, err
+	}
+	host := v.host(v.known(id))
+	if err := a.boots.report(ctx, host, r, now); err != nil {
+		return agentapi.ReportReply{}, err
+	}
+	before, err := state.Nodes.Get(ctx, a.store, id.MAC)
+	if err != nil && !notFound(err) {
+		return agentapi.ReportReply{}, err
+	}
+	if err := a.putNode(ctx, before, nodeOf(before, r, now)); err != nil {
+		return agentapi.ReportReply{}, err
+	}
+	a.tell(ctx, host, before, r)
+	_, err = state.Machines.Get(ctx, a.store, id.MAC)
+	if err != nil && !notFound(err) {
+		return agentapi.ReportReply{}, err
+	}
+	return agentapi.ReportReply{Version: v.assignment(id).Version, Hello: notFound(err)}, nil
+}
+
+// nodeOf is the record that a report makes of the one before.
+func nodeOf(before state.Node, r agentapi.Report, now time.Time) state.Node {
+	n := state.Node{
+		MAC: r.MAC, BootID: r.BootID, LastSeen: now, Booted: now.Add(-r.Uptime),
+		Stage: string(agentapi.StageAgent), Running: r.Running, Staged: r.Staged, Fetch: r.Fetch, Cached: r.Cached, Error: r.Error,
+	}
+	if before.BootID == r.BootID {
+		n.Stage, n.Kernel = before.Stage, before.Kernel
+		if before.Booted.Sub(n.Booted).Abs() < 2*time.Second {
+			n.Booted = before.Booted // the same start, measured with another delay on the wire
+		}
+	}
+	if r.Cached == nil {
+		n.Cached = before.Cached
+	}
+	if len(r.Marks) > 0 {
+		n.Stage = string(r.Marks[len(r.Marks)-1].Stage)
+	}
+	return n
+}
+
+func (a *agents) putNode(ctx context.Context, before, n state.Node) error {
+	quiet := before
+	quiet.LastSeen = n.LastSeen
+	if reflect.DeepEqual(quiet, n) && n.LastSeen.Sub(before.LastSeen) < seenEvery {
+		return nil
+	}
+	return state.Nodes.Put(ctx, a.store, n.MAC, n)
+}
+
+// tell notes what an operator wants to hear of a report: that a node became healthy, stopped being so, or is stuck.
+func (a *agents) tell(ctx context.Context, host string, before state.Node, r agentapi.Report) {
+	subject := host
+	if subject == "" {
+		subject = r.MAC
+	}
+	if r.Error != "" && r.Error != before.Error {
+		a.events.note(ctx, state.Event{Kind: "node", Subject: subject, Message: r.Error, Warning: true})
+	}
+	if r.Running == nil {
+		return
+	}
+	was := before.Running != nil && before.BootID == r.BootID && before.Running.Health.Healthy
+	is := r.Running.Health.Healthy
+	switch {
+	case is && !was:
+		a.events.note(ctx, state.Event{Kind: "node", Subject: subject, Message: fmt.Sprintf("healthy in role %s, generation %d", r.Running.Role, r.Running.Generation)})
+	case was && !is:
+		a.events.note(ctx, state.Event{
+			Kind: "node", Subject: subject, Warning: true,
+			Message: "no longer healthy: " + strings.Join(r.Running.Health.Failing, "; "),
+		})
+	}
+}
+
+// An UnavailableError says that the server cannot answer yet: the same request will do later.
+type UnavailableError struct{ Reason string }
+
+func (e *UnavailableError) Error() string { return e.Reason }
+
+// Unavailable marks the error for package api, which answers it with 503.
+func (e *UnavailableError) Unavailable() bool { return true }
+
+// fleetView is the newest view, once a fleet is in force. Before that nobody may be told that he is unclaimed: a server
+// that has just started would send its whole fleet away.
+func (a *agents) fleetView() (*view, <-chan struct{}, error) {
+	v, newer := a.views.get()
+	if v.fleet == nil {
+		return nil, newer, &UnavailableError{Reason: "no fleet is in force yet"}
+	}
+	return v, newer, nil
+}
+
+// cleanIdentity checks and normalises what a stranger says of itself: it becomes a key.
+func cleanIdentity(id agentapi.Identity) (agentapi.Identity, error) {
+	mac, err := net.ParseMAC(id.MAC)
+	if err != nil || len(mac) != 6 {
+		return id, &InvalidError{Reason: fmt.Sprintf("identity: %q is no Ethernet address", id.MAC)}
+	}
+	if len(id.UUID) > 64 || len(id.Serial) > 256 {
+		return id, &InvalidError{Reason: "identity: UUID or serial number is too long"}
+	}
+	return agentapi.Identity{MAC: mac.String(), UUID: strings.ToLower(id.UUID), Serial: id.Serial}, nil
+}
+
+// An InvalidError says that a request is wrong, not the server.
+type InvalidError struct{ Reason string }
+
+func (e *InvalidError) Error() string { return e.Reason }
+
+// Invalid marks the error for package api, which answers it with 400.
+func (e *InvalidError) Invalid() bool { return true }
+
+// describe is an inventory in a few words.
+func describe(inv agentapi.Inventory) string {
+	var disks []string
+	for _, d := range inv.Disks {
+		disks = append(disks, fmt.Sprintf("%s %d GB (%s)", d.Name, d.Size/1e9, d.Holds))
+	}
+	parts := []string{fmt.Sprintf("%d CPUs", inv.CPU.Threads), fmt.Sprintf("%d MiB", inv.Memory>>20), strings.Join(disks, ", "), inv.SMBIOS.Product}
+	return strings.Join(slices.DeleteFunc(parts, func(s string) bool { return s == "" }), ", ")
+}

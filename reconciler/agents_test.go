@@ -1,0 +1,186 @@
+package reconciler
+
+import (
+	"errors"
+	"log/slog"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
+)
+
+var testPeer = netip.MustParseAddr("10.77.0.11")
+
+// testFleet has n1, known by its MAC, and n2, known by its UUID, in one role.
+func testFleet() *schema.Fleet {
+	return &schema.Fleet{
+		Images: map[string]schema.Image{"debian": {Name: "debian", Kind: "os", From: schema.From{Debian: &schema.Debian{Suite: "bookworm", Arch: "amd64", Kernel: "linux-image-cloud-amd64"}}}},
+		Roles:  map[string]schema.Role{"web": {Name: "web", OS: "debian", Boot: "disk"}},
+		Hosts: map[string]schema.Host{
+			"n1": {Name: "n1", MAC: testMAC, Role: "web", Address: testPeer},
+			"n2": {Name: "n2", UUID: "1f0c9d3e-0000-4000-8000-000000000002", Role: "web"},
+		},
+		Discovery: schema.Discovery{OS: "debian"},
+	}
+}
+
+func testAgents(t *testing.T) *agents {
+	t.Helper()
+	s := openStore(t)
+	log := slog.New(slog.DiscardHandler)
+	return &agents{
+		store: s, views: newViews(), boots: newBoots(s, log), events: &recorder{store: s, log: log},
+		now: func() time.Time { return testStart },
+	}
+}
+
+func TestNobodyIsUnclaimedBeforeAFleetIsInForce(t *testing.T) {
+	a := testAgents(t)
+	id := agentapi.Identity{MAC: testMAC}
+	var unavailable *UnavailableError
+	if _, err := a.Hello(t.Context(), testPeer, agentapi.Hello{Identity: id}); !errors.As(err, &unavailable) {
+		t.Errorf("Hello: %v, want an UnavailableError", err)
+	}
+	if _, err := a.Report(t.Context(), testPeer, agentapi.Report{Identity: id}); !errors.As(err, &unavailable) {
+		t.Errorf("Report: %v, want an UnavailableError", err)
+	}
+	if _, err := a.Assignment(t.Context(), testMAC, "", 0); !errors.As(err, &unavailable) {
+		t.Errorf("Assignment: %v, want an UnavailableError", err)
+	}
+}
+
+func TestHostIsFoundByMACThenUUIDThenSerial(t *testing.T) {
+	v := newView(testFleet())
+	v.machines = map[string]state.Machine{
+		"52:54:00:00:00:99": {Identity: agentapi.Identity{MAC: "52:54:00:00:00:99", UUID: "1f0c9d3e-0000-4000-8000-000000000002"}},
+	}
+	for _, tt := range []struct {
+		id   agentapi.Identity
+		want string
+	}{
+		{agentapi.Identity{MAC: testMAC}, "n1"},
+		{agentapi.Identity{MAC: testMAC, UUID: "1f0c9d3e-0000-4000-8000-000000000002"}, "n1"},
+		{agentapi.Identity{MAC: "52:54:00:00:00:01", UUID: "1F0C9D3E-0000-4000-8000-000000000002"}, "n2"},
+		{agentapi.Identity{MAC: "52:54:00:00:00:99"}, "n2"}, // its agent told the UUID before
+		{agentapi.Identity{MAC: "52:54:00:00:00:01"}, ""},
+		{agentapi.Identity{}, ""},
+	} {
+		if got := v.host(v.known(tt.id)); got != tt.want {
+			t.Errorf("host of %+v: got %q, want %q", tt.id, got, tt.want)
+		}
+	}
+}
+
+func TestDeclaredHostWaitsAndSaysForWhat(t *testing.T) {
+	v := newView(testFleet())
+	id := agentapi.Identity{MAC: testMAC}
+	base := images.BaseRecipeOf(v.fleet.Images["debian"]).ID()
+	first := v.assignment(id)
+	if first.State != agentapi.Waiting || first.Reason != "image debian waits to be built" {
+		t.Errorf("got %s, %q", first.State, first.Reason)
+	}
+	v.builds = map[images.RecipeID]state.Build{base: {Recipe: base, Phase: state.BuildFailed, Step: "packages"}}
+	second := v.assignment(id)
+	if want := `the build of image debian failed in step "packages": see troupe logs ` + base.Short(); second.Reason != want {
+		t.Errorf("got %q, want %q", second.Reason, want)
+	}
+	if first.Version == second.Version {
+		t.Error("the reason changed and the version did not: the agent would not hear of it")
+	}
+	v.bases = map[images.RecipeID]images.Base{base: {Recipe: base}}
+	if got := v.assignment(id); got.Reason != "role web waits to be built" {
+		t.Errorf("got %q", got.Reason)
+	}
+}
+
+func TestHelloAndReportAreWrittenDown(t *testing.T) {
+	a := testAgents(t)
+	v := newView(testFleet())
+	v.assignments = map[string]state.Assignment{"n1": {Host: "n1", Spec: agentapi.Assignment{Version: "7", State: agentapi.Assigned, Host: "n1"}}}
+	a.views.set(v)
+	id := agentapi.Identity{MAC: "52:54:00:77:00:01", UUID: "ABC"}
+	got, err := a.Hello(t.Context(), testPeer, agentapi.Hello{Identity: id, BootID: "b1", Kernel: digest.Of(nil)})
+	if err != nil || got.Version != "7" {
+		t.Fatalf("Hello: %+v, %v; want assignment 7", got, err)
+	}
+	report := agentapi.Report{
+		Identity: id, BootID: "b1", Uptime: 30 * time.Second,
+		Marks:   []agentapi.Mark{{Stage: agentapi.StageHealthy, At: 29 * time.Second}},
+		Running: &agentapi.Running{Host: "n1", Role: "web", Generation: 1, Health: agentapi.Health{Healthy: true}},
+	}
+	reply, err := a.Report(t.Context(), testPeer, report)
+	if err != nil || reply.Version != "7" || reply.Hello {
+		t.Fatalf("Report: %+v, %v; want version 7 and no hello", reply, err)
+	}
+	n, err := state.Nodes.Get(t.Context(), a.store, testMAC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n.Stage != "healthy" || n.Kernel != digest.Of(nil) || !n.Booted.Equal(testStart.Add(-30*time.Second)) {
+		t.Errorf("node: %+v", n)
+	}
+	report.Running.Health = agentapi.Health{Failing: []string{"http :80: refused"}}
+	if _, err := a.Report(t.Context(), testPeer, report); err != nil {
+		t.Fatal(err)
+	}
+	events, err := state.Events.List(t.Context(), a.store)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var told []string
+	for _, ev := range events {
+		told = append(told, ev.Message)
+	}
+	if len(told) != 2 {
+		t.Errorf("events: got %q, want one for healthy and one for no longer healthy", told)
+	}
+}
+
+func TestReportOfAnUnknownMachineAsksForHello(t *testing.T) {
+	a := testAgents(t)
+	a.views.set(newView(testFleet()))
+	reply, err := a.Report(t.Context(), testPeer, agentapi.Report{Identity: agentapi.Identity{MAC: "52:54:00:00:00:77"}, BootID: "b"})
+	if err != nil || !reply.Hello || reply.Version != "unclaimed" {
+		t.Errorf("got %+v, %v; want hello, unclaimed", reply, err)
+	}
+}
+
+func TestHostileIdentityIsRefused(t *testing.T) {
+	a := testAgents(t)
+	a.views.set(newView(testFleet()))
+	for _, mac := range []string{"", "../../x", "52:54:00:77:00:01:02:03", "a/b"} {
+		var invalid *InvalidError
+		if _, err := a.Hello(t.Context(), testPeer, agentapi.Hello{Identity: agentapi.Identity{MAC: mac}}); !errors.As(err, &invalid) {
+			t.Errorf("MAC %q: %v, want an InvalidError", mac, err)
+		}
+	}
+}
+
+func TestAssignmentWaitsForANewerView(t *testing.T) {
+	a := testAgents(t)
+	a.views.set(newView(testFleet()))
+	answered := make(chan agentapi.Assignment, 1)
+	first, err := a.Assignment(t.Context(), testMAC, "", time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		got, err := a.Assignment(t.Context(), testMAC, first.Version, time.Minute)
+		if err != nil {
+			t.Error(err)
+		}
+		answered <- got
+	}()
+	a.views.set(newView(testFleet())) // nothing changed for this machine: no answer
+	v := newView(testFleet())
+	v.assignments = map[string]state.Assignment{"n1": {Spec: agentapi.Assignment{Version: "1", State: agentapi.Assigned}}}
+	a.views.set(v)
+	if got := <-answered; got.Version != "1" {
+		t.Errorf("got version %q, want 1", got.Version)
+	}
+}

@@ -1,0 +1,162 @@
+package reconciler
+
+import (
+	"errors"
+	"log/slog"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/netboot"
+	"github.com/troupe-dev/troupe/reconciler/state"
+)
+
+const testMAC = "52:54:00:77:00:01"
+
+var testStart = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
+
+func openStore(t *testing.T) *state.Store {
+	t.Helper()
+	s, err := state.Open(t.Context(), t.TempDir(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+// seen is what netboot's servers see of one machine at some second.
+func seen(stage netboot.Stage, second int) netboot.Event {
+	mac, _ := net.ParseMAC(testMAC)
+	return netboot.Event{MAC: mac, Stage: stage, Time: testStart.Add(time.Duration(second) * time.Second)}
+}
+
+func stages(b *state.Boot) []string {
+	var out []string
+	for _, m := range b.Marks {
+		out = append(out, m.Stage)
+	}
+	return out
+}
+
+func TestTimelineOfOneBoot(t *testing.T) {
+	b := newBoots(openStore(t), slog.New(slog.DiscardHandler))
+	b.now = func() time.Time { return testStart.Add(12 * time.Second) }
+	b.observe(seen(netboot.StageOffer, 0))
+	b.observe(seen(netboot.StageTFTP, 5))
+	b.observe(seen(netboot.StageOffer, 10)) // iPXE's own: the same boot
+	id := b.id(testMAC)
+	b.observe(seen(netboot.StageScript, 12))
+	b.observe(seen(netboot.StageKernel, 20))
+	report := agentapi.Report{
+		Identity: agentapi.Identity{MAC: testMAC}, BootID: id, Uptime: 10 * time.Second,
+		Marks: []agentapi.Mark{{Stage: agentapi.StageAgent, At: 4 * time.Second}, {Stage: agentapi.StageFetch, At: 8 * time.Second, Bytes: 1000}},
+	}
+	received := testStart.Add(35 * time.Second)
+	for range 2 { // told twice, since the first reply got lost
+		if err := b.report(t.Context(), "n1", report, received); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := state.Boots.Get(t.Context(), b.store, testMAC+"/"+id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"dhcp-offer", "tftp", "dhcp-offer", "script", "kernel", "agent-up", "fetch"}
+	if s := stages(&got); len(s) != len(want) {
+		t.Fatalf("stages: got %v, want %v", s, want)
+	}
+	for i, s := range stages(&got) {
+		if s != want[i] {
+			t.Errorf("stage %d: got %s, want %s", i, s, want[i])
+		}
+	}
+	if got.Bytes != 1000 {
+		t.Errorf("bytes: got %d, want 1000: a mark told twice counts once", got.Bytes)
+	}
+	if at := got.Marks[5].Time; !at.Equal(testStart.Add(29 * time.Second)) {
+		t.Errorf("agent-up at %s, want 6 s before the report came in", at)
+	}
+	if got.Host != "n1" {
+		t.Errorf("host: got %q", got.Host)
+	}
+}
+
+func TestBeginsBoot(t *testing.T) {
+	after := func(last string, age time.Duration) *state.Boot {
+		return &state.Boot{Marks: []state.Mark{{Stage: last, Time: testStart.Add(-age)}}}
+	}
+	for _, tt := range []struct {
+		name  string
+		cur   *state.Boot
+		stage netboot.Stage
+		want  bool
+	}{
+		{"firmware repeats its DISCOVER", after("dhcp-offer", 4*time.Second), netboot.StageOffer, false},
+		{"iPXE's DHCP after it was sent by TFTP", after("tftp", 4*time.Second), netboot.StageOffer, false},
+		{"an offer long after the last one", after("dhcp-offer", time.Hour), netboot.StageOffer, true},
+		{"a reset while the kernel was loading", after("kernel", 4*time.Second), netboot.StageOffer, true},
+		{"a reset of a node that runs", after("healthy", time.Hour), netboot.StageOffer, true},
+		{"a script after the agent: DHCP was a foreign server's", after("service", time.Minute), netboot.StageScript, true},
+		{"a machine that waits asks for its script again", after("script", 30*time.Second), netboot.StageScript, false},
+	} {
+		if got := beginsBoot(tt.cur, string(tt.stage), testStart); got != tt.want {
+			t.Errorf("%s: got %v, want %v", tt.name, got, tt.want)
+		}
+	}
+}
+
+func TestRepeatedMarksAreOneAndTimelinesAreBounded(t *testing.T) {
+	boot := &state.Boot{}
+	for i := range 1000 {
+		addMark(boot, state.Mark{Stage: "script", Time: testStart.Add(time.Duration(i) * time.Second)})
+	}
+	if len(boot.Marks) != 1 {
+		t.Errorf("%d marks of a machine that asked for the same script 1000 times, want 1", len(boot.Marks))
+	}
+	for i := range 1000 {
+		addMark(boot, state.Mark{Stage: "script", Detail: string(rune('a' + i%2)), Time: testStart.Add(time.Duration(i) * time.Second)})
+	}
+	if len(boot.Marks) > maxMarks {
+		t.Errorf("%d marks, want at most %d", len(boot.Marks), maxMarks)
+	}
+}
+
+func TestHealthyEndsABootsError(t *testing.T) {
+	boot := &state.Boot{}
+	addMark(boot, state.Mark{Stage: "tftp", Time: testStart, Error: "timed out"})
+	boot.Error = "timed out"
+	addMark(boot, state.Mark{Stage: "healthy", Time: testStart.Add(time.Minute)})
+	if boot.Error != "" || !boot.Healthy.Equal(testStart.Add(time.Minute)) {
+		t.Errorf("after healthy: error %q, healthy %s", boot.Error, boot.Healthy)
+	}
+}
+
+func TestOldBootsAreDropped(t *testing.T) {
+	b := newBoots(openStore(t), slog.New(slog.DiscardHandler))
+	for i := range keepBoots + 5 {
+		ev := seen(netboot.StageOffer, i*1000)
+		ev.Err = errors.New("no address")
+		b.observe(ev)
+		b.flush(t.Context())
+	}
+	all, err := state.Boots.List(t.Context(), b.store)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(all) != keepBoots {
+		t.Errorf("%d boots are kept, want %d", len(all), keepBoots)
+	}
+	again := newBoots(b.store, b.log)
+	if err := again.load(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := again.current[testMAC]; got == nil || !got.Started.Equal(testStart.Add((keepBoots+4)*1000*time.Second)) {
+		t.Errorf("after a restart the current boot is %v, want the newest", got)
+	}
+}

@@ -1,0 +1,76 @@
+package reconciler
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/images/store"
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/netboot"
+)
+
+// consoleArgs put the kernel's messages on the screen and on the first serial port; the last one named is the OS's
+// console, and a port that does not exist is left out by the kernel. A role's own arguments come after them.
+var consoleArgs = []string{"console=tty0", "console=ttyS0,115200"}
+
+// A director answers netboot from the newest view.
+type director struct {
+	views *views
+	boots *boots
+	agent digest.Digest // the initramfs segment with the agent
+}
+
+// Boot says what m shall boot: its role's kernel, or, where it has none, a kernel to be discovered with.
+func (d *director) Boot(_ context.Context, m netboot.Machine) (netboot.Boot, error) {
+	v, _ := d.views.get()
+	mac := m.MAC.String()
+	id := agentapi.Identity{MAC: mac, UUID: strings.ToLower(m.UUID), Serial: m.Serial}
+	host := v.host(v.known(id))
+	boot := netboot.Boot{ID: d.boots.id(mac)}
+	if v.fleet == nil {
+		boot.Title = "no fleet is in force yet"
+		return boot, nil
+	}
+	if a, ok := v.assignments[host]; ok {
+		r, ok := v.releases[a.Release]
+		if !ok {
+			return netboot.Boot{}, fmt.Errorf("host %s: its release %s is not in the store", host, a.Release.Short())
+		}
+		boot.Title = fmt.Sprintf("%s: role %s, generation %d", host, a.Role, a.Generation)
+		d.kernel(&boot, r.Kernel.Digest, r.Modules.Digest, r.KernelArgs)
+		return boot, nil
+	}
+	boot.Title = cmp.Or(host, mac)
+	reason := v.assignment(id).Reason
+	boot.Title += ": " + reason
+	base, ok := v.discovery(host)
+	if !ok {
+		return boot, nil
+	}
+	d.kernel(&boot, base.Kernel.Digest, base.Modules.Digest, nil)
+	return boot, nil
+}
+
+func (d *director) kernel(boot *netboot.Boot, kernel, modules digest.Digest, args []string) {
+	boot.Kernel = kernel
+	boot.Initrds = []digest.Digest{d.agent, modules}
+	boot.Args = append(boot.Args, consoleArgs...)
+	boot.Args = append(boot.Args, "troupe.kernel="+kernel.String())
+	boot.Args = append(boot.Args, args...)
+}
+
+// bootBlobs gives netboot the store's bytes under netboot's own error.
+type bootBlobs struct{ store *store.Store }
+
+func (b bootBlobs) Open(ctx context.Context, d digest.Digest) (io.ReadSeekCloser, error) {
+	f, err := b.store.Open(ctx, d)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, fmt.Errorf("%w: %w", netboot.ErrNotFound, err)
+	}
+	return f, err
+}

@@ -1,0 +1,206 @@
+package reconciler
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/troupe-dev/troupe/reconciler/source"
+	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
+)
+
+// maxProblems bounds how many problems of a commit are recorded; the record says how many there were.
+const maxProblems = 100
+
+// A Loader turns the files of a commit into a fleet. What is wrong with the commit comes back as schema.Problems.
+type Loader interface {
+	Load(ctx context.Context, tree fs.FS) (*schema.Fleet, error)
+}
+
+// inForce is a fleet and the commit that it came from.
+type inForce struct {
+	fleet  *schema.Fleet
+	commit state.Commit
+}
+
+// follow is the controller that brings Git into force: it fetches, loads, and publishes the newest good fleet. A commit
+// that is not good changes nothing but the source record.
+type follow struct {
+	repo   *source.Repo
+	branch string // what repo follows, for people
+	path   string
+	loader Loader
+	store  *state.Store
+	events *recorder
+	log    *slog.Logger
+	now    func() time.Time
+
+	fleet   atomic.Pointer[inForce] // nil before the first good commit
+	changed func()                  // called after fleet was replaced
+	wake    chan struct{}
+}
+
+// poke makes the controller look at the repo now.
+func (f *follow) poke() {
+	select {
+	case f.wake <- struct{}{}:
+	default:
+	}
+}
+
+// run first takes up the fleet that was in force when the server last ran, so that machines are answered while the
+// remote is away, and then follows the branch until ctx ends.
+func (f *follow) run(ctx context.Context) error {
+	if err := f.resume(ctx); err != nil {
+		return err
+	}
+	watched := make(chan error, 1)
+	go func() { watched <- f.repo.Watch(ctx, f.poke) }()
+	f.poke()
+	for {
+		select {
+		case <-f.wake:
+			if err := f.step(ctx); err != nil && ctx.Err() == nil {
+				f.log.Error("following the fleet's repo", "error", err)
+			}
+		case err := <-watched:
+			if ctx.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("watching the fleet's repo: %w", err)
+		}
+	}
+}
+
+func (f *follow) record(ctx context.Context) (state.Source, error) {
+	rec, err := state.Sources.Get(ctx, f.store, state.SourceID)
+	if err != nil && !notFound(err) {
+		return rec, err
+	}
+	return rec, nil
+}
+
+// resume loads the commit that was in force.
+func (f *follow) resume(ctx context.Context) error {
+	rec, err := f.record(ctx)
+	if err != nil || rec.Applied == nil {
+		return err
+	}
+	rev, err := f.repo.Revision(ctx, rec.Applied.Hash)
+	if err != nil {
+		f.log.Warn("the commit in force is not in the mirror: its machines wait for the repo", "commit", rec.Applied.Hash, "error", err)
+		return nil
+	}
+	fleet, err := f.loader.Load(ctx, rev.Tree)
+	if err != nil {
+		f.log.Error("the commit in force does not load any more", "commit", rec.Applied.Hash, "error", err)
+		return nil
+	}
+	f.publish(fleet, *rec.Applied)
+	return nil
+}
+
+func (f *follow) publish(fleet *schema.Fleet, c state.Commit) {
+	f.fleet.Store(&inForce{fleet: fleet, commit: c})
+	f.changed()
+}
+
+// step is one look at the repo.
+func (f *follow) step(ctx context.Context) error {
+	rec, err := f.record(ctx)
+	if err != nil {
+		return err
+	}
+	before := rec
+	rec.Repo, rec.Branch, rec.Path = f.repo.Repo(), f.branch, f.path
+	rev, err := f.repo.Fetch(ctx)
+	if err != nil {
+		return f.unreachable(ctx, rec, err)
+	}
+	rec.FetchError, rec.Fetched = "", f.now()
+	if before.FetchError != "" {
+		f.events.note(ctx, state.Event{Kind: "source", Subject: rec.Repo, Message: "the repo can be followed again"})
+	}
+	if rev.Rewritten {
+		rec.Rewritten = f.now()
+		f.events.note(ctx, state.Event{
+			Kind: "source", Subject: short(rev.Commit.Hash), Warning: true,
+			Message: "the branch was rewritten (force-push): the new head does not descend from the commit before",
+		})
+	}
+	current := f.fleet.Load()
+	known := before.Attempted != nil && before.Attempted.Hash == rev.Commit.Hash
+	applied := current != nil && current.commit.Hash == rev.Commit.Hash
+	if applied || (known && len(before.Problems) > 0) {
+		return f.put(ctx, rec)
+	}
+	return f.attempt(ctx, rec, rev)
+}
+
+// unreachable records why the repo cannot be followed now. The fleet in force stays.
+func (f *follow) unreachable(ctx context.Context, rec state.Source, err error) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if rec.FetchError == err.Error() {
+		return nil
+	}
+	rec.FetchError = err.Error()
+	f.events.note(ctx, state.Event{Kind: "source", Subject: rec.Repo, Warning: true, Message: "the repo cannot be followed: " + rec.FetchError})
+	return f.put(ctx, rec)
+}
+
+// attempt loads a commit and brings it into force, or records why not.
+func (f *follow) attempt(ctx context.Context, rec state.Source, rev source.Revision) error {
+	rec.Attempted, rec.Problems = &rev.Commit, nil
+	fleet, err := f.loader.Load(ctx, rev.Tree)
+	var old *schema.Fleet
+	if cur := f.fleet.Load(); cur != nil {
+		old = cur.fleet
+	}
+	if err == nil {
+		err = schema.Emptied(old, fleet)
+	}
+	if err != nil {
+		return f.refuse(ctx, rec, err)
+	}
+	rec.Applied, rec.AppliedAt = &rev.Commit, f.now()
+	if err := f.put(ctx, rec); err != nil {
+		return err
+	}
+	f.events.note(ctx, state.Event{Kind: "commit", Subject: short(rev.Commit.Hash), Message: "in force: " + rev.Commit.Subject})
+	f.publish(fleet, rev.Commit)
+	return nil
+}
+
+// refuse records what is wrong with the attempted commit. An error that is none of the commit's is returned, and the
+// commit tried again at the next look.
+func (f *follow) refuse(ctx context.Context, rec state.Source, err error) error {
+	var problems schema.Problems
+	if !errors.As(err, &problems) {
+		return fmt.Errorf("loading commit %s: %w", short(rec.Attempted.Hash), err)
+	}
+	n := len(problems)
+	if n > maxProblems {
+		problems = append(problems[:maxProblems:maxProblems], schema.Problem{Message: fmt.Sprintf("and %d more", n-maxProblems)})
+	}
+	rec.Problems = problems
+	f.events.note(ctx, state.Event{
+		Kind: "commit", Subject: short(rec.Attempted.Hash), Warning: true,
+		Message: fmt.Sprintf("refused, %d problems; the fleet stays as it is. First: %s", n, problems[0]),
+	})
+	return f.put(ctx, rec)
+}
+
+func (f *follow) put(ctx context.Context, rec state.Source) error {
+	return state.Sources.Put(ctx, f.store, state.SourceID, rec)
+}
+
+func short(hash string) string { return hash[:min(len(hash), 10)] }
+
+func notFound(err error) bool { return errors.Is(err, state.ErrNotFound) }

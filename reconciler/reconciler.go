@@ -1,0 +1,172 @@
+// Package reconciler makes machines be what a Git repo says: controllers that read records, compute, and write records
+// of their own kind. Data moves one way, from the repo to the nodes; a controller never calls another; a wake-up carries
+// no data, so whoever is woken lists its inputs afresh, and a process that is killed at any point goes on where the
+// records stand.
+//
+//	controller  reads                          writes
+//	follow      Git                            source, and the fleet in force (memory)
+//	builds      fleet, bases, deltas, builds   builds, bases, deltas, and blobs
+//	assign      fleet, bases, deltas           assignments, releases
+//	views       all of these                   the view that machines are answered from (memory)
+//	agents      what agents say                machines, nodes, boots
+//	boots       what netboot's servers see     boots
+package reconciler
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/images/store"
+	"github.com/troupe-dev/troupe/internal/backoff"
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/netboot"
+	"github.com/troupe-dev/troupe/netboot/dhcp"
+	"github.com/troupe-dev/troupe/reconciler/api"
+	"github.com/troupe-dev/troupe/reconciler/source"
+	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
+)
+
+// Config is what a Reconciler works with. Every field but Jobs and Log is needed.
+type Config struct {
+	Repo    *source.Repo
+	Branch  string // and
+	Path    string // that Repo follows, for people
+	Loader  Loader
+	Store   *state.Store
+	Blobs   *store.Store
+	Builder Builder
+	Logs    string        // the directory of the builds' logs
+	Agent   digest.Digest // of the initramfs segment that holds the agent
+	Jobs    int           // builds at a time; 0 means 2
+	Log     *slog.Logger  // nil means none
+}
+
+// A Reconciler is the controllers of one fleet.
+type Reconciler struct {
+	cfg    Config
+	log    *slog.Logger
+	events *recorder
+	views  *views
+	boots  *boots
+	follow *follow
+	builds *builds
+	assign *assign
+	agents *agents
+
+	refresh chan struct{} // wakes the views controller for the fleet, which is no record
+}
+
+// New puts the controllers together; Run starts them.
+func New(cfg Config) *Reconciler {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Jobs == 0 {
+		cfg.Jobs = 2
+	}
+	r := &Reconciler{cfg: cfg, log: cfg.Log, views: newViews(), refresh: make(chan struct{}, 1)}
+	r.events = &recorder{store: cfg.Store, log: cfg.Log}
+	r.boots = newBoots(cfg.Store, cfg.Log)
+	r.agents = &agents{store: cfg.Store, views: r.views, boots: r.boots, events: r.events, now: time.Now}
+	r.follow = &follow{
+		repo: cfg.Repo, branch: cfg.Branch, path: cfg.Path, loader: cfg.Loader, store: cfg.Store, events: r.events, log: cfg.Log, now: time.Now,
+		changed: r.fleetChanged, wake: make(chan struct{}, 1),
+	}
+	r.builds = &builds{
+		builder: cfg.Builder, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log,
+		now: time.Now, limit: cfg.Jobs, running: map[images.RecipeID]bool{}, wake: make(chan struct{}, 1),
+	}
+	r.assign = &assign{store: cfg.Store, plan: r.plan, events: r.events, now: time.Now, wake: make(chan struct{}, 1)}
+	return r
+}
+
+// Director, Addresses and the like are what netboot asks; all answer from memory.
+func (r *Reconciler) Director() netboot.Director {
+	return &director{views: r.views, boots: r.boots, agent: r.cfg.Agent}
+}
+
+// Blobs gives netboot the store's bytes.
+func (r *Reconciler) Blobs() netboot.Blobs { return bootBlobs{r.cfg.Blobs} }
+
+// Observer hears how far machines come.
+func (r *Reconciler) Observer() netboot.Observer { return observer{r.boots} }
+
+// Addresses tells DHCP what the fleet says of addresses.
+func (r *Reconciler) Addresses() dhcp.Addresses { return addresses{r.views} }
+
+// Leases keeps what DHCP gave away.
+func (r *Reconciler) Leases() dhcp.LeaseStore { return leases{r.cfg.Store} }
+
+// Agents is what agents talk to.
+func (r *Reconciler) Agents() api.Agents { return r.agents }
+
+// Poke makes the reconciler look at the repo now.
+func (r *Reconciler) Poke() { r.follow.poke() }
+
+// Fleet is the fleet in force; nil before the first good commit.
+func (r *Reconciler) Fleet() *schema.Fleet {
+	if cur := r.follow.fleet.Load(); cur != nil {
+		return cur.fleet
+	}
+	return nil
+}
+
+func (r *Reconciler) fleetChanged() {
+	for _, wake := range []chan struct{}{r.refresh, r.builds.wake, r.assign.wake} {
+		select {
+		case wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// Run runs the controllers until ctx ends, and waits for them. A controller that fails or panics is started again; the
+// others go on.
+func (r *Reconciler) Run(ctx context.Context) error {
+	if err := r.boots.load(ctx); err != nil {
+		return fmt.Errorf("reading the machines' boots: %w", err)
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	for name, run := range map[string]func(context.Context) error{
+		"views": r.runViews, "boots": r.boots.run, "assign": r.assign.run, "builds": r.builds.run, "follow": r.follow.run,
+	} {
+		g.Go(func() error { return r.keep(ctx, name, run) })
+	}
+	return g.Wait()
+}
+
+// keep runs one controller again and again until ctx ends.
+func (r *Reconciler) keep(ctx context.Context, name string, run func(context.Context) error) error {
+	wait := backoff.Backoff{First: time.Second, Limit: time.Minute}
+	for {
+		err := caught(ctx, run)
+		if ctx.Err() != nil {
+			return nil
+		}
+		r.log.Error("a controller ended and is started again", "controller", name, "error", err)
+		if wait.Wait(ctx) != nil {
+			return nil
+		}
+	}
+}
+
+// caught makes a panic of run an error with its stack.
+func caught(ctx context.Context, run func(context.Context) error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	return run(ctx)
+}
+
+// errNoFleet says that there is nothing to compute with yet.
+var errNoFleet = errors.New("no commit is in force yet")

@@ -1,0 +1,166 @@
+package reconciler
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
+)
+
+// A view is all that a machine's question needs, in memory and never changed: an answer to DHCP waits for no disk. The
+// views controller makes a new one when a record changed.
+type view struct {
+	fleet       *schema.Fleet // nil before the first good commit
+	assignments map[string]state.Assignment
+	releases    map[digest.Digest]state.Release
+	bases       map[images.RecipeID]images.Base
+	builds      map[images.RecipeID]state.Build
+	machines    map[string]state.Machine // by MAC
+
+	byMAC, byUUID, bySerial map[string]string // host names
+	addresses               map[netip.Addr]string
+}
+
+func newView(f *schema.Fleet) *view {
+	v := &view{fleet: f, byMAC: map[string]string{}, byUUID: map[string]string{}, bySerial: map[string]string{}, addresses: map[netip.Addr]string{}}
+	if f == nil {
+		return v
+	}
+	for name, h := range f.Hosts {
+		for index, key := range map[*map[string]string]string{&v.byMAC: h.MAC, &v.byUUID: h.UUID, &v.bySerial: h.Serial} {
+			if key != "" {
+				(*index)[key] = name
+			}
+		}
+		if h.Address.IsValid() {
+			v.addresses[h.Address] = name
+		}
+	}
+	return v
+}
+
+// host finds the declared host that a machine is; "" for none. A MAC says more than a UUID, which boards are known to
+// share, and that more than a serial number, which vendors leave at "To be filled".
+func (v *view) host(id agentapi.Identity) string {
+	if name, ok := v.byMAC[strings.ToLower(id.MAC)]; ok {
+		return name
+	}
+	if name, ok := v.byUUID[strings.ToLower(id.UUID)]; ok && id.UUID != "" {
+		return name
+	}
+	if id.Serial == "" {
+		return ""
+	}
+	return v.bySerial[id.Serial]
+}
+
+// known completes what a request said of a machine by what its agent told before: DHCP carries no serial number.
+func (v *view) known(id agentapi.Identity) agentapi.Identity {
+	m, ok := v.machines[id.MAC]
+	if !ok {
+		return id
+	}
+	if id.UUID == "" {
+		id.UUID = m.UUID
+	}
+	if id.Serial == "" {
+		id.Serial = m.Serial
+	}
+	return id
+}
+
+// assignment is what a machine shall run.
+func (v *view) assignment(id agentapi.Identity) agentapi.Assignment {
+	name := v.host(v.known(id))
+	if name == "" {
+		return agentapi.Assignment{Version: "unclaimed", State: agentapi.Unclaimed, Reason: "no host of the fleet is this machine"}
+	}
+	if a, ok := v.assignments[name]; ok {
+		return a.Spec
+	}
+	why := v.waitsFor(v.fleet.Hosts[name].Role)
+	return agentapi.Assignment{
+		Version: "waiting:" + digest.Of([]byte(name+"\x00"+why)).Short(),
+		State:   agentapi.Waiting, Reason: why, Host: name, Role: v.fleet.Hosts[name].Role,
+	}
+}
+
+// waitsFor says for people why a role has no release yet.
+func (v *view) waitsFor(role string) string {
+	r := v.fleet.Roles[role]
+	base := images.BaseRecipeOf(v.fleet.Images[r.OS]).ID()
+	recipe, what := base, "image "+r.OS
+	if _, ok := v.bases[base]; ok {
+		recipe, what = images.DeltaRecipeOf(base, r).ID(), "role "+role
+	}
+	b, ok := v.builds[recipe]
+	switch {
+	case !ok || b.Phase == state.BuildQueued:
+		return fmt.Sprintf("%s waits to be built", what)
+	case b.Phase == state.BuildFailed:
+		return fmt.Sprintf("the build of %s failed in step %q: see troupe logs %s", what, b.Step, recipe.Short())
+	}
+	return fmt.Sprintf("%s is being built", what)
+}
+
+// discovery is the OS base that a machine boots into which has nothing to run: the one of its role, else the fleet's
+// choice, else any that was ever built, so that a machine is seen even while the fleet's image is not there.
+func (v *view) discovery(host string) (images.Base, bool) {
+	var wanted []string
+	if host != "" {
+		wanted = append(wanted, v.fleet.Roles[v.fleet.Hosts[host].Role].OS)
+	}
+	if v.fleet != nil {
+		wanted = append(wanted, v.fleet.Discovery.OS)
+	}
+	for _, os := range wanted {
+		img, ok := v.fleet.Images[os]
+		if !ok {
+			continue
+		}
+		if b, ok := v.bases[images.BaseRecipeOf(img).ID()]; ok {
+			return b, true
+		}
+	}
+	ids := make([]images.RecipeID, 0, len(v.bases))
+	for id := range v.bases {
+		ids = append(ids, id)
+	}
+	if len(ids) == 0 {
+		return images.Base{}, false
+	}
+	return v.bases[slices.Min(ids)], true
+}
+
+// views holds the newest view and wakes who waits for a newer one.
+type views struct {
+	mu      sync.Mutex
+	current *view
+	changed chan struct{} // closed when current is replaced
+}
+
+func newViews() *views {
+	return &views{current: newView(nil), changed: make(chan struct{})}
+}
+
+// get returns the newest view and a channel that is closed when there is a newer one.
+func (vs *views) get() (*view, <-chan struct{}) {
+	vs.mu.Lock()
+	defer vs.mu.Unlock()
+	return vs.current, vs.changed
+}
+
+func (vs *views) set(v *view) {
+	vs.mu.Lock()
+	defer vs.mu.Unlock()
+	vs.current = v
+	close(vs.changed)
+	vs.changed = make(chan struct{})
+}
