@@ -3,6 +3,7 @@ package load
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"cuelang.org/go/cue"
@@ -123,15 +124,27 @@ func (e *evaluation) explainOne(path []string, err cueerrors.Error) {
 		say("%s", e.unknownField(path))
 	case f == formatRequired:
 		say("missing")
-	case f == formatIncomplete && len(e.userPlaces(err)) == 0:
+	case f == formatIncomplete && !e.at(path).Exists():
 		say("missing")
 	case f == formatIncomplete:
-		say("has no definite value: it is only known to be %s", brief(fmt.Sprint(args...)))
+		say("has no definite value: it is only known to be %s%s", e.written(path), e.hostHint(path))
 	case strings.HasPrefix(f, formatConflict) || strings.HasPrefix(f, formatInvalid):
 		e.explainValue(path, err, say)
 	default:
-		say("%s", brief(fmt.Sprintf(f, args...)))
+		text, _ := strings.CutPrefix(err.Error(), strings.Join(err.Path(), ".")+": ")
+		say("%s%s", brief(text), e.hostHint(path))
 	}
+}
+
+// hostHint says where what depends on #host belongs, about a value of a role that declares #host.
+func (e *evaluation) hostHint(path []string) string {
+	if len(path) < 3 || path[0] != "roles" || path[2] == "node" || path[2] == "#host" {
+		return ""
+	}
+	if !e.at(path[:2]).LookupPath(hostPath).Exists() {
+		return ""
+	}
+	return "; what depends on #host goes into node"
 }
 
 // explainValue explains a value that is not what another one, or the schema, wants.
@@ -147,32 +160,34 @@ func (e *evaluation) explainValue(path []string, err cueerrors.Error, say func(s
 	case len(places) > 1:
 		other := places[0]
 		say("%s; the other one is at %s:%d:%d", text, other.Filename(), other.Line(), other.Column())
-	case len(args) == 4:
-		say("%s is of type %v, want %v", e.written(path), typeOf(e.user.LookupPath(cue.MakePath(e.selectors(path)...)), args), wantType(e.user.LookupPath(cue.MakePath(e.selectors(path)...)), args))
+	case len(args) == 4: // with the types of both
+		say("want %s, not %s", otherThan(fmt.Sprint(e.at(path).IncompleteKind()), args[2:]), e.written(path))
+	case f == formatConflict:
+		say("want %s, not %s", otherThan(fmt.Sprint(e.at(path)), args), e.written(path))
 	default:
 		say("%s", text)
 	}
 }
 
-// typeOf is the type of the value v, which is one of the last two arguments of a conflict between types.
-func typeOf(v cue.Value, args []any) any {
-	if k := v.IncompleteKind(); k != cue.BottomKind {
-		return k
-	}
-	return args[2]
+// at is the value at path as the user's files have it.
+func (e *evaluation) at(path []string) cue.Value {
+	return e.user.LookupPath(cue.MakePath(e.selectors(path)...))
 }
 
-// wantType is the other one.
-func wantType(v cue.Value, args []any) any {
-	if fmt.Sprint(args[2]) == fmt.Sprint(typeOf(v, args)) {
-		return args[3]
+// otherThan is that of two args of a conflict that does not read as mine.
+func otherThan(mine string, args []any) string {
+	if fmt.Sprint(args[0]) == mine {
+		return brief(fmt.Sprint(args[1]))
 	}
-	return args[2]
+	return brief(fmt.Sprint(args[0]))
 }
 
 // written is the value at path as the user's files have it, in brief.
 func (e *evaluation) written(path []string) string {
-	v := e.user.LookupPath(cue.MakePath(e.selectors(path)...))
+	v := e.at(path)
+	if s, err := v.String(); err == nil {
+		return brief(strconv.Quote(s))
+	}
 	switch v.IncompleteKind() {
 	case cue.StructKind:
 		return "a struct"
@@ -190,6 +205,9 @@ func (e *evaluation) unknownField(path []string) string {
 		return "unknown field"
 	}
 	parent, name := path[:len(path)-1], unquote(path[len(path)-1])
+	if len(parent) > 0 && parent[len(parent)-1] == "files" && badPath(name) != "" {
+		return badPath(name)
+	}
 	known := e.fieldsOf(parent)
 	if slices.Contains(known, name) {
 		return `not allowed: a definition of this fleet that it is part of is closed and does not have it; end that definition with "..."`
@@ -197,10 +215,14 @@ func (e *evaluation) unknownField(path []string) string {
 	return "unknown field" + suggest(name, known)
 }
 
-// fieldsOf are the fields that the schema has at path.
-func (e *evaluation) fieldsOf(path []string) []string {
+// schemaAt is what the schema has at path.
+func (e *evaluation) schemaAt(path []string) cue.Value {
 	v := e.fleet
-	for _, p := range path {
+	for i, p := range path {
+		if i > 0 && unquote(path[i-1]) == "files" {
+			v = e.file
+			continue
+		}
 		next := v.LookupPath(cue.MakePath(cue.Str(unquote(p)).Optional()))
 		if !next.Exists() {
 			next = v.LookupPath(cue.MakePath(cue.AnyString))
@@ -210,16 +232,12 @@ func (e *evaluation) fieldsOf(path []string) []string {
 		}
 		v = next
 	}
-	if v.IncompleteKind() != cue.StructKind { // a disjunction with one, like #File
-		if _, alternatives := v.Expr(); len(alternatives) > 0 {
-			for _, a := range alternatives {
-				if a.IncompleteKind() == cue.StructKind {
-					v = a
-				}
-			}
-		}
-	}
-	iter, err := v.Fields(cue.Optional(true))
+	return v
+}
+
+// fieldsOf are the fields that the schema has at path.
+func (e *evaluation) fieldsOf(path []string) []string {
+	iter, err := e.schemaAt(path).Fields(cue.Optional(true))
 	if err != nil {
 		return nil
 	}
@@ -233,8 +251,9 @@ func (e *evaluation) fieldsOf(path []string) []string {
 // explainDisjunction explains a value that is none of several: group begins with the error that says so, and goes on
 // with why it is not each of them.
 func (e *evaluation) explainDisjunction(path []string, group []cueerrors.Error) {
-	v := e.user.LookupPath(cue.MakePath(e.selectors(path)...))
-	if len(path) > 1 && unquote(path[len(path)-2]) == "files" && v.IncompleteKind() == cue.StructKind {
+	v := e.at(path)
+	isFile := len(path) > 1 && unquote(path[len(path)-2]) == "files"
+	if isFile && v.IncompleteKind() == cue.StructKind {
 		// A file in full: what does not matter is that it is no plain text either.
 		group = slices.DeleteFunc(slices.Clone(group[1:]), func(m cueerrors.Error) bool {
 			return len(userPath(m)) == len(path) && !strings.Contains(format(m), "required")
@@ -244,15 +263,10 @@ func (e *evaluation) explainDisjunction(path []string, group []cueerrors.Error) 
 			return
 		}
 	}
-	var want []string
-	for _, m := range group[1:] {
-		if w := e.schema.wanted(m); w != "" {
-			want = append(want, w)
-		} else if f, args := m.Msg(); strings.HasPrefix(f, formatConflict) && len(args) >= 2 {
-			want = append(want, e.otherValue(v, args))
-		}
+	text := e.noneOf(path, v, group[1:])
+	if isFile {
+		text = "want text or {content: …}, not " + e.written(path)
 	}
-	want = slices.Compact(want)
 	pos := token.NoPos
 	for _, m := range group {
 		if p := e.userPlace(m); p.IsValid() {
@@ -262,22 +276,32 @@ func (e *evaluation) explainDisjunction(path []string, group []cueerrors.Error) 
 	if !pos.IsValid() {
 		pos = e.posOf(path...)
 	}
-	text := "is not one of what it can be"
-	switch {
-	case len(want) == 1:
-		text = "is not " + want[0]
-	case len(want) > 1:
-		text = "is none of: " + strings.Join(want, ", ")
-	}
-	e.add(pos, "%s: %s %s", pathText(path), e.written(path), text)
+	e.add(pos, "%s: %s", pathText(path), text)
 }
 
-// otherValue is that of the first two args of a conflict that is not the user's value v.
-func (e *evaluation) otherValue(v cue.Value, args []any) string {
-	if mine := fmt.Sprint(v); fmt.Sprint(args[0]) == mine {
-		return brief(fmt.Sprint(args[1]))
+// noneOf says what is wanted in the place of v, from why it is none of several things.
+func (e *evaluation) noneOf(path []string, v cue.Value, why []cueerrors.Error) string {
+	var values, types []string
+	for _, m := range why {
+		if w := e.schema.wanted(m); w != "" {
+			return e.written(path) + " is not " + w
+		}
+		switch f, args := m.Msg(); {
+		case strings.HasPrefix(f, formatConflict) && len(args) == 4:
+			types = append(types, otherThan(fmt.Sprint(v.IncompleteKind()), args[2:]))
+			values = append(values, otherThan(fmt.Sprint(v), args))
+		case f == formatConflict:
+			values = append(values, otherThan(fmt.Sprint(v), args))
+		}
 	}
-	return brief(fmt.Sprint(args[0]))
+	slices.Sort(types)
+	if types = slices.Compact(types); len(types) > 0 && !slices.Contains(types, "string") {
+		values = types
+	}
+	if len(values) == 0 {
+		return e.written(path) + " is none of what it can be"
+	}
+	return "want " + strings.Join(slices.Compact(values), " or ") + ", not " + e.written(path)
 }
 
 // joined makes one error of several.
@@ -287,6 +311,51 @@ func joined(list []cueerrors.Error) error {
 		out = cueerrors.Append(out, m)
 	}
 	return out
+}
+
+// walk tells unknown and missing fields at and below path. CUE tells these too, but only where nothing else is wrong.
+func (e *evaluation) walk(v cue.Value, path ...string) {
+	want := e.schemaAt(path)
+	switch v.IncompleteKind() {
+	case cue.ListKind:
+		iter, err := v.List()
+		for i := 0; err == nil && iter.Next(); i++ {
+			e.walk(iter.Value(), append(slices.Clone(path), strconv.Itoa(i))...)
+		}
+		return
+	case cue.StructKind:
+	default:
+		return
+	}
+	if want.IncompleteKind() != cue.StructKind {
+		return
+	}
+	e.walkMissing(v, want, path)
+	iter, err := v.Fields()
+	if err != nil {
+		return
+	}
+	for iter.Next() {
+		name := iter.Selector().Unquoted()
+		at := append(slices.Clone(path), name)
+		if !want.Allows(iter.Selector()) {
+			e.add(e.userPos(iter.Value()), "%s: %s", pathText(at), e.unknownField(at))
+			continue
+		}
+		e.walk(iter.Value(), at...)
+	}
+}
+
+// walkMissing tells which fields that the schema requires v has not.
+func (e *evaluation) walkMissing(v, want cue.Value, path []string) {
+	iter, err := want.Fields(cue.Optional(true))
+	for err == nil && iter.Next() {
+		sel := iter.Selector()
+		if sel.ConstraintType()&cue.RequiredConstraint == 0 || v.LookupPath(cue.MakePath(cue.Str(sel.Unquoted()))).Exists() {
+			continue
+		}
+		e.complain(append(slices.Clone(path), sel.Unquoted()), "missing")
+	}
 }
 
 // brief is a text of CUE's on one line and not too long.
@@ -302,7 +371,7 @@ func brief(s string) string {
 // suggest is the end of a sentence about an unknown name: the known one that was meant, or all if they are few.
 func suggest(name string, known []string) string {
 	known = slices.Sorted(slices.Values(known))
-	best, least := "", 3
+	best, least := "", (len(name)+1)/3+1
 	for _, k := range known {
 		if d := distance(strings.ToLower(name), strings.ToLower(k)); d < least && d < len(k) {
 			best, least = k, d
@@ -312,7 +381,7 @@ func suggest(name string, known []string) string {
 	case best != "":
 		return fmt.Sprintf("; did you mean %q?", best)
 	case len(known) > 0 && len(known) <= 12:
-		return "; known are " + strings.Join(known, ", ")
+		return "; known: " + strings.Join(known, ", ")
 	}
 	return ""
 }

@@ -3,7 +3,6 @@ package load
 import (
 	"encoding/json"
 	"fmt"
-	"maps"
 	"net/netip"
 	"path"
 	"slices"
@@ -36,63 +35,84 @@ func (e *evaluation) decode(v cue.Value, out any, at ...string) {
 
 func (e *evaluation) network() {
 	v := e.lookup(e.unified, "network")
-	if !v.Exists() {
+	if !e.lookup(e.user, "network").Exists() {
 		return
 	}
 	it := &item[schema.Network]{At: e.places(v, networkFields, "network")}
 	e.out.Network = it
 	before := len(e.out.Problems)
-	if e.check(v) && e.networkTexts(v) {
-		e.decode(v, &it.Value, "network")
-	}
-	if len(e.out.Problems) == before {
-		e.networkRanges(it.Value)
-	}
-	it.Bad = len(e.out.Problems) > before
-}
-
-// networkTexts says whether the texts in a network can be decoded.
-func (e *evaluation) networkTexts(v cue.Value) bool {
-	before := len(e.out.Problems)
-	if s, err := e.lookup(v, "subnet").String(); err == nil {
-		switch p, err := netip.ParsePrefix(s); {
-		case err != nil || !p.Addr().Is4():
-			e.complain([]string{"network", "subnet"}, "%q is not an IPv4 subnet like \"10.77.0.0/24\"", s)
-		case p != p.Masked():
-			e.complain([]string{"network", "subnet"}, "%q has bits set after its prefix; the subnet is %q", s, p.Masked())
-		case p.Bits() > 30 || p.Bits() < 8:
-			e.complain([]string{"network", "subnet"}, "%q has a prefix of %d bits; want 8 to 30", s, p.Bits())
-		}
-	}
-	if s, err := e.lookup(v, "dynamic").String(); err == nil {
-		var r schema.Range
-		if err := r.UnmarshalText([]byte(s)); err != nil {
-			e.complain([]string{"network", "dynamic"}, "%v", err)
-		}
-	}
-	e.duration(v, time.Minute, "network", "lease")
-	return len(e.out.Problems) == before
-}
-
-func (e *evaluation) networkRanges(n schema.Network) {
-	if n.Router.IsValid() {
-		if why := notAHost(n.Subnet, n.Router); why != "" {
-			e.complain([]string{"network", "router"}, "%v %s", n.Router, why)
-		}
-	}
-	d := n.Dynamic
-	if d.IsZero() {
+	e.check(v)
+	e.networkRanges()
+	e.duration(time.Minute, "network", "lease")
+	if it.Bad = len(e.out.Problems) > before; it.Bad {
+		e.walk(e.lookup(e.user, "network"), "network")
 		return
 	}
+	e.decode(v, &it.Value, "network")
+}
+
+// networkRanges checks how the addresses of a network lie to one another.
+func (e *evaluation) networkRanges() {
+	subnet, ok := parse(e, e.subnet, "network", "subnet")
+	if !ok {
+		return
+	}
+	router, hasRouter := parse(e, netip.ParseAddr, "network", "router")
+	if hasRouter {
+		if why := notAHost(subnet, router); why != "" {
+			e.complain([]string{"network", "router"}, "%v %s", router, why)
+		}
+	}
 	at := []string{"network", "dynamic"}
-	for _, a := range []netip.Addr{d.First, d.Last} {
-		if why := notAHost(n.Subnet, a); why != "" {
+	dynamic, ok := parse(e, func(s string) (r schema.Range, err error) { return r, r.UnmarshalText([]byte(s)) }, at...)
+	if !ok {
+		return
+	}
+	for _, a := range []netip.Addr{dynamic.First, dynamic.Last} {
+		if why := notAHost(subnet, a); why != "" {
 			e.complain(at, "%v %s", a, why)
 		}
 	}
-	if n.Router.IsValid() && d.Contains(n.Router) {
-		e.complain(at, "the router %v lies inside the range", n.Router)
+	if hasRouter && dynamic.Contains(router) {
+		e.complain(at, "the router %v lies inside the range", router)
 	}
+}
+
+// subnet parses a subnet on which machines can boot.
+func (e *evaluation) subnet(s string) (netip.Prefix, error) {
+	p, err := netip.ParsePrefix(s)
+	switch {
+	case err != nil || !p.Addr().Is4():
+		return p, fmt.Errorf("%q is not an IPv4 subnet like \"10.77.0.0/24\"", s)
+	case p != p.Masked():
+		return p, fmt.Errorf("%q has bits set after its prefix; the subnet is %q", s, p.Masked())
+	case p.Bits() > 30 || p.Bits() < 8:
+		return p, fmt.Errorf("%q has a prefix of %d bits; want 8 to 30", s, p.Bits())
+	}
+	return p, nil
+}
+
+// parse parses the text that the user's files have at path. It complains about one that cannot be parsed, unless
+// somebody did already.
+func parse[T any](e *evaluation, one func(string) (T, error), path ...string) (T, bool) {
+	var none T
+	s, err := e.at(path).String()
+	if err != nil {
+		return none, false
+	}
+	v, err := one(s)
+	if err != nil {
+		if !e.told(path) {
+			e.complain(path, "%v", err)
+		}
+		return none, false
+	}
+	return v, true
+}
+
+// told says whether there is a problem with the field at path already.
+func (e *evaluation) told(path []string) bool {
+	return slices.ContainsFunc(e.out.Problems, func(p schema.Problem) bool { return strings.HasPrefix(p.Message, pathText(path)+": ") })
 }
 
 // notAHost says why no machine of subnet can have the address a, or "".
@@ -118,18 +138,11 @@ func broadcast(p netip.Prefix) netip.Addr {
 	return netip.AddrFrom4(b)
 }
 
-// duration complains about a time at the end of path, in v, that cannot be decoded or is less than least.
-func (e *evaluation) duration(v cue.Value, least time.Duration, path ...string) {
-	s, err := e.lookup(v, path[len(path)-1]).String()
-	if err != nil {
-		return
-	}
-	var d schema.Duration
-	switch err := d.UnmarshalText([]byte(s)); {
-	case err != nil:
-		e.complain(path, "%q is not a time like \"1m30s\"", s)
-	case time.Duration(d) < least:
-		e.complain(path, "%q is too short: want at least %q", s, least)
+// duration complains about a time that is less than least.
+func (e *evaluation) duration(least time.Duration, path ...string) {
+	d, ok := parse(e, time.ParseDuration, path...)
+	if ok && d < least {
+		e.complain(path, "%q is too short: want at least %q", d, least)
 	}
 }
 
@@ -200,7 +213,6 @@ func (e *evaluation) role(name string, v cue.Value, it *item[schema.Role]) {
 		return
 	}
 	it.Value.Files = wire.Files.files()
-	e.checkPaths(slices.Collect(maps.Keys(it.Value.Files)), "roles", name, "files")
 	for i := range it.Value.Apps {
 		it.At["apps."+strconv.Itoa(i)] = e.place(e.posOf("roles", name, "apps", strconv.Itoa(i)))
 	}
@@ -220,12 +232,13 @@ func (e *evaluation) checkRole(name string, v, node cue.Value) bool {
 			e.explain(err)
 		}
 	}
-	e.checkHealthy(name, e.lookup(v, "healthy"))
+	e.checkHealthy(name)
+	e.checkFiles("roles", name, "files")
 	return len(e.out.Problems) == before
 }
 
-func (e *evaluation) checkHealthy(role string, v cue.Value) {
-	iter, err := v.List()
+func (e *evaluation) checkHealthy(role string) {
+	iter, err := e.at([]string{"roles", role, "healthy"}).List()
 	if err != nil {
 		return // there is none, or it was complained about
 	}
@@ -243,13 +256,14 @@ func (e *evaluation) checkHealthy(role string, v cue.Value) {
 		case len(has) > 1:
 			e.complain(at, "a check is one of http, tcp, unit and exec; this has %s: make a check of each", strings.Join(has, " and "))
 		}
-		e.duration(iter.Value(), time.Second, append(slices.Clone(at), "every")...)
-		e.duration(iter.Value(), 100*time.Millisecond, append(slices.Clone(at), "timeout")...)
+		e.duration(time.Second, append(slices.Clone(at), "every")...)
+		e.duration(100*time.Millisecond, append(slices.Clone(at), "timeout")...)
 	}
 }
 
 func (e *evaluation) host(name string, v cue.Value, it *item[schema.Host]) {
-	if !e.check(v) {
+	ok := e.check(v)
+	if e.checkFiles("hosts", name, "node", "files"); !ok {
 		return
 	}
 	h := &it.Value
@@ -267,8 +281,20 @@ func (e *evaluation) host(name string, v cue.Value, it *item[schema.Host]) {
 	if first, err := strconv.ParseUint(strings.Split(h.MAC, ":")[0], 16, 8); err == nil && first&1 == 1 {
 		e.complain([]string{"hosts", name, "mac"}, "%q is a group address, not that of one interface", h.MAC)
 	}
-	e.checkPaths(slices.Collect(maps.Keys(h.Node.Files)), "hosts", name, "node", "files")
 	e.addRoleNode(name, v, h)
+}
+
+// checkFiles checks the paths of the files that the user's files have at path.
+func (e *evaluation) checkFiles(path ...string) {
+	iter, err := e.at(path).Fields()
+	if err != nil {
+		return // there are none, or it was complained about
+	}
+	var paths []string
+	for iter.Next() {
+		paths = append(paths, iter.Selector().Unquoted())
+	}
+	e.checkPaths(paths, path...)
 }
 
 // checkPaths checks the paths of files that come together.

@@ -27,6 +27,7 @@ const contextShards = 32
 type worker struct {
 	ctx    *cue.Context
 	fleet  cue.Value // #Fleet
+	file   cue.Value // #FileSpec
 	schema *schemaDocs
 	shards int
 }
@@ -74,6 +75,7 @@ func (w *worker) prepare() error {
 	w.ctx = cuecontext.New()
 	v := w.ctx.BuildFile(f)
 	w.fleet = v.LookupPath(cue.ParsePath("#Fleet"))
+	w.file = v.LookupPath(cue.ParsePath("#FileSpec"))
 	w.schema = readSchemaDocs(f)
 	return v.Err()
 }
@@ -188,19 +190,21 @@ func items[T any](e *evaluation, part string, fields []string, one func(name str
 		e.out.Broken = true
 		return nil
 	}
+	named := e.fleet.LookupPath(cue.MakePath(cue.Str(part)))
 	out := map[string]item[T]{}
 	for iter.Next() {
 		name := iter.Selector().Unquoted()
 		it := item[T]{At: e.places(iter.Value(), fields, part, name)}
 		before := len(e.out.Problems)
-		if !whole.Allows(iter.Selector()) {
-			e.addAt(it.At[""], "%s.%s: bad name: want %s", part, label(name), e.schema.nameOf(part))
+		if !named.Allows(iter.Selector()) {
+			e.addAt(it.At[""], "%s.%s: this is not %s", part, label(name), e.schema.nameOf(part))
 		} else {
 			one(name, iter.Value(), &it)
 		}
 		if it.Bad = len(e.out.Problems) > before; it.Bad {
 			var none T
 			it.Value = none
+			e.walk(e.at([]string{part, name}), part, name)
 		}
 		out[name] = it
 	}
