@@ -107,7 +107,7 @@ func (e *evaluation) userPlaces(err cueerrors.Error) []token.Pos {
 
 // explainOne adds the problem of one error.
 func (e *evaluation) explainOne(path []string, err cueerrors.Error) {
-	f, args := err.Msg()
+	f := format(err)
 	pos := e.userPlace(err)
 	if !pos.IsValid() {
 		pos = e.posOf(path...)
