@@ -72,13 +72,13 @@ func (r *Records) declared() map[string]schema.Host {
 }
 
 // match finds the machine of each declared host: its MAC, by host name. A MAC says more than a UUID, which boards are
-// known to share, and that more than a serial number. Of several machines that could be one host, it is the one that
-// was seen last.
+// known to share, and that more than a serial number. Of several machines that could be one host, it is the one with the
+// declared MAC, else the one that was seen last.
 func (r *Records) match(declared map[string]schema.Host, seen map[string]sighting) map[string]string {
 	byMAC := make(map[string]string, len(declared))
 	byUUID, bySerial := map[string]string{}, map[string]string{}
 	for name, h := range declared {
-		byMAC[h.MAC], byUUID[h.UUID], bySerial[h.Serial] = name, name, name
+		byMAC[strings.ToLower(h.MAC)], byUUID[strings.ToLower(h.UUID)], bySerial[h.Serial] = name, name, name
 	}
 	delete(byMAC, "")
 	delete(byUUID, "")
@@ -91,7 +91,7 @@ func (r *Records) match(declared map[string]schema.Host, seen map[string]sightin
 			continue
 		}
 		other, taken := found[name]
-		if !taken || seen[mac].last.After(seen[other].last) {
+		if !taken || byMAC[mac] == name || byMAC[other] != name && seen[mac].last.After(seen[other].last) {
 			found[name] = mac
 		}
 	}

@@ -13,20 +13,20 @@ import (
 
 // Images are the recipes that were ever built or shall be, the newest first.
 func (r *Records) Images() []Image {
-	declared, used := r.wantedRecipes(), r.usedRecipes()
+	declared, used := r.declaredRecipes(), r.usedRecipes()
 	all := make([]Image, 0, len(r.Builds))
 	for _, b := range r.Builds {
-		_, wanted := declared[b.Recipe]
-		delete(declared, b.Recipe)
 		all = append(all, Image{
 			Name: b.Name, Kind: b.Kind, Recipe: b.Recipe, Phase: b.Phase, Step: b.Step, Error: b.Error, Tail: b.Tail,
 			Attempts: b.Attempts, Started: b.Started, Finished: b.Finished, Retry: b.Retry,
-			Digest: b.Result, Size: b.Size, Used: used[b.Recipe], Declared: wanted,
+			Digest: b.Result, Size: b.Size, Used: used[b.Recipe], Declared: declared[b.Recipe].Declared,
 		})
 	}
-	for recipe, i := range declared { // nobody got to them yet
-		i.Phase, i.Used, i.Declared = state.BuildQueued, used[recipe], true
-		all = append(all, i)
+	for recipe, i := range declared {
+		if _, known := r.Builds[string(recipe)]; !known && i.Declared { // nobody got to it yet
+			i.Phase = state.BuildQueued
+			all = append(all, i)
+		}
 	}
 	slices.SortFunc(all, func(a, b Image) int {
 		return cmp.Or(newestFirst(a.Started, b.Started), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Name, b.Name),

@@ -36,11 +36,12 @@ type Images interface {
 // A Server answers operators and agents. Store, Fleet and what an endpoint asks must be set; an endpoint whose
 // controller is nil answers 501. The Server must not be copied once Handler was called.
 type Server struct {
-	Store  *state.Store
-	Fleet  func() *schema.Fleet // in force, from memory; it returns nil before there is one
-	Poke   func()               // looks at the repo soon; must not block
-	Agents Agents
-	Images Images
+	Store   *state.Store
+	Fleet   func() *schema.Fleet // in force, from memory; it returns nil before there is one
+	Poke    func()               // looks at the repo soon; must not block
+	Agents  Agents
+	Planner Planner
+	Images  Images
 
 	// Planned is the hash of the commit that all assignments are those of, so that a fleet does not count as converged
 	// between a commit's coming into force and its plan. nil: that moment is not told apart.
@@ -96,6 +97,7 @@ func (s *Server) routes() []route {
 		{"GET /api/v1/releases", false, s.getReleases},
 		{"GET /api/v1/events", false, s.getEvents},
 		{"POST /api/v1/poke", false, s.poke},
+		{"POST /api/v1/plan", true, s.plan}, // a revision may have to be fetched and loaded: the client sets the time
 		{"GET /api/v1/watch", true, s.watch},
 		{"GET /api/v1/openapi.json", false, s.getOpenAPI},
 		{"POST /node/v1/hello", false, s.hello},

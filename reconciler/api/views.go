@@ -194,7 +194,7 @@ type Image struct {
 	Digest   digest.Digest    `json:"digest,omitempty"` // of what came out
 	Size     int64            `json:"size,omitempty"`   // bytes
 	Used     bool             `json:"used"`             // by a release that a host shall run or runs
-	Declared bool             `json:"declared"`         // by the fleet in force
+	Declared bool             `json:"declared"`         // by the fleet in force, for some host or for discovery
 }
 
 // ImageDetail is everything about one image; one of Base and Delta is set where it was built.

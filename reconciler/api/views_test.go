@@ -219,6 +219,8 @@ func TestProposalFull(t *testing.T) {
 func TestImages(t *testing.T) {
 	f := apitest.Mixed(now)
 	f.Schema.Roles["new"] = schema.Role{Name: "new", OS: "debian"}
+	f.Declare(12, "new")
+	f.Schema.Roles["unused"] = schema.Role{Name: "unused", OS: "debian", Packages: []string{"vim"}}
 	r := f.Records()
 	var got []string
 	for _, i := range r.Images() {

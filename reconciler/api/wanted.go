@@ -2,6 +2,8 @@ package api
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
@@ -36,7 +38,7 @@ func (r *Records) wanted(role schema.Role) wanted {
 		return w
 	}
 	delta, ok := r.Deltas[string(w.delta)]
-	if !ok {
+	if !ok || delta.Base != base.Image { // or it lies over other bytes that the same recipe made before
 		w.missing = r.waitsFor("role "+role.Name, w.delta)
 		return w
 	}
@@ -60,18 +62,29 @@ func (r *Records) waitsFor(what string, recipe images.RecipeID) string {
 	return fmt.Sprintf("%s is being built: %s", what, b.Step)
 }
 
-// wantedRecipes are those of the fleet in force, with the name and the kind that each is shown under.
-func (r *Records) wantedRecipes() map[images.RecipeID]Image {
+// declaredRecipes are those of the fleet in force, with the name and the kind that each is shown under. Declared says
+// that it is to be built: some host has its role, or machines boot it that no host declares.
+func (r *Records) declaredRecipes() map[images.RecipeID]Image {
 	all := map[images.RecipeID]Image{}
 	if r.Fleet == nil {
 		return all
 	}
+	hasHosts := map[string]bool{}
+	for _, h := range r.Fleet.Hosts {
+		hasHosts[h.Role] = true
+	}
+	discovery := r.Fleet.Discovery.OS
+	if discovery == "" && len(r.Fleet.Images) > 0 {
+		discovery = slices.Min(slices.Collect(maps.Keys(r.Fleet.Images)))
+	}
+	needed := map[string]bool{discovery: true}
+	for name, w := range r.releasesWanted() {
+		needed[r.Fleet.Roles[name].OS] = needed[r.Fleet.Roles[name].OS] || hasHosts[name]
+		all[w.delta] = Image{Name: name, Kind: "delta", Recipe: w.delta, Declared: hasHosts[name]}
+	}
 	for name, img := range r.Fleet.Images {
 		id := images.BaseRecipeOf(img).ID()
-		all[id] = Image{Name: name, Kind: "base", Recipe: id}
-	}
-	for name, w := range r.releasesWanted() {
-		all[w.delta] = Image{Name: name, Kind: "delta", Recipe: w.delta}
+		all[id] = Image{Name: name, Kind: "base", Recipe: id, Declared: needed[name]}
 	}
 	return all
 }

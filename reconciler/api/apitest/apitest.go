@@ -15,6 +15,7 @@ import (
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/reconciler/api"
+	"github.com/troupe-dev/troupe/reconciler/plan"
 	"github.com/troupe-dev/troupe/reconciler/state"
 	"github.com/troupe-dev/troupe/schema"
 )
@@ -352,6 +353,7 @@ func put[T any](ctx context.Context, s *state.Store, kind state.Kind[T], all map
 // Controllers stand in for the reconciler's behind an api.Server, and remember what they were asked.
 type Controllers struct {
 	Assigned agentapi.Assignment // the answer to every agent
+	Planned  plan.Plan           // the answer to every plan
 	LogText  string              // of every build
 
 	mu    sync.Mutex
@@ -392,6 +394,24 @@ func (c *Controllers) Report(_ context.Context, peer netip.Addr, r agentapi.Repo
 	return agentapi.ReportReply{Version: c.Assigned.Version}, nil
 }
 
+// Plan implements api.Planner.
+func (c *Controllers) Plan(_ context.Context, f *schema.Fleet) (plan.Plan, error) {
+	c.note("plan %d hosts", len(f.Hosts))
+	return c.Planned, nil
+}
+
+// PlanRevision implements api.Planner: the revision "bad" is no valid fleet, and "none" is not in the repo.
+func (c *Controllers) PlanRevision(_ context.Context, revision string) (plan.Plan, error) {
+	c.note("plan %s", revision)
+	switch revision {
+	case "bad":
+		return plan.Plan{}, schema.Problems{{File: "hosts.cue", Line: 3, Column: 9, Message: `hosts.n1: unknown role "wbe"`}}
+	case "none":
+		return plan.Plan{}, fmt.Errorf("revision %q: %w", revision, state.ErrNotFound)
+	}
+	return c.Planned, nil
+}
+
 // Build implements api.Images: the image "none" is not known.
 func (c *Controllers) Build(_ context.Context, name string) error {
 	if name == "none" {
@@ -410,6 +430,6 @@ func (c *Controllers) Log(_ context.Context, recipe digest.Digest, follow bool) 
 // Server is an api.Server over s that serves f and asks c.
 func Server(s *state.Store, f *Fleet, c *Controllers) *api.Server {
 	return &api.Server{
-		Store: s, Fleet: func() *schema.Fleet { return f.Schema }, Poke: c.Poke, Agents: c, Images: c,
+		Store: s, Fleet: func() *schema.Fleet { return f.Schema }, Poke: c.Poke, Agents: c, Planner: c, Images: c,
 	}
 }
