@@ -20,6 +20,8 @@ type planner struct {
 	fleet *schema.Fleet
 	obs   Observed
 
+	names     []string         // of the declared hosts, sorted
+	buf       canonical        // is used again for each node
 	roles     map[string]*role // those that hosts have
 	diffs     map[diffKey][]string
 	machines  map[string]string // MAC by host
@@ -31,7 +33,7 @@ type planner struct {
 // serial number, which vendors leave at "To be filled".
 func (p *planner) match() {
 	byMAC, byUUID, bySerial := map[string]string{}, map[string]string{}, map[string]string{}
-	for _, name := range slices.Sorted(maps.Keys(p.fleet.Hosts)) {
+	for _, name := range p.names {
 		h := p.fleet.Hosts[name]
 		byMAC[strings.ToLower(h.MAC)], byUUID[strings.ToLower(h.UUID)], bySerial[h.Serial] = name, name, name
 	}
@@ -39,8 +41,7 @@ func (p *planner) match() {
 	delete(byUUID, "")
 	delete(bySerial, "")
 	p.machines = make(map[string]string, len(p.fleet.Hosts))
-	for _, mac := range slices.Sorted(maps.Keys(p.obs.Machines)) {
-		m := p.obs.Machines[mac]
+	for mac, m := range p.obs.Machines {
 		name := cmp.Or(byMAC[strings.ToLower(mac)], byUUID[strings.ToLower(m.UUID)], bySerial[m.Serial])
 		if name == "" {
 			p.unclaimed = append(p.unclaimed, mac)
@@ -48,6 +49,7 @@ func (p *planner) match() {
 			p.machines[name] = mac
 		}
 	}
+	slices.Sort(p.unclaimed)
 	// A node that never said hello to this server may still be known by what it reports.
 	for mac := range p.obs.Nodes {
 		if name := byMAC[mac]; name != "" {
@@ -97,9 +99,9 @@ func (p *planner) host(name string, h schema.Host) Host {
 	if had {
 		out.FromRole, out.From, out.Generation = old.Role, old.Release, old.Generation
 	}
-	want := wanted{Host: h, node: nodeOf(h, p.fleet.Network.Domain), checks: r.checks, role: r}
+	want := wanted{Host: h, node: p.node(h), domain: p.fleet.Network.Domain, role: r}
 	if had {
-		out.Why = p.changes(old, want)
+		out.Why = p.changes(&old, want)
 		out.Changed = len(out.Why) > 0
 	} else {
 		out.Why, out.Changed = []string{"first assignment: role " + h.Role}, true
@@ -116,13 +118,15 @@ func (p *planner) host(name string, h schema.Host) Host {
 		return out
 	}
 	out.To = r.id
-	out.Spec = p.spec(&out, old, want)
-	p.act(&out, old, had, seen, node)
+	if out.Spec = &old.Spec; out.Changed {
+		out.Spec = spec(&out, want)
+	}
+	p.act(&out, old.Why, had, seen, node)
 	return out
 }
 
-// act finds what the machine has to do to follow out.Spec.
-func (p *planner) act(out *Host, old state.Assignment, had, seen bool, node state.Node) {
+// act finds what the machine has to do to follow out.Spec; why is what its assignment was made for.
+func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
 	run, rel := node.Running, out.Spec.Release
 	current := run != nil && run.Release == rel.ID && run.Node == out.Spec.Node.Digest
 	out.FetchBytes = 0
@@ -149,7 +153,7 @@ func (p *planner) act(out *Host, old state.Assignment, had, seen bool, node stat
 		out.Action, out.Reboot = Reboot, true
 	}
 	if len(out.Why) == 0 {
-		out.Why = []string{fmt.Sprintf("generation %d is not active yet: %s", old.Generation, old.Why)}
+		out.Why = []string{fmt.Sprintf("generation %d is not active yet: %s", out.Generation, why)}
 	}
 	if !seen {
 		out.Why = append(out.Why, "its machine has never been seen")
@@ -184,11 +188,8 @@ func (p *planner) leave(name string, a state.Assignment) Host {
 	return out
 }
 
-// spec is what the agent is told. A host for which nothing changed is told the same as before.
-func (p *planner) spec(out *Host, old state.Assignment, want wanted) *agentapi.Assignment {
-	if !out.Changed {
-		return &old.Spec
-	}
+// spec is what the agent of a host is told that changes. One for which nothing changes is told the same as before.
+func spec(out *Host, want wanted) *agentapi.Assignment {
 	rel := want.role.release
 	s := &agentapi.Assignment{
 		State: agentapi.Assigned, Host: out.Name, Generation: out.Generation, Role: out.ToRole,
@@ -196,7 +197,14 @@ func (p *planner) spec(out *Host, old state.Assignment, want wanted) *agentapi.A
 			ID: want.role.id, Base: agentapi.Blob(rel.Base), Delta: agentapi.Blob(rel.Delta),
 			Kernel: rel.Kernel.Digest, KernelArgs: rel.KernelArgs,
 		},
-		Node: want.node, Disk: agentapi.Disks(want.Disk), Checks: want.checks,
+		Node: agentapi.Node{Hostname: want.Name, Domain: want.domain, Digest: want.node},
+		Disk: agentapi.Disks(want.Disk), Checks: want.role.checks,
+	}
+	if len(want.Node.Files) > 0 {
+		s.Node.Files = make(map[string]agentapi.File, len(want.Node.Files))
+	}
+	for path, f := range want.Node.Files {
+		s.Node.Files[path] = agentapi.File(f)
 	}
 	s.Version = version(s)
 	return s
@@ -213,22 +221,17 @@ func version(s *agentapi.Assignment) string {
 	return fmt.Sprintf("%d-%s", s.Generation, digest.Of(e).Short())
 }
 
-// nodeOf is what only this host has. Its digest covers the name and the address beside the files: the node delta of one
-// identity, with whatever programs derived from that identity, is not taken over by another. So a host with a new address
-// reboots, gets the address from DHCP as its firmware starts, and begins with a fresh node delta.
-func nodeOf(h schema.Host, domain string) agentapi.Node {
-	n := agentapi.Node{Hostname: h.Name, Domain: domain}
-	e := encoder("troupe node 1").str(n.Hostname).str(n.Domain).str(addr(h.Address)).num(uint64(len(h.Node.Files)))
-	if len(h.Node.Files) > 0 {
-		n.Files = make(map[string]agentapi.File, len(h.Node.Files))
-	}
+// node names what only this host has: its files, and its name and address with them. The node delta of one identity, with
+// whatever programs derived from that identity, is not taken over by another. So a host with a new address reboots, gets
+// the address from DHCP as its firmware starts, and begins with a fresh node delta.
+func (p *planner) node(h schema.Host) digest.Digest {
+	e := p.buf[:0].str("troupe node 1").str(h.Name).str(p.fleet.Network.Domain).str(addr(h.Address)).num(uint64(len(h.Node.Files)))
 	for _, path := range slices.Sorted(maps.Keys(h.Node.Files)) {
 		f := h.Node.Files[path]
-		n.Files[path] = agentapi.File(f)
 		e = e.str(path).str(f.Content).num(uint64(f.Mode)).num(uint64(f.UID)).num(uint64(f.GID))
 	}
-	n.Digest = digest.Of(e)
-	return n
+	p.buf = e
+	return digest.Of(e)
 }
 
 // Defaults of a check, for fleets that did not come through schema/load.
@@ -262,8 +265,8 @@ func checksOf(list []schema.Check) []agentapi.Check {
 // wanted is what a host is to be.
 type wanted struct {
 	schema.Host
-	node   agentapi.Node
-	checks []agentapi.Check
+	node   digest.Digest
+	domain string
 	role   *role
 }
 

@@ -133,18 +133,20 @@ func (h Host) Assignment(commit string, since time.Time) state.Assignment {
 
 // Make says what fleet, of a commit, wants in the face of obs. The fleet must be one that schema/load let through.
 func Make(fleet *schema.Fleet, commit string, obs Observed) Plan {
-	p := &planner{fleet: fleet, obs: obs, roles: map[string]*role{}, diffs: map[diffKey][]string{}}
+	p := &planner{fleet: fleet, obs: obs, names: slices.Sorted(maps.Keys(fleet.Hosts)), roles: map[string]*role{}, diffs: map[diffKey][]string{}}
 	p.match()
 	out := Plan{Commit: commit, Hosts: make([]Host, 0, len(fleet.Hosts)), Unclaimed: p.unclaimed}
-	for _, name := range slices.Sorted(maps.Keys(fleet.Hosts)) {
+	for _, name := range p.names {
 		out.Hosts = append(out.Hosts, p.host(name, fleet.Hosts[name]))
 	}
-	for name, a := range obs.Assignments {
+	for name := range obs.Assignments {
 		if _, ok := fleet.Hosts[name]; !ok {
-			out.Hosts = append(out.Hosts, p.leave(name, a))
+			out.Hosts = append(out.Hosts, p.leave(name, obs.Assignments[name]))
 		}
 	}
-	slices.SortFunc(out.Hosts, func(a, b Host) int { return cmp.Compare(a.Name, b.Name) })
+	if len(out.Hosts) > len(p.names) {
+		slices.SortFunc(out.Hosts, func(a, b Host) int { return cmp.Compare(a.Name, b.Name) })
+	}
 	out.Builds = p.builds()
 	out.Releases = p.releases()
 	return out

@@ -11,6 +11,7 @@ import (
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
 )
 
 const (
@@ -19,20 +20,20 @@ const (
 )
 
 // changes are the reasons why a host gets another generation; none if it is to run on as it does.
-func (p *planner) changes(old state.Assignment, want wanted) []string {
+func (p *planner) changes(old *state.Assignment, want wanted) []string {
 	var why []string
 	if old.Role != want.Role {
 		why = append(why, fmt.Sprintf("role %s → %s", old.Role, want.Role))
 	} else if r := want.role; r.release == nil || old.Release != r.id {
 		why = append(why, p.released(old, r)...)
 	}
-	if old.Node != want.node.Digest {
+	if old.Node != want.node {
 		why = append(why, nodeChanges(old, want)...)
 	}
 	if old.Spec.Disk != agentapi.Disks(want.Disk) {
 		why = append(why, "disk policy changed")
 	}
-	if !slices.EqualFunc(old.Spec.Checks, want.checks, sameCheck) {
+	if !slices.EqualFunc(old.Spec.Checks, want.role.checks, sameCheck) {
 		why = append(why, "health checks of role "+want.Role+" changed")
 	}
 	return why
@@ -46,7 +47,7 @@ type diffKey struct {
 
 // released says what is different between the release that a host has and the one that its role has now. Many hosts
 // have the same answer.
-func (p *planner) released(old state.Assignment, r *role) []string {
+func (p *planner) released(old *state.Assignment, r *role) []string {
 	key := diffKey{old.BaseRecipe, old.DeltaRecipe, old.Release, r.Name}
 	if why, ok := p.diffs[key]; ok {
 		return why
@@ -56,7 +57,7 @@ func (p *planner) released(old state.Assignment, r *role) []string {
 	return why
 }
 
-func (p *planner) compare(old state.Assignment, r *role) []string {
+func (p *planner) compare(old *state.Assignment, r *role) []string {
 	var why []string
 	if old.BaseRecipe != r.base {
 		why = append(why, p.recipes("OS image "+r.OS, old.BaseRecipe, baseParts(r.baseRecipe))...)
@@ -78,7 +79,7 @@ func (p *planner) compare(old state.Assignment, r *role) []string {
 }
 
 // rebuilt says which image has other bytes though its recipe is the same.
-func (r *role) rebuilt(old state.Assignment) []string {
+func (r *role) rebuilt(old *state.Assignment) []string {
 	rel := old.Spec.Release
 	if rel != nil && rel.Base == agentapi.Blob(r.release.Base) && rel.Kernel == r.release.Kernel.Digest {
 		return []string{"role " + r.Name + " was built again"}
@@ -122,12 +123,12 @@ func compareParts(old, now map[string]string, say func(part, how string) string)
 	return why
 }
 
-func nodeChanges(old state.Assignment, want wanted) []string {
-	why := compareParts(nodeParts(old.Spec.Node), nodeParts(want.node), func(part, how string) string { return part + " " + how })
+func nodeChanges(old *state.Assignment, want wanted) []string {
+	why := compareParts(nodeParts(old.Spec.Node.Files), nodeParts(want.Node.Files), func(part, how string) string { return part + " " + how })
 	if was, is := addr(old.Address), addr(want.Address); was != is {
 		why = append(why, fmt.Sprintf("address %s → %s", orNone(was), orNone(is)))
 	}
-	if was, is := old.Spec.Node.Domain, want.node.Domain; was != is {
+	if was, is := old.Spec.Node.Domain, want.domain; was != is {
 		why = append(why, fmt.Sprintf("domain %s → %s", orNone(was), orNone(is)))
 	}
 	if len(why) == 0 {
@@ -136,9 +137,9 @@ func nodeChanges(old state.Assignment, want wanted) []string {
 	return why
 }
 
-func nodeParts(n agentapi.Node) map[string]string {
-	parts := make(map[string]string, len(n.Files))
-	for path, f := range n.Files {
+func nodeParts[F agentapi.File | schema.File](files map[string]F) map[string]string {
+	parts := make(map[string]string, len(files))
+	for path, f := range files {
 		parts["node file "+path] = fileValue(images.File(f))
 	}
 	return parts
