@@ -21,6 +21,7 @@ import (
 	"github.com/troupe-dev/troupe/netboot/dhcp"
 	"github.com/troupe-dev/troupe/netboot/httpboot"
 	"github.com/troupe-dev/troupe/netboot/ipxe"
+	"github.com/troupe-dev/troupe/netboot/ndp"
 	"github.com/troupe-dev/troupe/netboot/tftp"
 )
 
@@ -42,13 +43,16 @@ type Server struct {
 	LoaderDirs []string     // where iPXE is looked for; nil: where distributions install it
 	Log        *slog.Logger // nil: nothing is logged
 
-	macs macs
+	macs    macs
+	booting booting
 }
 
 // Sockets are what a Server listens on, apart from HTTP.
 type Sockets struct {
 	DHCP []dhcp.Transport
 	TFTP net.PacketConn
+	NDP  ndp.Transport    // nil: iPXE waits for an IPv6 router
+	MAC  net.HardwareAddr // of NDP's interface
 }
 
 // Close closes the sockets, for a caller that never came to Serve.
@@ -60,17 +64,20 @@ func (s Sockets) Close() error {
 	if s.TFTP != nil {
 		errs = append(errs, s.TFTP.Close())
 	}
+	if s.NDP != nil {
+		errs = append(errs, s.NDP.Close())
+	}
 	return errors.Join(errs...)
 }
 
-// Serve answers DHCP and TFTP on the sockets until ctx ends, and then returns nil; if one of the two cannot go on, it
-// stops the other and returns why. It closes the sockets. It may be called once.
+// Serve answers DHCP and TFTP on the sockets until ctx ends, and then returns nil; if one of them cannot go on, it
+// stops the others and returns why. It closes the sockets. It may be called once.
 func (s *Server) Serve(ctx context.Context, socks Sockets) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		d := &dhcp.Server{
 			Mode: s.Mode, Addresses: s.Addresses, Leases: s.Leases, URL: s.URL, HTTPPort: s.HTTPPort,
-			HasFile: s.loaders().Has, Observe: s.offered, Log: s.Log,
+			HasFile: s.loaders().Has, Observe: s.offered, Booting: s.booting.put, Log: s.Log,
 		}
 		return d.Serve(ctx, socks.DHCP...)
 	})
@@ -78,6 +85,12 @@ func (s *Server) Serve(ctx context.Context, socks Sockets) error {
 		t := &tftp.Server{Open: s.loaders().Open, Observe: s.loaded, Log: s.Log}
 		return t.Serve(ctx, socks.TFTP)
 	})
+	if socks.NDP != nil {
+		g.Go(func() error {
+			n := &ndp.Server{MAC: socks.MAC, Booting: s.booting.has, Log: s.Log}
+			return n.Serve(ctx, socks.NDP)
+		})
+	}
 	return g.Wait()
 }
 
@@ -195,4 +208,29 @@ func (m *macs) get(a netip.Addr) net.HardwareAddr {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.by[a]
+}
+
+// booting knows which machines run iPXE just now.
+type booting struct {
+	mu sync.Mutex
+	at map[string]time.Time // by MAC
+}
+
+// bootsFor is how long iPXE configures its network, with time to spare.
+const bootsFor = time.Minute
+
+func (b *booting) put(mac net.HardwareAddr) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.at == nil || len(b.at) >= maxMACs {
+		b.at = map[string]time.Time{}
+	}
+	b.at[mac.String()] = time.Now()
+}
+
+func (b *booting) has(mac net.HardwareAddr) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	at, ok := b.at[mac.String()]
+	return ok && time.Since(at) < bootsFor
 }

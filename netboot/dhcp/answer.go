@@ -65,6 +65,9 @@ func (r *responder) answer(ctx context.Context, p Packet) (reply Reply, ok bool)
 		r.noise.Warn("not a DHCP request", "from", p.From, "err", err)
 		return Reply{}, false
 	}
+	if r.cfg.Booting != nil && q.Program == IPXE && q.MessageType() == dhcpv4.MessageTypeDiscover {
+		r.cfg.Booting(q.MAC)
+	}
 	var m *dhcpv4.DHCPv4
 	if r.cfg.Mode == ModeProxy {
 		m, err = r.proxy(q, p.Port)

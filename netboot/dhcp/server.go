@@ -66,6 +66,8 @@ type Server struct {
 
 	// Observe is told of what concerns one machine. It must not block. nil: nobody is told.
 	Observe func(Event)
+	// Booting is told of each iPXE that asks for an offer, every time. It must not block. nil: nobody is told.
+	Booting func(mac net.HardwareAddr)
 
 	Workers int          // how many packets are answered at once; 0 is 16
 	Log     *slog.Logger // nil: nothing is logged
