@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/erofs/go-erofs"
 
@@ -77,7 +78,7 @@ func (b *Builder) bootstrap(ctx context.Context, r images.BaseRecipe, scratch st
 	}
 	defer w.abort()
 	pr, pw := io.Pipe()
-	cmd := exec.Command("mmdebstrap", mmdebstrapArgs(r, hook)...)
+	cmd := mmdebstrap(r, hook)
 	cmd.Env, cmd.Dir, cmd.Stdout = environ(scratch), scratch, pw
 
 	t := &baseTree{store: b.Store, w: w, s: s}
@@ -87,7 +88,7 @@ func (b *Builder) bootstrap(ctx context.Context, r images.BaseRecipe, scratch st
 		_ = pr.CloseWithError(err) // ends mmdebstrap, should it still write; never an error
 		done <- err
 	}()
-	rerr := s.run(ctx, cmd, 0)
+	rerr := s.run(ctx, cmd, syscall.CLONE_NEWUTS)
 	_ = pw.CloseWithError(rerr) // never an error
 	// The reader's complaint is the cause when it closed the pipe, and nothing but the echo of the program's otherwise.
 	terr := <-done
@@ -101,11 +102,17 @@ func (b *Builder) bootstrap(ctx context.Context, r images.BaseRecipe, scratch st
 	return t, err
 }
 
-func mmdebstrapArgs(r images.BaseRecipe, hook string) []string {
-	mode := "unshare"
-	if isRoot() {
-		mode = "root"
+// mmdebstrap is the command that writes r's root file system as a tar stream. As root it runs under another name than
+// the machine's, which packages would write into their files; otherwise it makes the namespaces that it needs itself.
+func mmdebstrap(r images.BaseRecipe, hook string) *exec.Cmd {
+	if !isRoot() {
+		return exec.Command("mmdebstrap", mmdebstrapArgs(r, hook, "unshare")...)
 	}
+	const script = `echo localhost >/proc/sys/kernel/hostname; exec "$0" "$@"`
+	return exec.Command("/bin/sh", append([]string{"-ec", script, "mmdebstrap"}, mmdebstrapArgs(r, hook, "root")...)...)
+}
+
+func mmdebstrapArgs(r images.BaseRecipe, hook, mode string) []string {
 	packages := slices.Concat(basePackages, r.Packages)
 	packages = slices.DeleteFunc(packages, func(p string) bool { return p == r.Kernel })
 	args := []string{
@@ -117,7 +124,9 @@ func mmdebstrapArgs(r images.BaseRecipe, hook string) []string {
 		"--dpkgopt=path-exclude=/usr/share/info/*",
 		"--dpkgopt=path-exclude=/usr/share/doc/*",
 		"--dpkgopt=path-include=/usr/share/doc/*/copyright",
+		`--essential-hook=echo localhost >"$1/etc/hostname"`, // instead of the machine's
 		`--customize-hook=sh "` + hook + `" "$1" "` + r.Kernel + `"`,
+		`--aptopt=Acquire::Retries "3"`,
 		r.Suite, "-",
 	}
 	return append(args, sources(r)...)
@@ -198,10 +207,11 @@ func checkBase(r images.BaseRecipe) error {
 	return nil
 }
 
-// isName says whether s is a Debian package's name or something alike: it starts with a letter or a digit.
+// isName says whether s is a Debian package's name or something alike: it starts with a letter or a digit, and does not
+// end in the "-" with which apt removes a package.
 func isName(s string) bool {
-	if s == "" || strings.Trim(s[:1], "abcdefghijklmnopqrstuvwxyz0123456789") != "" {
+	if s == "" || strings.HasSuffix(s, "-") || strings.Trim(s[:1], "abcdefghijklmnopqrstuvwxyz0123456789") != "" {
 		return false
 	}
-	return strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-.:_/~") == ""
+	return strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-.:_/~=") == ""
 }

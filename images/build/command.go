@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // Progress is told how a build goes on. What is written to it is output of programs, in whole lines.
@@ -117,8 +118,7 @@ func (s *steps) fail(ctx context.Context, err error) error {
 // diskFull says whether a program complained of a full disk: its exit status does not tell.
 func diskFull(tail []string) bool {
 	return slices.ContainsFunc(tail, func(l string) bool {
-		return strings.Contains(l, syscall.ENOSPC.Error()) ||
-			strings.Contains(l, "No space left on device")
+		return strings.Contains(strings.ToLower(l), syscall.ENOSPC.Error())
 	})
 }
 
@@ -136,6 +136,7 @@ func (s *steps) run(ctx context.Context, cmd *exec.Cmd, extraFlags uintptr) erro
 	if cmd.Stdout == nil {
 		cmd.Stdout = s
 	}
+	cmd.WaitDelay = time.Minute // should a program that got away hold the output open
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if isRoot() {
 		cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC | extraFlags
@@ -150,7 +151,7 @@ func (s *steps) run(ctx context.Context, cmd *exec.Cmd, extraFlags uintptr) erro
 	stop := context.AfterFunc(ctx, func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
 	defer stop()
 	if err := cmd.Wait(); err != nil {
-		return fmt.Errorf("%s: %w", cmd.Args[0], err)
+		return fmt.Errorf("running %s: %w", cmd.Args[0], err)
 	}
 	return nil
 }

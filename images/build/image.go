@@ -47,8 +47,22 @@ func (e entry) isOpaque() bool { return e.xattrs[opaqueXattr] == "y" }
 // An imageWriter writes an EROFS image into the store. It must be ended by commit or abort.
 type imageWriter struct {
 	blob *store.Writer
+	out  *stoppable // to blob
 	fs   *erofs.Writer
 	seen map[string]bool
+}
+
+// A stoppable passes writes on until it is stopped.
+type stoppable struct {
+	io.WriteSeeker
+	stopped bool
+}
+
+func (s *stoppable) Write(p []byte) (int, error) {
+	if s.stopped {
+		return 0, errors.New("writing an image that was given up")
+	}
+	return s.WriteSeeker.Write(p)
 }
 
 func (b *Builder) newImage(ctx context.Context, scratch string) (*imageWriter, error) {
@@ -56,8 +70,9 @@ func (b *Builder) newImage(ctx context.Context, scratch string) (*imageWriter, e
 	if err != nil {
 		return nil, err
 	}
-	w := erofs.Create(blob, erofs.WithTempDir(scratch), erofs.WithBuildTime(uint64(epoch.Unix()), 0))
-	return &imageWriter{blob: blob, fs: w, seen: make(map[string]bool)}, nil
+	out := &stoppable{WriteSeeker: blob}
+	w := erofs.Create(out, erofs.WithTempDir(scratch), erofs.WithBuildTime(uint64(epoch.Unix()), 0))
+	return &imageWriter{blob: blob, out: out, fs: w, seen: make(map[string]bool)}, nil
 }
 
 // add puts e at name, a clean path as of fs.FS. Nothing may come twice, and a directory comes before what is in it.
@@ -135,7 +150,11 @@ func (w *imageWriter) commit() (images.Blob, error) {
 }
 
 // abort leaves nothing. After commit it does nothing.
-func (w *imageWriter) abort() { _ = w.blob.Abort() }
+func (w *imageWriter) abort() {
+	w.out.stopped = true
+	_ = w.fs.Close() // fails at its first write; it is how go-erofs lets go of its temporary file
+	_ = w.blob.Abort()
+}
 
 // goMode turns the permissions of a st_mode into those of package fs.
 func goMode(mode uint32) fs.FileMode {

@@ -75,10 +75,13 @@ func regular(content string, mode uint32) entry {
 
 // addAll adds entries to the image by path.
 func addAll(entries map[string]entry, w *imageWriter) error {
-	for _, name := range slices.Sorted(maps.Keys(entries)) {
+	for _, name := range sortedKeys(entries) {
 		if err := w.add(name, entries[name]); err != nil {
 			return err
 		}
 	}
 	return nil
 }
+
+// sortedKeys are the keys of m in order. That of an entry's directory comes before its own.
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
