@@ -62,7 +62,7 @@ func (b *builds) run(ctx context.Context) error {
 			return nil
 		}
 		next, err := b.step(ctx)
-		if err != nil && ctx.Err() == nil {
+		if err != nil && ctx.Err() == nil && !errors.Is(err, errNoFleet) {
 			b.log.Error("starting builds", "error", err)
 			next = b.now().Add(firstRetry)
 		}

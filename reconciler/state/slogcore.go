@@ -7,7 +7,8 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// slogCore hands what etcd logs to slog. Only warnings and worse: etcd's information is for people who run etcd.
+// slogCore hands what etcd logs to slog, a level lower than etcd thinks of it: it warns of how it is embedded at every
+// start, and calls it an error that its listener is closed at the end. What matters comes back as an error of a call.
 type slogCore struct{ log *slog.Logger }
 
 func (c slogCore) Enabled(l zapcore.Level) bool { return l >= zapcore.WarnLevel }
@@ -24,9 +25,9 @@ func (c slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Chec
 }
 
 func (c slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
-	level := slog.LevelWarn
+	level := slog.LevelDebug
 	if e.Level > zapcore.WarnLevel {
-		level = slog.LevelError
+		level = slog.LevelWarn
 	}
 	c.log.LogAttrs(context.Background(), level, "etcd: "+e.Message, attrs(fields)...)
 	return nil

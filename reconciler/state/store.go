@@ -58,16 +58,12 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("locking the state directory %s: %w", dir, err)
 	}
-	sockets, err := os.MkdirTemp("", "troupe-etcd-")
+	socket, release, err := peerSocket(dir, unlock)
 	if err != nil {
 		unlock()
-		return nil, fmt.Errorf("making a directory for etcd's socket: %w", err)
+		return nil, err
 	}
-	release := func() {
-		_ = os.RemoveAll(sockets)
-		unlock()
-	}
-	e, err := startEtcd(ctx, dir, filepath.Join(sockets, "peer"), log)
+	e, err := startEtcd(ctx, dir, socket, log)
 	if err != nil {
 		release()
 		return nil, fmt.Errorf("starting etcd in %s: %w", dir, err)
@@ -82,6 +78,27 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Store, error) {
 		}
 		return err
 	}}, nil
+}
+
+// maxSocket is the longest path that fits into a unix socket's address (unix(7): 108 bytes with the final zero).
+const maxSocket = 107
+
+// peerSocket finds a place for etcd's socket: in dir, or, where that has too long a name, in a temporary directory.
+// release undoes it, and unlocks.
+func peerSocket(dir string, unlock func()) (name string, release func(), err error) {
+	name = filepath.Join(dir, "peer")
+	if len(name) <= maxSocket {
+		_ = os.Remove(name) // left by a process that was killed: we hold the lock
+		return name, unlock, nil
+	}
+	tmp, err := os.MkdirTemp("", "troupe-etcd-")
+	if err != nil {
+		return "", nil, fmt.Errorf("making a directory for etcd's socket: %w", err)
+	}
+	return filepath.Join(tmp, "peer"), func() {
+		_ = os.RemoveAll(tmp)
+		unlock()
+	}, nil
 }
 
 func startEtcd(ctx context.Context, dir, socket string, log *slog.Logger) (*embed.Etcd, error) {
