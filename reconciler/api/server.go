@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"net/netip"
@@ -17,7 +18,8 @@ import (
 	"github.com/troupe-dev/troupe/schema"
 )
 
-// Agents answers what agents ask. An error with a method Invalid() bool that says true is the agent's fault.
+// Agents answers what agents ask. An error with a method Invalid() bool that says true is the agent's fault; one
+// with Unavailable() bool passes by itself.
 type Agents interface {
 	Hello(ctx context.Context, peer netip.Addr, h agentapi.Hello) (agentapi.Assignment, error)
 	// Assignment returns when the assignment of mac is another than after, or wait is over.
@@ -142,16 +144,19 @@ func asError(err error) *Error {
 	var own *Error
 	var problems schema.Problems
 	var invalid interface{ Invalid() bool }
+	var unavailable interface{ Unavailable() bool }
 	e := &Error{Status: http.StatusInternalServerError, Message: err.Error()}
 	switch {
 	case errors.As(err, &own):
 		return own
 	case errors.As(err, &problems):
 		e.Status, e.Problems = http.StatusUnprocessableEntity, problems
-	case errors.Is(err, state.ErrNotFound):
+	case errors.Is(err, state.ErrNotFound), errors.Is(err, fs.ErrNotExist):
 		e.Status = http.StatusNotFound
 	case errors.As(err, &invalid) && invalid.Invalid():
 		e.Status = http.StatusBadRequest
+	case errors.As(err, &unavailable) && unavailable.Unavailable():
+		e.Status = http.StatusServiceUnavailable
 	case errors.Is(err, context.DeadlineExceeded):
 		e.Status = http.StatusGatewayTimeout
 	}
