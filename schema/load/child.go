@@ -91,8 +91,9 @@ func (r *childRun) start(ctx context.Context, lim limits, command []string, body
 		return fmt.Errorf("starting the evaluator: %w", err)
 	}
 	readErr := r.read(out)
-	if readErr != nil {
-		cancel() // it says nothing sensible any more
+	nonsense := readErr != nil && !errors.Is(readErr, io.ErrUnexpectedEOF)
+	if nonsense {
+		cancel()
 	}
 	waitErr := cmd.Wait()
 	switch {
@@ -102,6 +103,8 @@ func (r *childRun) start(ctx context.Context, lim limits, command []string, body
 		return r.refuse(lim, "evaluating %s took too long")
 	case errors.Is(readErr, errTooMuch):
 		return r.refuse(lim, "evaluating %s made too much data")
+	case nonsense:
+		return readErr
 	case waitErr != nil:
 		return r.died(lim, waitErr, stderr.String())
 	}

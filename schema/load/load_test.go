@@ -1,6 +1,7 @@
 package load
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"os"
@@ -22,6 +23,12 @@ func TestMain(m *testing.M) {
 			os.Exit(2)
 		}
 		os.Exit(0)
+	}
+	if len(os.Args) == 3 && os.Args[1] == "load-for-test" { // TestChildDiesWithParent
+		var l Loader
+		_, err := l.Load(context.Background(), os.DirFS(os.Args[2]))
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(2)
 	}
 	goleak.VerifyTestMain(m)
 }

@@ -48,7 +48,7 @@ func (w *worker) evaluate(req *request, sr shardRequest) (out *shard) {
 		out.Problems = schema.Problems{{Message: "troupe's own schema: " + err.Error()}}
 		return out
 	}
-	e := &evaluation{worker: w, out: out, index: map[string]int{}}
+	e := &evaluation{worker: w, out: out, index: map[string]int{}, tops: map[string]token.Pos{}}
 	for _, i := range sr.Files {
 		e.index[req.Files[i].Name] = len(out.Files)
 		out.Files = append(out.Files, req.Files[i].Name)
@@ -89,6 +89,7 @@ type evaluation struct {
 	user    cue.Value // as the files have it: its positions are all in them
 	unified cue.Value // with the schema, which brings defaults and errors
 
+	tops    map[string]token.Pos  // fields at the top of files, also hidden ones
 	perHost map[string]*hostNodes // by role
 }
 
@@ -125,6 +126,7 @@ func (e *evaluation) admit(f *ast.File) bool {
 		ok = false
 	}
 	for _, d := range f.Decls {
+		e.remember(d)
 		if a, isAttr := d.(*ast.Attribute); isAttr {
 			if key, _ := a.Split(); key == "extern" || key == "if" {
 				refuse(a.Pos(), "attribute @%s: a fleet is the same everywhere: it embeds no files and has no build tags", key)
@@ -139,6 +141,15 @@ func (e *evaluation) admit(f *ast.File) bool {
 		}
 	}
 	return ok
+}
+
+// remember keeps where a field at the top of a file stands.
+func (e *evaluation) remember(d ast.Decl) {
+	if field, ok := d.(*ast.Field); ok {
+		if name, _, err := ast.LabelName(field.Label); err == nil {
+			e.tops[name] = field.Pos()
+		}
+	}
 }
 
 // topLevel are the fields of a fleet.
@@ -246,6 +257,9 @@ func (e *evaluation) posOf(path ...string) token.Pos {
 		if pos := e.userPos(e.user.LookupPath(cue.MakePath(sels[:n]...))); pos.IsValid() {
 			return pos
 		}
+	}
+	if len(path) > 0 {
+		return e.tops[path[0]]
 	}
 	return token.NoPos
 }
