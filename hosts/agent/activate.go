@@ -1,0 +1,224 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/troupe-dev/troupe/hosts/agent/cache"
+	"github.com/troupe-dev/troupe/hosts/agent/disk"
+	"github.com/troupe-dev/troupe/hosts/agent/netup"
+	"github.com/troupe-dev/troupe/hosts/agent/rootfs"
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/internal/backoff"
+	"github.com/troupe-dev/troupe/internal/digest"
+)
+
+// mounted is a root that waits to be switched to.
+type mounted struct {
+	assignment agentapi.Assignment
+	delta      *cache.Delta
+}
+
+// activate brings an assignment up to a mounted root. It may be broken off and begun again at any point.
+func (b *boot) activate(ctx context.Context, a agentapi.Assignment) (*mounted, error) {
+	if err := check(a); err != nil {
+		return nil, err
+	}
+	if err := b.openCache(ctx, a.Disk); err != nil {
+		return nil, err
+	}
+	if err := b.rightKernel(ctx, a.Release); err != nil {
+		return nil, err
+	}
+	blobs := []agentapi.Blob{a.Release.Base, a.Release.Delta}
+	n, err := b.cache.Fetch(ctx, cache.Fetch{Source: b.client, Blobs: blobs, Report: b.progress(a.Release.ID), Retry: b.retrying})
+	b.fetched += n
+	if err != nil {
+		return nil, err
+	}
+	b.rep.fail(nil)
+	b.rep.update(false, func(r *agentapi.Report) {
+		r.Fetch = nil
+		r.Cached = cached(b.cache)
+	})
+	b.rep.mark(agentapi.Mark{Stage: agentapi.StageFetch, Bytes: b.fetched})
+	m, err := b.mount(a)
+	if errors.Is(err, rootfs.ErrImage) {
+		return nil, errors.Join(err, b.dropBroken(blobs))
+	}
+	return m, err
+}
+
+// openCache finds, makes and mounts the cache, once.
+func (b *boot) openCache(ctx context.Context, spec agentapi.Disks) error {
+	if b.cache != nil {
+		return nil
+	}
+	select {
+	case <-b.fsReady:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	// A disk that is half partitioned is finished at the next boot, but there is no reason to let it come to that.
+	path, made, err := disk.Maker{Log: b.log}.Ensure(context.WithoutCancel(ctx), spec)
+	if err != nil {
+		b.coldplug() // a driver may have come late
+		return err
+	}
+	if err := disk.Mount(path, cacheDir); err != nil {
+		return err
+	}
+	c, err := cache.Open(cacheDir, b.log)
+	if err != nil {
+		return errors.Join(err, unix.Unmount(cacheDir, 0))
+	}
+	b.cache = c
+	detail := "found on " + path
+	if made {
+		detail = "made on " + path
+	}
+	b.rep.update(false, func(r *agentapi.Report) { r.Cached = cached(c) })
+	b.rep.mark(agentapi.Mark{Stage: agentapi.StageCache, Detail: detail})
+	return nil
+}
+
+// cached lists the cache for a report; what cannot be listed is not there.
+func cached(c *cache.Cache) []digest.Digest {
+	list, err := c.List()
+	if err != nil {
+		return nil
+	}
+	return list
+}
+
+// rightKernel reboots where another kernel, or other arguments, belong to the release: the server hands them out. A
+// server that does not must not make the machine boot for ever: each reboot in a row waits longer.
+func (b *boot) rightKernel(ctx context.Context, r *agentapi.Release) error {
+	why := ""
+	if r.Kernel != "" && b.cmd.Kernel != "" && r.Kernel != b.cmd.Kernel {
+		why = fmt.Sprintf("the release has kernel %s, %s was booted", r.Kernel.Short(), b.cmd.Kernel.Short())
+	} else if missing := b.cmd.lacks(r.KernelArgs); len(missing) > 0 {
+		why = "the kernel was started without " + strings.Join(missing, " ")
+	}
+	if why == "" {
+		return b.cache.SetState(func(s *cache.State) { s.Kernel, s.KernelTries = "", 0 })
+	}
+	st := b.cache.State()
+	tries := 0
+	if st.Kernel == r.Kernel {
+		tries = st.KernelTries
+	}
+	if tries > 0 {
+		wait := backoff.Exponential(time.Minute, 15*time.Minute, tries)
+		b.rep.fail(fmt.Errorf("%s, also after %d reboots for it; rebooting again in %v", why, tries, wait))
+		if err := backoff.Sleep(ctx, wait); err != nil {
+			return err
+		}
+	}
+	err := b.cache.SetState(func(s *cache.State) { s.Kernel, s.KernelTries = r.Kernel, tries+1 })
+	if err != nil {
+		return err // a reboot that cannot be counted could be the first of many
+	}
+	return b.reboot(ctx, why)
+}
+
+func (b *boot) progress(id digest.Digest) func(done, total int64) {
+	return func(done, total int64) {
+		b.rep.update(false, func(r *agentapi.Report) { r.Fetch = &agentapi.Progress{Release: id, Done: done, Total: total} })
+		b.rep.fail(nil)
+	}
+}
+
+func (b *boot) retrying(err error, _ time.Duration) { b.rep.fail(err) }
+
+// dropBroken hashes images that did not mount, and takes those out of the cache that are not what they were.
+func (b *boot) dropBroken(blobs []agentapi.Blob) error {
+	for _, blob := range blobs {
+		ok, err := b.cache.Verify(blob.Digest)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			b.log.Error("an image in the cache is broken and is fetched again", "digest", blob.Digest.Short())
+			if err := b.cache.RemoveImage(blob.Digest); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// mount joins the images and the node delta, and seeds the latter where it is new.
+func (b *boot) mount(a agentapi.Assignment) (*mounted, error) {
+	d, err := b.cache.Delta(cache.DeltaID(a.Host, a.Release.ID, a.Node.Digest))
+	if err != nil {
+		return nil, err
+	}
+	spec := rootfs.Spec{
+		Base: b.cache.Path(a.Release.Base.Digest), Delta: b.cache.Path(a.Release.Delta.Digest),
+		BaseDir: baseDir, DeltaDir: deltaDir, Upper: d.Upper, Work: d.Work, Root: newRoot,
+	}
+	if err := rootfs.Mount(spec); err != nil {
+		return nil, err
+	}
+	if err := b.seed(a, d); err != nil {
+		return nil, errors.Join(err, rootfs.Unmount(spec))
+	}
+	if _, err := initOf(newRoot); err != nil {
+		return nil, errors.Join(err, rootfs.Unmount(spec))
+	}
+	b.rep.mark(agentapi.Mark{Stage: agentapi.StageMount, Detail: map[bool]string{true: "new node delta", false: "kept node delta"}[d.Fresh]})
+	return &mounted{assignment: a, delta: d}, nil
+}
+
+func (b *boot) seed(a agentapi.Assignment, d *cache.Delta) error {
+	if !d.Fresh {
+		return b.refreshResolv()
+	}
+	if err := rootfs.Seed(newRoot, seedFiles(a, b.id, b.lease)); err != nil {
+		return err
+	}
+	fresh := *d
+	return fresh.Seeded()
+}
+
+// refreshResolv writes resolv.conf again where it is ours: the name servers may be others than at the last boot.
+func (b *boot) refreshResolv() error {
+	conf := b.lease.ResolvConf()
+	old, err := os.ReadFile(newRoot + "/etc/resolv.conf")
+	if err != nil || conf == "" || string(old) == conf || !strings.HasPrefix(string(old), netup.ResolvConfMark) {
+		return nil //nolint:nilerr // a file that is not there, or a link to one, is somebody else's
+	}
+	return rootfs.Seed(newRoot, []rootfs.File{{Path: "/etc/resolv.conf", Content: conf, Mode: 0o644, KeepLink: true}})
+}
+
+// seedFiles are what a node delta starts with. What the fleet declares comes last: it has the last word.
+func seedFiles(a agentapi.Assignment, id agentapi.Identity, lease *netup.Lease) []rootfs.File {
+	names := a.Node.Hostname
+	domain := a.Node.Domain
+	if domain == "" && lease != nil {
+		domain = lease.Domain
+	}
+	if domain != "" {
+		names = a.Node.Hostname + "." + domain + " " + a.Node.Hostname
+	}
+	files := []rootfs.File{
+		{Path: "/etc/hostname", Content: a.Node.Hostname + "\n", Mode: 0o644},
+		{Path: "/etc/hosts", Content: "127.0.0.1\tlocalhost\n127.0.1.1\t" + names + "\n::1\tlocalhost ip6-localhost ip6-loopback\n", Mode: 0o644},
+		{Path: "/etc/machine-id", Content: machineID(id, a.Host) + "\n", Mode: 0o444},
+	}
+	if lease != nil && lease.ResolvConf() != "" {
+		files = append(files, rootfs.File{Path: "/etc/resolv.conf", Content: lease.ResolvConf(), Mode: 0o644, KeepLink: true})
+	}
+	for _, path := range sortedKeys(a.Node.Files) {
+		f := a.Node.Files[path]
+		files = append(files, rootfs.File{Path: path, Content: f.Content, Mode: f.Mode, UID: f.UID, GID: f.GID})
+	}
+	return files
+}

@@ -1,0 +1,284 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/troupe-dev/troupe/hosts/agent/cache"
+	"github.com/troupe-dev/troupe/hosts/agent/disk"
+	"github.com/troupe-dev/troupe/hosts/agent/inventory"
+	"github.com/troupe-dev/troupe/hosts/agent/kmod"
+	"github.com/troupe-dev/troupe/hosts/agent/netup"
+	"github.com/troupe-dev/troupe/hosts/agent/rescue"
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/internal/backoff"
+	"github.com/troupe-dev/troupe/internal/version"
+)
+
+// fsModules are what the root is mounted with. Which of them are built in differs from kernel to kernel.
+var fsModules = []string{"loop", "erofs", "overlay", "ext4"}
+
+// fatalDelay is how long a machine shows what it cannot go on from.
+const fatalDelay = time.Minute
+
+// boot is the first life.
+type boot struct {
+	log       *slog.Logger
+	cmd       Cmdline
+	mods      *kmod.Loader
+	lease     *netup.Lease
+	id        agentapi.Identity
+	inv       agentapi.Inventory
+	client    *agentapi.Client
+	rep       *reporter
+	fol       *follower
+	cache     *cache.Cache  // nil until it was opened
+	fsReady   chan struct{} // closed once fsModules were tried
+	fetched   int64         // image bytes, in this boot
+	endShells func()        // nobody sits at the console any more
+	panics    string        // what the kernel was to do after a panic before we said
+}
+
+// Init is the first life: PID 1 of the initramfs. It returns only if the machine cannot even be rebooted.
+func Init(ctx context.Context) error {
+	mountErr := mountEarly()
+	log := KernelLog()
+	log.Info("agent starts", "version", version.String())
+	if mountErr != nil {
+		log.Error("the first mounts are not whole", "error", mountErr)
+	}
+	b := &boot{log: log, fsReady: make(chan struct{}), panics: setPanic(panicReboot)}
+	shells, stopShells := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	for _, tty := range consoles() {
+		wg.Go(func() { rescue.Offer(shells, tty, log) })
+	}
+	b.endShells = func() {
+		stopShells()
+		wg.Wait()
+	}
+	defer b.endShells()
+	err := b.run(ctx)
+	log.Error("the boot cannot go on", "error", err)
+	return awaitReboot(ctx, log, fatalDelay)
+}
+
+// run boots; it returns only with an error.
+func (b *boot) run(ctx context.Context) error {
+	text, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return fmt.Errorf("reading the kernel's command line: %w", err)
+	}
+	if b.cmd, err = ParseCmdline(string(text)); err != nil {
+		b.log.Warn("some of the command line is not understood", "error", err)
+	}
+	if b.client, err = agentapi.NewClient(b.cmd.Server, nil); err != nil {
+		return fmt.Errorf("troupe.server of the kernel's command line: %w", err)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	if err := b.drivers(ctx, &wg); err != nil {
+		return err
+	}
+	if err := b.identify(ctx); err != nil {
+		return err
+	}
+	b.rep.mark(agentapi.Mark{Stage: agentapi.StageAgent, Detail: b.lease.Address.Addr().String() + " on " + b.lease.Interface})
+	if err := b.fol.greet(ctx); err != nil {
+		return err
+	}
+	workers, stopWorkers := context.WithCancel(ctx)
+	defer stopWorkers()
+	var work sync.WaitGroup
+	work.Go(func() { b.rep.run(workers) })
+	work.Go(func() { b.fol.run(workers) })
+	keeper := netup.Keeper{Log: b.log, Save: func(l *netup.Lease) { b.lease = l }}
+	work.Go(func() { _ = keeper.Keep(workers, b.lease) }) // ends with its context, and with nothing else
+	ready, err := b.pursue(ctx)
+	stopWorkers()
+	work.Wait()
+	if err != nil {
+		return err
+	}
+	return b.leave(ready)
+}
+
+// drivers loads the modules for the devices, and goes on with those for file systems in the background.
+func (b *boot) drivers(ctx context.Context, wg *sync.WaitGroup) error {
+	var err error
+	if b.mods, err = kmod.OpenRunning(); err != nil {
+		b.log.Warn("the tables of kernel modules cannot be read", "error", err)
+		b.mods = &kmod.Loader{}
+	}
+	b.coldplug()
+	wg.Go(func() {
+		defer close(b.fsReady)
+		for _, m := range fsModules {
+			if err := b.mods.Load(m); err != nil && !errors.Is(err, kmod.ErrNoModule) {
+				b.log.Warn("a file system's module does not load", "error", err)
+			}
+		}
+	})
+	return ctx.Err()
+}
+
+func (b *boot) coldplug() {
+	names, err := b.mods.Coldplug("/sys")
+	if err != nil && !errors.Is(err, kmod.ErrNoModule) { // what the initramfs leaves out is not needed to boot
+		b.log.Warn("some drivers do not load", "error", err)
+	}
+	if len(names) > 0 {
+		b.log.Debug("drivers loaded", "modules", strings.Join(names, " "))
+	}
+}
+
+// identify brings up the network, and finds out what machine this is meanwhile.
+func (b *boot) identify(ctx context.Context) error {
+	var wg sync.WaitGroup
+	var disks []disk.Disk
+	var diskErr, netErr error
+	wg.Go(func() { disks, diskErr = disk.Scanner{}.Scan() })
+	wg.Go(func() {
+		finder := netup.Finder{MAC: b.cmd.MAC, Log: b.log, Rescan: b.coldplug}
+		b.lease, netErr = finder.Find(ctx)
+	})
+	wg.Wait()
+	if netErr != nil {
+		return netErr
+	}
+	if diskErr != nil {
+		b.log.Warn("the disks cannot be listed", "error", diskErr)
+	}
+	if conf := b.lease.ResolvConf(); conf != "" { // troupe.server may be a name
+		if err := errors.Join(os.MkdirAll("/etc", 0o755), os.WriteFile("/etc/resolv.conf", []byte(conf), 0o644)); err != nil {
+			b.log.Warn("resolv.conf cannot be written", "error", err)
+		}
+	}
+	b.inv = inventory.Reader{}.Read()
+	b.inv.Disks = disk.Inventory(disks)
+	b.id = agentapi.Identity{MAC: b.cmd.MAC, UUID: b.inv.SMBIOS.UUID, Serial: b.inv.SMBIOS.Serial}
+	if b.id.MAC == "" {
+		b.id.MAC = b.lease.MAC
+	}
+	b.rep = newReporter(b.client, b.log, agentapi.Report{Identity: b.id, BootID: b.cmd.Boot, Agent: version.String()})
+	b.fol = newFollower(b.client, b.log, func() agentapi.Hello {
+		return agentapi.Hello{Identity: b.id, BootID: b.cmd.Boot, Agent: version.String(), Kernel: b.cmd.Kernel, Inventory: b.inv}
+	})
+	b.rep.onReply = b.fol.reply
+	return nil
+}
+
+// pursue acts on the assignment, and on each newer one, until a root is mounted that can be switched to.
+func (b *boot) pursue(ctx context.Context) (*mounted, error) {
+	tries := backoff.Backoff{First: 2 * time.Second, Limit: time.Minute}
+	for {
+		a := b.drain()
+		var again <-chan time.Time
+		if a.State == agentapi.Assigned {
+			m, err := b.whileCurrent(ctx, func(ctx context.Context) (*mounted, error) { return b.activate(ctx, a) })
+			switch {
+			case m != nil:
+				return m, nil
+			case ctx.Err() != nil:
+				return nil, ctx.Err()
+			case err != nil && !errors.Is(err, errNewer):
+				d := tries.Next()
+				b.log.Error("the assignment cannot be run, trying again", "host", a.Host, "error", err, "in", d.Round(time.Second))
+				b.rep.fail(err)
+				again = time.After(d)
+			default:
+				continue // a newer one is there
+			}
+		} else {
+			b.show(a)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-again:
+		case <-b.fol.changed:
+			b.rep.fail(nil)
+			tries.Reset()
+		}
+	}
+}
+
+// drain is the newest assignment; the wake-up for it is taken with it.
+func (b *boot) drain() agentapi.Assignment {
+	select {
+	case <-b.fol.changed:
+	default:
+	}
+	return b.fol.get()
+}
+
+// errNewer says that an assignment was left for a newer one.
+var errNewer = errors.New("there is a newer assignment")
+
+// whileCurrent calls f with a context that ends when a newer assignment comes.
+func (b *boot) whileCurrent(ctx context.Context, f func(context.Context) (*mounted, error)) (*mounted, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		select {
+		case <-b.fol.changed:
+			cancel(errNewer)
+		case <-ctx.Done():
+		}
+	}()
+	m, err := f(ctx)
+	cause := context.Cause(ctx)
+	cancel(nil)
+	<-stopped
+	if err != nil && errors.Is(cause, errNewer) {
+		return nil, errNewer
+	}
+	return m, err
+}
+
+// show tells people at the console what machine this is and what it waits for.
+func (b *boot) show(a agentapi.Assignment) {
+	why := a.Reason
+	if a.State == agentapi.Unclaimed && why == "" {
+		why = "no host of the fleet has this MAC, UUID or serial"
+	}
+	b.rep.mark(agentapi.Mark{Stage: agentapi.StageWait, Detail: strings.TrimSpace(string(a.State) + " " + a.Reason)})
+	b.log.Info("waiting; no disk is written to", "state", a.State, "why", why)
+	b.log.Info("this machine", "mac", b.id.MAC, "address", b.lease.Address.Addr(), "uuid", b.id.UUID, "serial", b.id.Serial,
+		"server", b.client.Server(), "host", a.Host)
+	b.log.Info("press Enter here for a shell")
+}
+
+// reboot boots the machine anew, after the server and the disks have all that they shall.
+func (b *boot) reboot(ctx context.Context, why string) error {
+	b.log.Warn("rebooting", "why", why)
+	b.rep.mark(agentapi.Mark{Stage: agentapi.StageReboot, Detail: why})
+	flush(ctx, b.rep, 3*time.Second)
+	if b.cache != nil {
+		if err := unix.Mount("", cacheDir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+			b.log.Warn("the cache cannot be made read-only", "error", err)
+		}
+	}
+	return forceReboot()
+}
+
+// flush gives the server a last chance to take the marks.
+func flush(ctx context.Context, r *reporter, limit time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	if err := r.send(ctx); err != nil {
+		r.log.Warn("the last report did not reach the server", "error", err)
+	}
+}

@@ -1,0 +1,169 @@
+// Package cache keeps whole images on a node's disk, named by their digest, and the node deltas that lie over them.
+//
+//	images/sha256/HEX      a whole image. It got this name by rename(2) after its bytes were hashed and fsynced, so a
+//	                       file with such a name is whole and was right: a warm boot does not hash it again
+//	images/tmp/HEX         a transfer that is not finished; what is there is hashed again before it goes on
+//	deltas/ID/upper, work  a node delta: the two directories of overlayfs
+//	deltas/ID/seeded       the delta has what it shall start with; without this file it is made anew
+//	state.json             what this node runs and ran: see State
+//
+// Every step is on the disk before the next begins, so that a power cut leaves the old state or the new one.
+package cache
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/troupe-dev/troupe/internal/atomicfile"
+	"github.com/troupe-dev/troupe/internal/digest"
+)
+
+// A Cache is a directory on a disk of the node. It is safe for concurrent use, by one process.
+type Cache struct {
+	dir string
+	log *slog.Logger
+
+	mu    sync.Mutex
+	state State
+
+	free  func() (int64, error) // bytes; replaced in tests
+	stall time.Duration         // how long a transfer may stand still
+}
+
+// State is what a node remembers from boot to boot.
+type State struct {
+	Current  Use `json:"current,omitzero"`  // switched to last
+	Previous Use `json:"previous,omitzero"` // the one before it that was another release
+	// KernelTries counts the reboots in a row that were to get the kernel Kernel; a server that keeps sending
+	// another one must not make a machine boot for ever.
+	Kernel      digest.Digest `json:"kernel,omitempty"`
+	KernelTries int           `json:"kernelTries,omitempty"`
+}
+
+// Use is a release that a node switched to, with what it needs of the cache.
+type Use struct {
+	Release    digest.Digest `json:"release"`
+	Base       digest.Digest `json:"base"`
+	Delta      digest.Digest `json:"delta"`
+	NodeDelta  string        `json:"nodeDelta"` // ID
+	Host       string        `json:"host"`
+	Role       string        `json:"role"`
+	Generation uint64        `json:"generation"`
+}
+
+// stallAfter is how long a transfer may bring no byte before it is broken off and tried again.
+const stallAfter = 30 * time.Second
+
+// Open uses dir, a directory on the mounted file system of the cache.
+func Open(dir string, log *slog.Logger) (*Cache, error) {
+	c := &Cache{dir: dir, log: log, stall: stallAfter}
+	c.free = c.statfs
+	for _, d := range []string{"images/sha256", "images/tmp", "deltas"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
+			return nil, fmt.Errorf("opening the cache: %w", err)
+		}
+	}
+	for _, d := range []string{dir, filepath.Join(dir, "images")} {
+		if err := atomicfile.SyncDir(d); err != nil {
+			return nil, fmt.Errorf("opening the cache: %w", err)
+		}
+	}
+	if _, err := atomicfile.Sweep(dir); err != nil {
+		return nil, fmt.Errorf("opening the cache: %w", err)
+	}
+	b, err := os.ReadFile(c.path("state.json"))
+	if err == nil {
+		err = json.Unmarshal(b, &c.state)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		// It is only memory: a node without it boots as one that never did.
+		log.Warn("the cache's state cannot be read and is begun anew", "error", err)
+		c.state = State{}
+	}
+	return c, nil
+}
+
+func (c *Cache) path(elem ...string) string {
+	return filepath.Join(append([]string{c.dir}, elem...)...)
+}
+
+// Path is the file of an image, whether it is there or not.
+func (c *Cache) Path(d digest.Digest) string { return c.path("images/sha256", d.Hex()) }
+
+// Has says whether an image of that size is there, whole. A file of another size is none: the file system lost it.
+func (c *Cache) Has(d digest.Digest, size int64) bool {
+	fi, err := os.Stat(c.Path(d))
+	return err == nil && fi.Mode().IsRegular() && (size < 0 || fi.Size() == size)
+}
+
+// List returns the images that are there, sorted.
+func (c *Cache) List() ([]digest.Digest, error) {
+	entries, err := os.ReadDir(c.path("images/sha256"))
+	if err != nil {
+		return nil, fmt.Errorf("listing the cache: %w", err)
+	}
+	var out []digest.Digest
+	for _, e := range entries {
+		if d, err := digest.FromHex(e.Name()); err == nil {
+			out = append(out, d)
+		}
+	}
+	slices.Sort(out)
+	return out, nil
+}
+
+// State is what the node remembers.
+func (c *Cache) State() State {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.state
+}
+
+// SetState changes what the node remembers; it is on the disk when this returns.
+func (c *Cache) SetState(change func(*State)) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.state
+	change(&s)
+	if s == c.state {
+		return nil
+	}
+	b, err := json.MarshalIndent(s, "", "\t")
+	if err != nil {
+		return fmt.Errorf("writing the cache's state: %w", err)
+	}
+	if err := atomicfile.WriteFile(c.path("state.json"), b, 0o600); err != nil {
+		return fmt.Errorf("writing the cache's state: %w", err)
+	}
+	c.state = s
+	return nil
+}
+
+// Switched remembers that the node runs u from now on.
+func (c *Cache) Switched(u Use) error {
+	return c.SetState(func(s *State) {
+		if s.Current.Release != u.Release || s.Current.NodeDelta != u.NodeDelta {
+			s.Previous = s.Current
+		}
+		s.Current = u
+	})
+}
+
+// statfs is how many bytes can still be written.
+func (c *Cache) statfs() (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(c.dir, &st); err != nil {
+		return 0, fmt.Errorf("asking for the free space of the cache: %w", err)
+	}
+	return int64(st.Bavail) * st.Bsize, nil //nolint:gosec // a disk has less than 2^63 bytes
+}

@@ -1,0 +1,77 @@
+package cache
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/troupe-dev/troupe/internal/atomicfile"
+	"github.com/troupe-dev/troupe/internal/digest"
+)
+
+// DeltaID names the node delta of a host with a release and its own files. The parts are separated so that no two
+// different triples give one name.
+func DeltaID(host string, release, node digest.Digest) string {
+	sum := digest.Of([]byte("troupe node delta 1\n" + hex.EncodeToString([]byte(host)) + "\n" + string(release) + "\n" + string(node) + "\n"))
+	return sum.Hex()[:32]
+}
+
+// A Delta is a node delta: the writable directories of an overlay.
+type Delta struct {
+	ID          string
+	Upper, Work string // directories
+	// Fresh says that it is empty and waits for its seed: what a boot left that did not come to Seeded is thrown away.
+	Fresh bool
+
+	dir string
+}
+
+// Delta returns the node delta with that ID, made where there is none, and made anew where it was never seeded.
+func (c *Cache) Delta(id string) (*Delta, error) {
+	if _, err := hex.DecodeString(id); err != nil || id == "" {
+		return nil, fmt.Errorf("node delta %q: not a name for one", id)
+	}
+	dir := c.path("deltas", id)
+	d := &Delta{ID: id, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"), dir: dir}
+	_, err := os.Stat(filepath.Join(dir, "seeded"))
+	if err == nil {
+		return d, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("node delta %s: %w", id, err)
+	}
+	d.Fresh = true
+	if err := os.RemoveAll(dir); err != nil {
+		return nil, fmt.Errorf("clearing node delta %s: %w", id, err)
+	}
+	for _, p := range []string{d.Upper, d.Work} {
+		if err := os.MkdirAll(p, 0o755); err != nil {
+			return nil, fmt.Errorf("making node delta %s: %w", id, err)
+		}
+	}
+	// The upper directory lends its mode to the root directory of the system.
+	return d, os.Chmod(d.Upper, 0o755)
+}
+
+// Seeded says that the delta has what it shall start with. All that was written to it is on the disk before the mark
+// is.
+func (d *Delta) Seeded() error {
+	dir, err := os.Open(d.dir)
+	if err != nil {
+		return fmt.Errorf("node delta %s: %w", d.ID, err)
+	}
+	defer dir.Close()
+	if err := unix.Syncfs(int(dir.Fd())); err != nil {
+		return fmt.Errorf("syncing node delta %s: %w", d.ID, err)
+	}
+	if err := atomicfile.WriteFile(filepath.Join(d.dir, "seeded"), nil, 0o600); err != nil {
+		return fmt.Errorf("node delta %s: %w", d.ID, err)
+	}
+	d.Fresh = false
+	return atomicfile.SyncDir(filepath.Dir(d.dir))
+}

@@ -1,0 +1,84 @@
+package agent
+
+import (
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+
+	"github.com/troupe-dev/troupe/internal/digest"
+)
+
+// A Cmdline is what the server told the agent through the kernel's command line.
+type Cmdline struct {
+	Server string        // troupe.server=http://HOST:PORT
+	MAC    string        // troupe.mac=, of the interface that the machine booted from; "" where it is not known
+	Boot   string        // troupe.boot=, the name of this boot
+	Kernel digest.Digest // troupe.kernel=
+	Args   []string      // all arguments
+}
+
+// ParseCmdline reads what /proc/cmdline has. A missing or malformed argument of ours is left out, and named in the
+// error: a machine boots as far as it can.
+func ParseCmdline(s string) (Cmdline, error) {
+	c := Cmdline{Args: splitArgs(s)}
+	var bad []string
+	for _, a := range c.Args {
+		key, value, _ := strings.Cut(a, "=")
+		switch key {
+		case "troupe.server":
+			c.Server = strings.TrimRight(value, "/")
+		case "troupe.mac":
+			mac, err := net.ParseMAC(value)
+			if err != nil || len(mac) != 6 {
+				bad = append(bad, a)
+				continue
+			}
+			c.MAC = mac.String()
+		case "troupe.boot":
+			c.Boot = value
+		case "troupe.kernel":
+			d, err := digest.Parse(value)
+			if err != nil {
+				bad = append(bad, a)
+				continue
+			}
+			c.Kernel = d
+		}
+	}
+	if len(bad) > 0 {
+		return c, fmt.Errorf("kernel command line: malformed %s", strings.Join(bad, ", "))
+	}
+	return c, nil
+}
+
+// splitArgs splits at spaces, but for those between double quotes, as the kernel does (lib/cmdline.c, next_arg).
+func splitArgs(s string) []string {
+	quoted := false
+	args := strings.FieldsFunc(s, func(r rune) bool {
+		if r == '"' {
+			quoted = !quoted
+		}
+		return !quoted && (r == ' ' || r == '\t' || r == '\n')
+	})
+	for i, a := range args {
+		args[i] = strings.ReplaceAll(a, `"`, "")
+	}
+	return args
+}
+
+// lacks returns those of want that the kernel was not started with, counting repeats.
+func (c Cmdline) lacks(want []string) []string {
+	have := slices.Clone(c.Args)
+	var missing []string
+	for _, w := range want {
+		for _, a := range splitArgs(w) {
+			if i := slices.Index(have, a); i >= 0 {
+				have = slices.Delete(have, i, i+1)
+			} else {
+				missing = append(missing, a)
+			}
+		}
+	}
+	return missing
+}

@@ -1,0 +1,128 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	stdlog "log"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/u-root/u-root/pkg/mount"
+
+	"github.com/troupe-dev/troupe/hosts/agent/cache"
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+)
+
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+
+// initOf is the path of the init that a root has.
+func initOf(root string) (string, error) {
+	r, err := os.OpenRoot(root)
+	if err != nil {
+		return "", err
+	}
+	defer r.Close()
+	for _, p := range []string{"sbin/init", "usr/sbin/init", "lib/systemd/systemd", "usr/lib/systemd/systemd"} {
+		// Lstat: the link is followed by the kernel later, with that root as its own.
+		if _, err := r.Lstat(p); err == nil {
+			return "/" + p, nil
+		}
+	}
+	return "", fmt.Errorf("the root has no init: neither /sbin/init nor /lib/systemd/systemd")
+}
+
+// leave ends the first life: it leaves what the second one needs in /run, and lets the system's init take over. It
+// returns only with an error, and after that error nothing can be done but to reboot.
+func (b *boot) leave(m *mounted) error {
+	a := m.assignment
+	init, err := initOf(newRoot)
+	if err != nil {
+		return err
+	}
+	err = b.cache.Switched(cache.Use{
+		Release: a.Release.ID, Base: a.Release.Base.Digest, Delta: a.Release.Delta.Digest,
+		NodeDelta: m.delta.ID, Host: a.Host, Role: a.Role, Generation: a.Generation,
+	})
+	if err != nil {
+		return err
+	}
+	if err := installService(); err != nil {
+		return err
+	}
+	b.rep.mark(agentapi.Mark{Stage: agentapi.StageSwitch, Detail: init})
+	keeper := stateKeeper{path: filepath.Join(runDir, stateFile)}
+	err = keeper.change(func(s *RunState) {
+		*s = RunState{
+			Server: b.client.Server(), Identity: b.id, BootID: b.cmd.Boot, Kernel: b.cmd.Kernel, Inventory: b.inv,
+			Assignment: a, Marks: b.rep.pending(), Marked: b.rep.stages(), Lease: b.lease, CacheDir: cacheDir, NodeDelta: m.delta.ID,
+		}
+	})
+	if err != nil {
+		return err
+	}
+	if b.panics != "" {
+		setPanic(b.panics)
+	}
+	b.endShells()
+	stdlog.SetOutput(io.Discard) // u-root's SwitchRoot tells its steps there
+	return fmt.Errorf("switching to the root of %s: %w", a.Host, mount.SwitchRoot(newRoot, init))
+}
+
+// unit runs the second life. It has no default dependencies, so that the shutdown does not stop it: it is what forces
+// a reboot that hangs. It needs no network unit: its address is there since the initramfs.
+const unit = `# Written at each boot by the troupe agent of the initramfs.
+[Unit]
+Description=troupe agent
+DefaultDependencies=no
+After=systemd-journald.socket
+StartLimitIntervalSec=0
+IgnoreOnIsolate=yes
+
+[Service]
+ExecStart=` + agentFile + ` service
+Restart=always
+RestartSec=2
+KillMode=mixed
+OOMScoreAdjust=-900
+`
+
+// installService copies the program out of the initramfs, and makes systemd start it. Units in /run are as good as
+// those in /etc, survive daemon-reload, and are gone with the boot, so that no image and no node delta has one.
+func installService() error {
+	const units = "/run/systemd/system"
+	wants := filepath.Join(units, "multi-user.target.wants")
+	if err := os.MkdirAll(wants, 0o755); err != nil {
+		return fmt.Errorf("installing the service: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(units, "troupe-agent.service"), []byte(unit), 0o644); err != nil {
+		return fmt.Errorf("installing the service: %w", err)
+	}
+	err := os.Symlink("../troupe-agent.service", filepath.Join(wants, "troupe-agent.service"))
+	if err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("installing the service: %w", err)
+	}
+	return copyProgram(agentFile)
+}
+
+func copyProgram(to string) error {
+	src, err := os.Open("/proc/self/exe")
+	if err != nil {
+		return fmt.Errorf("copying the agent: %w", err)
+	}
+	defer src.Close()
+	if err := os.MkdirAll(filepath.Dir(to), 0o700); err != nil {
+		return fmt.Errorf("copying the agent: %w", err)
+	}
+	dst, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o755)
+	if err != nil {
+		return fmt.Errorf("copying the agent: %w", err)
+	}
+	_, err = io.Copy(dst, src)
+	if err := errors.Join(err, dst.Close()); err != nil {
+		return fmt.Errorf("copying the agent: %w", err)
+	}
+	return nil
+}

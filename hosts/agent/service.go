@@ -1,0 +1,338 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/troupe-dev/troupe/hosts/agent/cache"
+	"github.com/troupe-dev/troupe/hosts/agent/health"
+	"github.com/troupe-dev/troupe/hosts/agent/netup"
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/internal/backoff"
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/internal/version"
+)
+
+// unclaimedTwice is how long after an answer that takes a host out of the fleet the server is asked again: a running
+// system is not rebooted on one word.
+const unclaimedTwice = 5 * time.Second
+
+// service is the second life.
+type service struct {
+	log    *slog.Logger
+	state  *stateKeeper
+	cache  *cache.Cache
+	client *agentapi.Client
+	rep    *reporter
+	fol    *follower
+	staged staged
+	reboot func(ctx context.Context, log *slog.Logger) error // replaced in tests
+}
+
+// Serve is the second life: a service of the booted system. It returns when ctx is done, or when the boot left nothing
+// that it could go on from.
+func Serve(ctx context.Context, log *slog.Logger) error {
+	s, err := newService(filepath.Join(runDir, stateFile), log)
+	if err != nil {
+		return err
+	}
+	return s.run(ctx)
+}
+
+func newService(statePath string, log *slog.Logger) (*service, error) {
+	k, err := loadState(statePath)
+	if err != nil {
+		return nil, err
+	}
+	st := k.get()
+	if err := check(st.Assignment); err != nil {
+		return nil, fmt.Errorf("what the boot left: %w", err)
+	}
+	s := &service{log: log, state: k, reboot: rebootSystem}
+	if s.client, err = agentapi.NewClient(st.Server, nil); err != nil {
+		return nil, err
+	}
+	if s.cache, err = cache.Open(st.CacheDir, log); err != nil {
+		return nil, err
+	}
+	s.rep = newReporter(s.client, log, agentapi.Report{
+		Identity: st.Identity, BootID: st.BootID, Agent: version.String(),
+		Running: running(st.Assignment), Cached: cached(s.cache), Marks: st.Marks,
+	})
+	for _, stage := range st.Marked {
+		s.rep.marked[stage] = true
+	}
+	s.rep.save = s.saveMarks
+	s.fol = newFollower(s.client, log, s.hello)
+	s.fol.latest = st.Assignment
+	s.rep.onReply = s.fol.reply
+	return s, nil
+}
+
+// saveMarks keeps the marks for a next process of this life. It is called with the reporter's lock held.
+func (s *service) saveMarks(marks []agentapi.Mark) {
+	err := s.state.change(func(st *RunState) {
+		for _, m := range marks {
+			if !contains(st.Marked, m.Stage) {
+				st.Marked = append(st.Marked, m.Stage)
+			}
+		}
+		st.Marks = marks
+	})
+	if err != nil {
+		s.log.Warn("the marks cannot be kept", "error", err)
+	}
+}
+
+func contains(list []agentapi.Stage, s agentapi.Stage) bool {
+	for _, x := range list {
+		if x == s {
+			return true
+		}
+	}
+	return false
+}
+
+func (s *service) hello() agentapi.Hello {
+	st := s.state.get()
+	return agentapi.Hello{Identity: st.Identity, BootID: st.BootID, Agent: version.String(), Kernel: st.Kernel, Inventory: st.Inventory}
+}
+
+// run goes on until ctx is done.
+func (s *service) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	s.rep.mark(agentapi.Mark{Stage: agentapi.StageService})
+	wg.Go(func() { s.rep.run(ctx) })
+	wg.Go(func() { s.fol.run(ctx) })
+	if l := s.state.get().Lease; l != nil {
+		k := netup.Keeper{Log: s.log, Save: s.saveLease}
+		wg.Go(func() { _ = k.Keep(ctx, l) }) // ends with its context, and with nothing else
+	}
+	return s.pursue(ctx)
+}
+
+func (s *service) saveLease(l *netup.Lease) {
+	if err := s.state.change(func(st *RunState) { st.Lease = l }); err != nil {
+		s.log.Warn("the lease cannot be kept", "error", err)
+	}
+}
+
+// pursue runs the checks of what runs, and acts on each newer assignment.
+func (s *service) pursue(ctx context.Context) error {
+	stopChecks := s.startChecks(ctx)
+	defer func() { stopChecks() }()
+	tries := backoff.Backoff{First: 5 * time.Second, Limit: 2 * time.Minute}
+	for {
+		select {
+		case <-s.fol.changed:
+		default:
+		}
+		a := s.fol.get()
+		now := s.state.get().Assignment
+		var again <-chan time.Time
+		switch d := decide(now, a); d {
+		case goOn:
+			s.rep.update(false, func(r *agentapi.Report) { r.Staged = "" })
+			s.rep.fail(nil)
+		case adopt:
+			stopChecks()
+			s.adopt(a)
+			stopChecks = s.startChecks(ctx)
+		case moveOn, discover:
+			err := s.whileCurrent(ctx, func(ctx context.Context) error { return s.move(ctx, a, d) })
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if errors.Is(err, errNewer) {
+				continue
+			}
+			wait := tries.Next()
+			s.log.Error("the assignment cannot be activated, trying again", "generation", a.Generation, "error", err, "in", wait.Round(time.Second))
+			s.rep.fail(err)
+			again = time.After(wait)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-again:
+		case <-s.fol.changed:
+			tries.Reset()
+		}
+	}
+}
+
+// A decision is what a node does about an assignment.
+type decision string
+
+const (
+	goOn     decision = "go on"    // as it runs
+	adopt    decision = "adopt"    // without a reboot: only words or checks differ
+	moveOn   decision = "move on"  // fetch, and reboot into it
+	discover decision = "discover" // no host is this machine any more: reboot, to be found anew
+)
+
+// decide holds an assignment against the one that runs.
+func decide(now, a agentapi.Assignment) decision {
+	switch {
+	case a.Version == now.Version || a.State == agentapi.Waiting:
+		return goOn
+	case a.State == agentapi.Unclaimed:
+		return discover
+	case check(a) != nil:
+		return moveOn // which says what is wrong with it
+	case a.Host != now.Host || a.Release.ID != now.Release.ID || a.Node.Digest != now.Node.Digest:
+		return moveOn
+	}
+	return adopt
+}
+
+// adopt takes over an assignment that the running system already is.
+func (s *service) adopt(a agentapi.Assignment) {
+	s.log.Info("assignment adopted without a reboot", "generation", a.Generation, "role", a.Role)
+	if err := s.state.change(func(st *RunState) { st.Assignment = a }); err != nil {
+		s.log.Warn("the assignment cannot be kept", "error", err)
+	}
+	use := s.cache.State().Current
+	use.Role, use.Generation = a.Role, a.Generation
+	if err := s.cache.Switched(use); err != nil {
+		s.log.Warn("the assignment cannot be kept", "error", err)
+	}
+	s.rep.update(true, func(r *agentapi.Report) {
+		h := r.Running.Health
+		r.Running = running(a)
+		r.Running.Health = h
+		r.Staged = ""
+	})
+	s.rep.fail(nil)
+}
+
+// startChecks checks the health of what runs, until the function that it returns is called.
+func (s *service) startChecks(ctx context.Context) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	r := health.Runner{Checks: s.state.get().Assignment.Checks, Log: s.log, Changed: s.healthIs}
+	go func() {
+		defer close(done)
+		r.Run(ctx)
+	}()
+	return func() {
+		cancel()
+		<-done
+	}
+}
+
+func (s *service) healthIs(h agentapi.Health) {
+	s.rep.update(true, func(r *agentapi.Report) {
+		n := *r.Running // the old one may be on its way to the server
+		n.Health = h
+		r.Running = &n
+	})
+	if h.Healthy {
+		s.rep.mark(agentapi.Mark{Stage: agentapi.StageHealthy})
+	}
+}
+
+// whileCurrent calls f with a context that ends when a newer assignment comes.
+func (s *service) whileCurrent(ctx context.Context, f func(context.Context) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		select {
+		case <-s.fol.changed:
+			cancel(errNewer)
+		case <-ctx.Done():
+		}
+	}()
+	err := f(ctx)
+	cause := context.Cause(ctx)
+	cancel(nil)
+	<-done
+	if errors.Is(cause, errNewer) {
+		return errNewer
+	}
+	return err
+}
+
+// move makes the node leave what it runs. It returns only with an error.
+func (s *service) move(ctx context.Context, a agentapi.Assignment, d decision) error {
+	why := "no host of the fleet is this machine any more"
+	if d == discover {
+		if err := s.confirm(ctx); err != nil {
+			return err
+		}
+	} else {
+		if err := check(a); err != nil {
+			return err
+		}
+		if err := s.stage(ctx, a); err != nil {
+			return err
+		}
+		why = fmt.Sprintf("generation %d, role %s", a.Generation, a.Role)
+	}
+	s.rep.fail(nil)
+	s.rep.mark(agentapi.Mark{Stage: agentapi.StageReboot, Detail: why})
+	flush(ctx, s.rep, 5*time.Second)
+	if err := ctx.Err(); err != nil { // the last moment to hear of a newer one
+		s.rep.forget(agentapi.StageReboot)
+		return err
+	}
+	s.log.Warn("rebooting", "why", why)
+	return s.reboot(context.WithoutCancel(ctx), s.log)
+}
+
+// confirm asks a second time whether the machine is in no fleet.
+func (s *service) confirm(ctx context.Context) error {
+	if err := backoff.Sleep(ctx, unclaimedTwice); err != nil {
+		return err
+	}
+	a, err := s.client.Assignment(ctx, s.state.get().Identity.MAC, "", 0)
+	if err != nil {
+		return fmt.Errorf("asking again whether this machine is in no fleet: %w", err)
+	}
+	if a.State != agentapi.Unclaimed {
+		s.fol.set(a)
+		return errNewer
+	}
+	return nil
+}
+
+// stage brings what a release needs into the cache, beside the one that runs.
+func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
+	now := s.state.get().Assignment
+	f := cache.Fetch{
+		Source: s.client, Blobs: []agentapi.Blob{a.Release.Base, a.Release.Delta},
+		Keep: []digest.Digest{now.Release.Base.Digest, now.Release.Delta.Digest},
+		Report: func(done, total int64) {
+			s.rep.update(false, func(r *agentapi.Report) {
+				r.Fetch = &agentapi.Progress{Release: a.Release.ID, Done: done, Total: total}
+			})
+			s.rep.fail(nil)
+		},
+		Retry: func(err error, _ time.Duration) { s.rep.fail(err) },
+	}
+	s.log.Info("fetching a release in the background", "release", a.Release.ID.Short(), "generation", a.Generation)
+	n, err := inBackground(func() (int64, error) { return s.cache.Fetch(ctx, f) })
+	s.staged.add(a.Release.ID, n)
+	s.rep.update(err == nil, func(r *agentapi.Report) {
+		r.Fetch = nil
+		r.Cached = cached(s.cache)
+		if err == nil {
+			r.Staged = a.Release.ID
+		}
+	})
+	if err != nil {
+		return err
+	}
+	s.rep.forget(agentapi.StageStage)
+	s.rep.mark(agentapi.Mark{Stage: agentapi.StageStage, Detail: a.Release.ID.Short(), Bytes: s.staged.take(a.Release.ID)})
+	return nil
+}

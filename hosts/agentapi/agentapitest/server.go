@@ -1,0 +1,255 @@
+// Package agentapitest has a server for agents under test: it speaks the protocol of package agentapi, hands out the
+// assignment that a test sets, and keeps what agents say.
+package agentapitest
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/internal/digest"
+)
+
+// A Server is an http.Handler with one assignment for whoever asks. The zero value has an Unclaimed one and no blobs.
+// It is safe for concurrent use.
+type Server struct {
+	// Blob, where it is set, may answer a request for a blob itself, by returning true: to cut it short, for example.
+	Blob func(w http.ResponseWriter, r *http.Request, d digest.Digest, content []byte) bool
+
+	mu         sync.Mutex
+	version    int
+	assignment agentapi.Assignment
+	blobs      map[digest.Digest][]byte
+	files      map[digest.Digest]string
+	hellos     []agentapi.Hello
+	reports    []agentapi.Report
+	marks      []agentapi.Mark
+	forgotten  bool
+	changed    chan struct{} // closed at the next change of any of these
+}
+
+// Assign sets the assignment, under a new version.
+func (s *Server) Assign(a agentapi.Assignment) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.version++
+	s.assignment = a
+	s.assignment.Version = strconv.Itoa(s.version)
+	s.notify()
+}
+
+// Add makes bytes available and returns what names them.
+func (s *Server) Add(content []byte) agentapi.Blob {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.blobs == nil {
+		s.blobs = map[digest.Digest][]byte{}
+	}
+	d := digest.Of(content)
+	s.blobs[d] = content
+	return agentapi.Blob{Digest: d, Size: int64(len(content))}
+}
+
+// AddFile makes a file available under a digest that is taken on trust.
+func (s *Server) AddFile(d digest.Digest, path string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.files == nil {
+		s.files = map[digest.Digest]string{}
+	}
+	s.files[d] = path
+}
+
+// Forget makes the server not know the agent until it says hello again, as after the loss of all state.
+func (s *Server) Forget() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forgotten = true
+	s.notify()
+}
+
+// Hellos are all that were said.
+func (s *Server) Hellos() []agentapi.Hello {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.hellos)
+}
+
+// Reports are all that came.
+func (s *Server) Reports() []agentapi.Report {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.reports)
+}
+
+// Marks are those of all reports, each once, in the order in which they came.
+func (s *Server) Marks() []agentapi.Mark {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.marks)
+}
+
+// Wait waits until cond holds, and looks at it after each request and change. It returns ctx's error.
+func (s *Server) Wait(done <-chan struct{}, cond func() bool) error {
+	for {
+		s.mu.Lock()
+		ch := s.wait()
+		s.mu.Unlock()
+		if cond() {
+			return nil
+		}
+		select {
+		case <-ch:
+		case <-done:
+			return fmt.Errorf("the time is up, and the agent's last report was: %+v", s.last())
+		}
+	}
+}
+
+func (s *Server) last() agentapi.Report {
+	if r := s.Reports(); len(r) > 0 {
+		return r[len(r)-1]
+	}
+	return agentapi.Report{}
+}
+
+// notify and wait are called with mu held.
+func (s *Server) notify() {
+	if s.changed != nil {
+		close(s.changed)
+		s.changed = nil
+	}
+}
+
+func (s *Server) wait() <-chan struct{} {
+	if s.changed == nil {
+		s.changed = make(chan struct{})
+	}
+	return s.changed
+}
+
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	switch hex, isBlob := cutPrefix(r.URL.Path, agentapi.PathBlobs); {
+	case isBlob:
+		s.serveBlob(w, r, hex)
+	case r.URL.Path == agentapi.PathHello && r.Method == http.MethodPost:
+		s.serveHello(w, r)
+	case r.URL.Path == agentapi.PathReport && r.Method == http.MethodPost:
+		s.serveReport(w, r)
+	case r.URL.Path == agentapi.PathAssignment && r.Method == http.MethodGet:
+		s.serveAssignment(w, r)
+	default:
+		answer(w, http.StatusNotFound, agentapi.Error{Message: "no such page"})
+	}
+}
+
+func cutPrefix(s, prefix string) (string, bool) {
+	if len(s) < len(prefix) || s[:len(prefix)] != prefix {
+		return s, false
+	}
+	return s[len(prefix):], true
+}
+
+func answer(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(v) // an agent that left does not listen any more
+}
+
+func (s *Server) serveHello(w http.ResponseWriter, r *http.Request) {
+	var h agentapi.Hello
+	if err := json.NewDecoder(r.Body).Decode(&h); err != nil {
+		answer(w, http.StatusBadRequest, agentapi.Error{Message: err.Error()})
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hellos = append(s.hellos, h)
+	s.forgotten = false
+	answer(w, http.StatusOK, s.current())
+	s.notify()
+}
+
+// current is called with mu held.
+func (s *Server) current() agentapi.Assignment {
+	a := s.assignment
+	if a.State == "" {
+		a.State, a.Version = agentapi.Unclaimed, "0"
+	}
+	return a
+}
+
+func (s *Server) serveReport(w http.ResponseWriter, r *http.Request) {
+	var rep agentapi.Report
+	if err := json.NewDecoder(r.Body).Decode(&rep); err != nil {
+		answer(w, http.StatusBadRequest, agentapi.Error{Message: err.Error()})
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.reports = append(s.reports, rep)
+	for _, m := range rep.Marks {
+		if !slices.Contains(s.marks, m) {
+			s.marks = append(s.marks, m)
+		}
+	}
+	answer(w, http.StatusOK, agentapi.ReportReply{Version: s.current().Version, Hello: s.forgotten})
+	s.notify()
+}
+
+func (s *Server) serveAssignment(w http.ResponseWriter, r *http.Request) {
+	secs, err := strconv.Atoi(r.URL.Query().Get("wait"))
+	if err != nil {
+		answer(w, http.StatusBadRequest, agentapi.Error{Message: "wait: " + err.Error()})
+		return
+	}
+	timer := time.NewTimer(time.Duration(secs) * time.Second)
+	defer timer.Stop()
+	for {
+		s.mu.Lock()
+		a, forgotten, ch := s.current(), s.forgotten, s.wait()
+		s.mu.Unlock()
+		if forgotten {
+			answer(w, http.StatusNotFound, agentapi.Error{Message: "no such machine: say hello"})
+			return
+		}
+		if a.Version != r.URL.Query().Get("after") {
+			answer(w, http.StatusOK, a)
+			return
+		}
+		select {
+		case <-ch:
+		case <-timer.C:
+			answer(w, http.StatusOK, a)
+			return
+		case <-r.Context().Done():
+			return
+		}
+	}
+}
+
+func (s *Server) serveBlob(w http.ResponseWriter, r *http.Request, hex string) {
+	d, err := digest.FromHex(hex)
+	if err != nil {
+		answer(w, http.StatusBadRequest, agentapi.Error{Message: err.Error()})
+		return
+	}
+	s.mu.Lock()
+	content, ok := s.blobs[d]
+	file, isFile := s.files[d]
+	s.mu.Unlock()
+	switch {
+	case isFile:
+		http.ServeFile(w, r, file)
+	case !ok:
+		answer(w, http.StatusNotFound, agentapi.Error{Message: "no such blob"})
+	case s.Blob == nil || !s.Blob(w, r, d, content):
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(content))
+	}
+}
