@@ -132,8 +132,21 @@ func Veth(t testing.TB, a *NS, nameA string, b *NS, nameB string) {
 		LinkAttrs: netlink.LinkAttrs{Name: nameA}, PeerName: nameB, PeerNamespace: netlink.NsFd(b.handle),
 	}
 	check(t, a.links.LinkAdd(l), "adding "+nameA)
+	t.Cleanup(func() { _ = a.links.LinkDel(l) }) // a namespace may outlive the test
 	a.Up(t, nameA)
 	b.Up(t, nameB)
+}
+
+// Bridge joins interfaces of the namespace by a switch, which is an interface too, named name.
+func (ns *NS) Bridge(t testing.TB, name string, ports ...string) {
+	t.Helper()
+	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name}}
+	check(t, ns.links.LinkAdd(br), "adding "+name)
+	t.Cleanup(func() { _ = ns.links.LinkDel(br) }) // the namespace may outlive the test
+	for _, p := range ports {
+		check(t, ns.links.LinkSetMasterByIndex(ns.link(t, p), ns.link(t, name).Attrs().Index), "adding "+p+" to "+name)
+	}
+	ns.Up(t, name)
 }
 
 // Tap makes a tap device for a virtual machine.
@@ -143,6 +156,7 @@ func (ns *NS) Tap(t testing.TB, name string) {
 	ns.Do(t, func() error {
 		return netlink.LinkAdd(&netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: name}, Mode: netlink.TUNTAP_MODE_TAP})
 	})
+	t.Cleanup(func() { _ = ns.links.LinkDel(&netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: name}}) })
 	ns.Up(t, name)
 }
 
