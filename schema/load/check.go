@@ -1,10 +1,12 @@
 package load
 
 import (
+	"cmp"
 	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/troupe-dev/troupe/schema"
 )
@@ -58,24 +60,27 @@ func (m *merged) checkRoles() {
 }
 
 func (m *merged) checkHosts() {
-	seen := map[string]map[string]found[schema.Host]{"mac": {}, "uuid": {}, "serial": {}, "address": {}}
+	seen := map[[2]string]found[schema.Host]{} // by field and value
 	for _, h := range m.hostsByPlace() {
 		m.checkRoleOf(h)
 		m.checkAddress(h)
-		for field, value := range map[string]string{"mac": h.Value.MAC, "uuid": h.Value.UUID, "serial": h.Value.Serial, "address": text(h.Value.Address)} {
+		v := h.Value
+		for _, id := range [...][2]string{{"mac", v.MAC}, {"uuid", v.UUID}, {"serial", v.Serial}, {"address", text(v.Address)}} {
+			field, value := id[0], id[1]
 			if value == "" {
 				continue
 			}
-			if other, ok := seen[field][value]; ok {
-				m.add(h.problem(field, "hosts.%s.%s: %s is that of host %s already (%s)", label(h.Value.Name), field, value, other.Value.Name, other.where(field)))
+			if other, ok := seen[id]; ok {
+				m.add(h.problem(field, "hosts.%s.%s: %s is that of host %s already (%s)", label(v.Name), field, value, other.Value.Name, other.where(field)))
 				continue
 			}
-			seen[field][value] = h
+			seen[id] = h
 		}
 	}
 }
 
-// hostsByPlace are the hosts without problems of their own, in the order of the files.
+// hostsByPlace are the hosts without problems of their own, in the order of the files: of two that exclude each other
+// the second is to blame.
 func (m *merged) hostsByPlace() []found[schema.Host] {
 	out := make([]found[schema.Host], 0, len(m.hosts))
 	for _, h := range m.hosts {
@@ -84,7 +89,11 @@ func (m *merged) hostsByPlace() []found[schema.Host] {
 		}
 	}
 	slices.SortFunc(out, func(a, b found[schema.Host]) int {
-		return compareProblems(a.problem("", "%s", a.Value.Name), b.problem("", "%s", b.Value.Name))
+		p, q := a.place(""), b.place("")
+		return cmp.Or(
+			strings.Compare(a.in.file(p), b.in.file(q)), p[1]-q[1], p[2]-q[2],
+			strings.Compare(a.Value.Name, b.Value.Name),
+		)
 	})
 	return out
 }

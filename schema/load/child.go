@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"runtime"
 	"slices"
@@ -29,17 +30,23 @@ func (l *Loader) evaluate(ctx context.Context, src *sources, plans []*plan) ([]*
 	if err != nil {
 		return nil, fmt.Errorf("writing the evaluator's request: %w", err)
 	}
-	command := l.Command
-	if len(command) == 0 {
-		// Not os.Executable: this is the program that runs even after its file was replaced.
-		command = []string{"/proc/self/exe", "eval"}
-	}
 	run := &childRun{plans: plans, begun: map[int]bool{}}
-	err = run.start(ctx, lim, command, body)
+	err = run.start(ctx, lim, l.command, body)
 	if err == nil && len(run.shards) < len(plans) {
 		err = errors.New("the evaluator ended without an answer for every directory")
 	}
 	return run.shards, err
+}
+
+// command is the evaluating child, not yet started.
+func (l *Loader) command(ctx context.Context) *exec.Cmd {
+	if len(l.Command) > 0 {
+		return exec.CommandContext(ctx, l.Command[0], l.Command[1:]...)
+	}
+	// Not os.Executable: this is the program that runs, even after its file was replaced by a newer one.
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", "eval")
+	cmd.Args[0] = os.Args[0]
+	return cmd
 }
 
 // makeRequest sends only the files that plans need.
@@ -68,7 +75,7 @@ type childRun struct {
 }
 
 // start runs the child to its end.
-func (r *childRun) start(ctx context.Context, lim limits, command []string, body []byte) error {
+func (r *childRun) start(ctx context.Context, lim limits, command func(context.Context) *exec.Cmd, body []byte) error {
 	// The kernel kills the child when the thread that started it ends (PR_SET_PDEATHSIG in prctl(2)), so this
 	// goroutine keeps its thread until the child is gone.
 	runtime.LockOSThread()
@@ -76,7 +83,7 @@ func (r *childRun) start(ctx context.Context, lim limits, command []string, body
 
 	bounded, cancel := context.WithTimeout(ctx, lim.deadline)
 	defer cancel()
-	cmd := exec.CommandContext(bounded, command[0], command[1:]...)
+	cmd := command(bounded)
 	cmd.Env = []string{"GOTRACEBACK=none"} // a fleet is the same whatever the environment is
 	cmd.Stdin = bytes.NewReader(body)
 	stderr := &head{max: 16 << 10}

@@ -44,6 +44,7 @@ func limitProcess(memory int64) error {
 		return fmt.Errorf("limiting the evaluator's core file: %w", err)
 	}
 	debug.SetMemoryLimit(memory / 10 * 9)
+	debug.SetGCPercent(400) // a shard's garbage is small beside the limit, above which Go collects it more often
 	debug.SetMaxStack(int(min(maxStack, memory)))
 	return nil
 }

@@ -263,7 +263,10 @@ func (e *evaluation) checkHealthy(role string) {
 
 func (e *evaluation) host(name string, v cue.Value, it *item[schema.Host]) {
 	ok := e.check(v)
-	if e.checkFiles("hosts", name, "node", "files"); !ok {
+	if e.lookup(v, "node").Exists() {
+		e.checkFiles("hosts", name, "node", "files")
+	}
+	if !ok {
 		return
 	}
 	h := &it.Value

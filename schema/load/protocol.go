@@ -108,10 +108,18 @@ type place [3]int
 // problem makes a problem at a place in a file of s.
 func (s *shard) problem(at place, format string, args ...any) schema.Problem {
 	p := schema.Problem{Message: fmt.Sprintf(format, args...)}
-	if at[1] > 0 && at[0] >= 0 && at[0] < len(s.Files) {
-		p.File, p.Line, p.Column = s.Files[at[0]], at[1], at[2]
+	if p.File = s.file(at); p.File != "" {
+		p.Line, p.Column = at[1], at[2]
 	}
 	return p
+}
+
+// file is the name of the file of a place; "" for none.
+func (s *shard) file(at place) string {
+	if at[1] <= 0 || at[0] < 0 || at[0] >= len(s.Files) {
+		return ""
+	}
+	return s.Files[at[0]]
 }
 
 // where is a place in words, for the text of a problem that lies elsewhere.
