@@ -23,6 +23,7 @@ type vetResult struct {
 
 func newVetCommand() *cobra.Command {
 	var output string
+	var memory int64
 	loader := &load.Loader{}
 	cmd := &cobra.Command{
 		Use:   "vet [DIR]",
@@ -42,12 +43,13 @@ Exit status: 0 the fleet is valid; 1 it is not; 2 the directory could not be rea
 			if output != "text" && output != "json" {
 				return fmt.Errorf("flag -o %q: want text or json", output)
 			}
+			loader.Memory = memory << 20
 			return vet(cmd, loader, dir, output)
 		},
 	}
 	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
 	cmd.Flags().DurationVar(&loader.Deadline, "eval-deadline", load.DefaultDeadline, "how long the evaluation may take")
-	cmd.Flags().Int64Var(&loader.Memory, "eval-memory", load.DefaultMemory, "how many bytes of memory the evaluation may take")
+	cmd.Flags().Int64Var(&memory, "eval-memory", load.DefaultMemory>>20, "how much memory the evaluation may take, in MiB")
 	return cmd
 }
 
