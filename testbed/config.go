@@ -65,7 +65,7 @@ type Config struct {
 	Page string
 	// Accel is "kvm" or "tcg"; "": what ProbeAccel says.
 	Accel string
-	Log   *slog.Logger // nil: discard
+	Log   *slog.Logger `json:"-"` // nil: discard
 }
 
 // A name is also a file name and part of QEMU's options, where a comma would begin another one.
