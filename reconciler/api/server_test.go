@@ -25,6 +25,9 @@ import (
 	"github.com/troupe-dev/troupe/schema"
 )
 
+// ahead is the fleet's now: later than ours, so that no host gets lost while a test runs slowly.
+func ahead() time.Time { return time.Now().Add(5 * time.Minute) }
+
 // serve puts f into a store of its own and serves it.
 func serve(t *testing.T, f *apitest.Fleet, c *apitest.Controllers) (*api.Client, *state.Store) {
 	t.Helper()
@@ -48,7 +51,7 @@ func serve(t *testing.T, f *apitest.Fleet, c *apitest.Controllers) (*api.Client,
 
 func TestReads(t *testing.T) {
 	ctx := t.Context()
-	f := apitest.Mixed(time.Now())
+	f := apitest.Mixed(ahead())
 	c, _ := serve(t, f, &apitest.Controllers{})
 
 	st, err := c.Status(ctx)
@@ -95,7 +98,7 @@ func TestReads(t *testing.T) {
 }
 
 func TestEvents(t *testing.T) {
-	f := apitest.Mixed(time.Now())
+	f := apitest.Mixed(ahead())
 	c, _ := serve(t, f, &apitest.Controllers{})
 	for _, tt := range []struct {
 		query api.EventQuery
@@ -127,7 +130,7 @@ func TestWrites(t *testing.T) {
 		Planned: plan.Plan{Commit: "c", Hosts: []plan.Host{{Name: "n1", Action: plan.Reboot, Why: []string{"role idle → web"}}}},
 		LogText: "I: creating tarball\nE: no space left\n",
 	}
-	c, _ := serve(t, apitest.Mixed(time.Now()), ctl)
+	c, _ := serve(t, apitest.Mixed(ahead()), ctl)
 
 	if err := c.Poke(ctx); err != nil {
 		t.Error(err)
@@ -172,7 +175,7 @@ func TestWrites(t *testing.T) {
 
 func TestNodes(t *testing.T) {
 	ctl := &apitest.Controllers{Assigned: agentapi.Assignment{Version: "7", State: agentapi.Waiting, Reason: "soon"}}
-	c, _ := serve(t, apitest.New(time.Now()), ctl)
+	c, _ := serve(t, apitest.New(ahead()), ctl)
 	for _, tt := range []struct {
 		method, path, body string
 		status             int
@@ -242,7 +245,7 @@ func request(t *testing.T, method, url, body string, header map[string]string) (
 // TestForgery has a page of another origin make a browser poke.
 func TestForgery(t *testing.T) {
 	ctl := &apitest.Controllers{}
-	c, _ := serve(t, apitest.New(time.Now()), ctl)
+	c, _ := serve(t, apitest.New(ahead()), ctl)
 	status, _ := request(t, "POST", c.URL+"api/v1/poke", "", map[string]string{"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"})
 	if status != http.StatusForbidden || len(ctl.Asked()) > 0 {
 		t.Errorf("a forged request: %d, asked %v", status, ctl.Asked())
@@ -272,7 +275,7 @@ func TestNoControllers(t *testing.T) {
 }
 
 func TestMetrics(t *testing.T) {
-	c, _ := serve(t, apitest.Mixed(time.Now()), &apitest.Controllers{})
+	c, _ := serve(t, apitest.Mixed(ahead()), &apitest.Controllers{})
 	_, body := request(t, "GET", c.URL+"metrics", "", nil)
 	for _, want := range []string{
 		"troupe_converged 0", "troupe_source_ok 0", `troupe_hosts{state="healthy"} 1`, `troupe_hosts{state="unclaimed"} 1`,
@@ -320,7 +323,7 @@ func next(t *testing.T, changes <-chan api.Change, kind string) api.Change {
 
 func TestWatch(t *testing.T) {
 	ctx := t.Context()
-	f := apitest.Mixed(time.Now())
+	f := apitest.Mixed(ahead())
 	c, store := serve(t, f, &apitest.Controllers{})
 	changes := watch(t, c)
 
@@ -384,7 +387,7 @@ func deleteBoots(ctx context.Context, s *state.Store, mac string) error {
 // TestFollow has a snapshot, kept up to date by changes, be what a fresh one is.
 func TestFollow(t *testing.T) {
 	ctx := t.Context()
-	f := apitest.Mixed(time.Now())
+	f := apitest.Mixed(ahead())
 	c, store := serve(t, f, &apitest.Controllers{})
 	n := f.Nodes[apitest.MAC(3)]
 	n.Running.Health = agentapi.Health{Healthy: true}
@@ -425,7 +428,7 @@ func TestFollowReconnects(t *testing.T) {
 
 // TestWatchSlow has a client that reads nothing: nobody else may have to wait for it.
 func TestWatchSlow(t *testing.T) {
-	f := apitest.New(time.Now())
+	f := apitest.New(ahead())
 	for n := range 100 {
 		f.Declare(n+1, "web")
 		f.Run(n + 1)

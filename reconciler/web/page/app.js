@@ -7,7 +7,7 @@ const MOST_ROWS = 1000;
 
 const LOOKS = { // of a host's state: colour class, sign
   healthy: ["good", "✔"], unhealthy: ["bad", "✖"], failed: ["bad", "✖"], lost: ["bad", "?"], booting: ["busy", "▲"],
-  staging: ["busy", "▼"], rebooting: ["busy", "↻"], waiting: ["wait", "…"], absent: ["none", "○"], unclaimed: ["new", "＋"],
+  staging: ["busy", "▼"], rebooting: ["busy", "↻"], waiting: ["wait", "…"], absent: ["none", "○"], unclaimed: ["new", "+"],
 };
 const ORDER = ["healthy", "unhealthy", "failed", "lost", "waiting", "booting", "staging", "rebooting", "absent", "unclaimed"];
 const PHASES = { done: ["good", "✔"], running: ["busy", "▲"], queued: ["wait", "…"], failed: ["bad", "✖"] };
@@ -32,7 +32,7 @@ function el(tag, attrs, ...children) {
     if (k.startsWith("on")) e.addEventListener(k.slice(2), v);
     else e.setAttribute(k, v === true ? "" : v);
   }
-  for (const c of children.flat()) {
+  for (const c of children.flat(Infinity)) {
     if (c !== null && c !== undefined && c !== "") e.append(c instanceof Node ? c : String(c));
   }
   return e;
@@ -140,6 +140,10 @@ function card(title, extra, ...body) {
   return el("section", { class: "card", "data-key": title }, el("div", { class: "head" }, el("h2", null, title), extra), body);
 }
 
+function heading(title, n) {
+  return el("h2", null, title, " ", el("span", { class: "dim num" }, n));
+}
+
 const commitText = (c) => [mono(c.hash.slice(0, 10), c.hash), " ", c.subject];
 
 function copyButton(text) {
@@ -209,9 +213,9 @@ function showTiles() {
   const verdict = el("div", { class: "verdict " + look, id: "verdict", "data-key": "verdict" },
     el("b", null, st.converged ? "✔ Converged" : bad ? "✖ Not converged" : "▲ Converging"),
     st.converged ? el("span", { class: "small" }, "Every host runs what the newest commit says.")
-      : el("ul", null, (st.waiting || []).slice(0, 6).map((w) => el("li", null, w)), (st.waiting || []).length > 6 ? el("li", null, "…") : null));
-  return el("div", { class: "tiles", "data-key": "tiles" }, verdict, tile("", st.hosts.total + (st.hosts.unclaimed || 0), "all", "all"),
-    ORDER.filter((s) => n[s]).map((s) => tile(s, n[s], LOOKS[s][0], s)));
+      : el("ul", null, (st.waiting || []).map((w) => el("li", null, w))));
+  return el("div", { class: "summary", "data-key": "tiles" }, verdict, el("div", { class: "tiles" }, tile("", st.hosts.total + (st.hosts.unclaimed || 0), "all", "all"),
+    ORDER.filter((s) => n[s]).map((s) => tile(s, n[s], LOOKS[s][0], s))));
 }
 
 document.addEventListener("click", (ev) => {
@@ -246,7 +250,7 @@ function showHosts() {
       : el("div", { class: "scroll" }, el("table", { class: "cards", id: "hosts" },
         el("thead", null, el("tr", null, ["Host", "Role", "State", "Generation", "Release", "Uptime", "Last seen"].map((t) => el("th", null, t)))),
         el("tbody", null, rows.slice(0, MOST_ROWS).map(hostRow))));
-  return card("Hosts", [el("span", { class: "dim num" }, shown), search], body,
+  return el("section", { class: "card", "data-key": "Hosts" }, el("div", { class: "head" }, heading("Hosts", shown), search), body,
     rows.length > MOST_ROWS ? el("p", { class: "note" }, "and " + (rows.length - MOST_ROWS) + " more: use the filter") : null);
 }
 
