@@ -167,6 +167,7 @@ func (e *evaluation) image(name string, v cue.Value, it *item[schema.Image]) {
 		return
 	}
 	e.decode(v, &it.Value, "images", name)
+	it.Value.Name = name
 	if it.Value.From.Debian == nil {
 		e.complain([]string{"images", name, "from"}, "says nothing: want debian: {…}")
 	}
@@ -213,6 +214,7 @@ func (e *evaluation) role(name string, v cue.Value, it *item[schema.Role]) {
 		return
 	}
 	it.Value.Files = wire.Files.files()
+	it.Value.Name = name
 	for i := range it.Value.Apps {
 		it.At["apps."+strconv.Itoa(i)] = e.place(e.posOf("roles", name, "apps", strconv.Itoa(i)))
 	}
