@@ -23,6 +23,7 @@ import (
 	"github.com/troupe-dev/troupe/reconciler"
 	"github.com/troupe-dev/troupe/reconciler/source"
 	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/reconciler/web"
 	"github.com/troupe-dev/troupe/schema/load"
 )
 
@@ -135,7 +136,11 @@ func (o serveOptions) servers(ctx context.Context, log *slog.Logger, rec *reconc
 		return err
 	}
 	mux := http.NewServeMux()
-	mux.Handle("/", rec.API().Handler())
+	operators := rec.API().Handler()
+	for _, path := range []string{"/api/", "/node/", "/healthz", "/metrics"} {
+		mux.Handle(path, operators)
+	}
+	mux.Handle("/", web.Handler())
 	mux.Handle("/boot/", boot.Handler())
 	mux.Handle("/blobs/", boot.Handler())
 	log.Info("serving", "http", l.Addr().String(), "interface", o.iface, "dhcp", o.dhcp, "repo", source.Redact(o.repo))
