@@ -213,7 +213,7 @@ func TestHostPage(t *testing.T) {
 	b := open(t, s.URL+"/hosts/n1")
 	b.await("the timeline", `document.querySelectorAll(".boot .seg").length >= 9`)
 	text := eval[string](b, `document.body.innerText`)
-	for _, want := range []string{"healthy after 27 s", "dhcp-offer", "switch-root", "made on /dev/vda", "243 MiB", "52:54:00:77:00:01"} {
+	for _, want := range []string{"healthy after 27.3 s", "dhcp-offer", "switch-root", "made on /dev/vda", "243 MiB", "52:54:00:77:00:01"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the page does not show %q:\n%s", want, text)
 		}

@@ -3,7 +3,8 @@
 // The page is a view of /api/v1/watch: a snapshot first, then whatever changes. All text gets into the document as
 // text (textContent), never as markup: names come from machines that anybody may have plugged in.
 
-const MOST_ROWS = 1000;
+const MOST_ROWS = 1000; // of hosts in the document; the filter finds the others
+const DENSE = 30; // from how many hosts on they get less room each, and a frame to scroll in
 
 const LOOKS = { // of a host's state: colour class, sign
   healthy: ["good", "✔"], unhealthy: ["bad", "✖"], failed: ["bad", "✖"], lost: ["bad", "?"], booting: ["busy", "▲"],
@@ -33,10 +34,13 @@ function el(tag, attrs, ...children) {
     else e.setAttribute(k, v === true ? "" : v);
   }
   for (const c of children.flat(Infinity)) {
-    if (c !== null && c !== undefined && c !== "") e.append(c instanceof Node ? c : String(c));
+    if (c !== null && c !== undefined && c !== "") e.append(c instanceof Node ? c : plain(c));
   }
   return e;
 }
+
+// plain shows control characters, and those that turn the direction of writing, for what they are.
+const plain = (s) => String(s).replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, "\ufffd");
 
 // morph makes `old` look like `fresh` with as few changes as there are: focus, selection, scrolling and what the person
 // opened stay as they are.
@@ -93,7 +97,7 @@ const since = (t) => (t ? (now() - Date.parse(t)) / 1000 : NaN);
 function duration(s) {
   if (!(s >= 0)) return "";
   if (s < 0.95) return Math.round(s * 1000) + " ms";
-  if (s < 60) return (s < 9.95 ? s.toFixed(1) : Math.round(s)) + " s";
+  if (s < 99.95) return s.toFixed(1) + " s";
   if (s < 3600) return Math.floor(s / 60) + " min " + (s < 600 ? Math.floor(s % 60) + " s" : "");
   if (s < 86400) return Math.floor(s / 3600) + " h " + Math.floor((s % 3600) / 60) + " min";
   return Math.floor(s / 86400) + " d " + Math.floor((s % 86400) / 3600) + " h";
@@ -247,7 +251,7 @@ function showHosts() {
   const shown = rows.length === declared.length ? declared.length : rows.length + " of " + declared.length;
   const body = !declared.length ? el("p", { class: "empty" }, "The fleet declares no host yet.")
     : !rows.length ? el("p", { class: "empty" }, "No declared host matches.")
-      : el("div", { class: "scroll" }, el("table", { class: "cards", id: "hosts" },
+      : el("div", { class: "scroll" + (rows.length > DENSE ? " dense" : "") }, el("table", { class: "cards", id: "hosts" },
         el("thead", null, el("tr", null, ["Host", "Role", "State", "Generation", "Release", "Uptime", "Last seen"].map((t) => el("th", null, t)))),
         el("tbody", null, rows.slice(0, MOST_ROWS).map(hostRow))));
   return el("section", { class: "card", "data-key": "Hosts" }, el("div", { class: "head" }, heading("Hosts", shown), search), body,
@@ -419,7 +423,7 @@ function bootPanel(b, longest, newest, going) {
       el("span", { class: "dim" }, b.bytes ? bytes(b.bytes) + " of images fetched" : b.healthy ? "no image byte fetched" : "")),
     bootBar(b, longest, going)),
     el("div", { class: "scroll marks" }, el("table", null,
-      el("thead", null, el("tr", null, el("th", null, "Stage"), el("th", { class: "right" }, "At"), el("th", { class: "right" }, "Took"), el("th", { class: "right" }, "Bytes"), el("th", null, "Details"))),
+      el("thead", null, el("tr", null, el("th", null, "Stage"), el("th", { class: "right" }, "At"), el("th", { class: "right" }, "Took"), el("th", { class: "right" }, "Bytes"), el("th", { class: "rest" }, "Details"))),
       el("tbody", null, b.marks.map((m) => el("tr", null,
         el("td", { class: "nowrap" }, el("i", { class: "dot " + lookOf(m) }), m.stage),
         el("td", { class: "right num nowrap" }, duration(m.at / 1e9)), el("td", { class: "right num nowrap" }, "+" + duration(m.took / 1e9)),
@@ -433,7 +437,7 @@ const lookOf = (m) => (m.error ? "fail" : STAGE_LOOK[m.stage] || "s3");
 function bootBar(b, longest, going) {
   const end = b.marks.length ? b.marks[b.marks.length - 1].at : 0;
   const fill = el("span", { class: "barfill" });
-  fill.style.width = Math.max(0.5, Math.min(100, (100 * end) / longest)).toFixed(2) + "%";
+  fill.style.width = Math.max(0.5, Math.min(going ? 85 : 100, (100 * end) / longest)).toFixed(2) + "%";
   for (const m of b.marks) {
     if (m.took <= 0 && m.stage !== "failed") continue;
     const share = end ? m.took / end : 1;
