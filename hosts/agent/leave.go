@@ -71,8 +71,9 @@ func (b *boot) leave(m *mounted) error {
 	return fmt.Errorf("switching to the root of %s: %w", a.Host, mount.SwitchRoot(newRoot, init))
 }
 
-// unit runs the second life. It has no default dependencies, so that the shutdown does not stop it: it is what forces
-// a reboot that hangs. It needs no network unit: its address is there since the initramfs.
+// unit runs the second life. It has no default dependencies, so that the shutdown does not stop it before it kills all
+// that is left: until then it is what forces a reboot that hangs. It needs no network unit: its address is there since
+// the initramfs.
 const unit = `# Written at each boot by the troupe agent of the initramfs.
 [Unit]
 Description=troupe agent
@@ -89,15 +90,30 @@ KillMode=mixed
 OOMScoreAdjust=-900
 `
 
+// keepMounts takes the default dependencies from what is mounted below /run/troupe, which all that runs stands on:
+// systemd would try to unmount it early in the shutdown, and show that as failed.
+const keepMounts = `[Unit]
+DefaultDependencies=no
+`
+
 // installService copies the program out of the initramfs, and makes systemd start it. Units in /run are as good as
 // those in /etc, survive daemon-reload, and are gone with the boot, so that no image and no node delta has one.
 func installService() error {
 	const units = "/run/systemd/system"
 	wants := filepath.Join(units, "multi-user.target.wants")
-	if err := os.MkdirAll(wants, 0o755); err != nil {
-		return fmt.Errorf("installing the service: %w", err)
+	files := map[string]string{
+		filepath.Join(units, "troupe-agent.service"):                unit,
+		filepath.Join(units, "run-troupe-.mount.d", "10-keep.conf"): keepMounts,
 	}
-	if err := os.WriteFile(filepath.Join(units, "troupe-agent.service"), []byte(unit), 0o644); err != nil {
+	for path, content := range files {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return fmt.Errorf("installing the service: %w", err)
+		}
+		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+			return fmt.Errorf("installing the service: %w", err)
+		}
+	}
+	if err := os.MkdirAll(wants, 0o755); err != nil {
 		return fmt.Errorf("installing the service: %w", err)
 	}
 	err := os.Symlink("../troupe-agent.service", filepath.Join(wants, "troupe-agent.service"))

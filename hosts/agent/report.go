@@ -35,6 +35,9 @@ type reporter struct {
 	onReply func(agentapi.ReportReply)
 	save    func(marks []agentapi.Mark) // is told of the marks that are not acknowledged; may be nil
 
+	// sending has room for one: what two reports at a time acknowledged could not be told apart.
+	sending chan struct{}
+
 	mu     sync.Mutex
 	report agentapi.Report // Marks: not acknowledged
 	marked map[agentapi.Stage]bool
@@ -42,7 +45,8 @@ type reporter struct {
 }
 
 func newReporter(c *agentapi.Client, log *slog.Logger, base agentapi.Report) *reporter {
-	return &reporter{client: c, log: log, report: base, marked: map[agentapi.Stage]bool{}, kick: make(chan struct{}, 1)}
+	return &reporter{client: c, log: log, report: base, marked: map[agentapi.Stage]bool{},
+		kick: make(chan struct{}, 1), sending: make(chan struct{}, 1)}
 }
 
 // mark notes that a stage was reached, once per boot and stage.
@@ -152,6 +156,12 @@ func (r *reporter) run(ctx context.Context) {
 
 // send reports once.
 func (r *reporter) send(ctx context.Context) error {
+	select {
+	case r.sending <- struct{}{}:
+		defer func() { <-r.sending }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	r.mu.Lock()
 	rep := r.report
 	rep.Marks = slices.Clone(rep.Marks)

@@ -147,7 +147,11 @@ func (s *service) pursue(ctx context.Context) error {
 			s.adopt(a)
 			stopChecks = s.startChecks(ctx)
 		case moveOn, discover:
-			err := s.whileCurrent(ctx, func(ctx context.Context) error { return s.move(ctx, a, d) })
+			err := s.whileCurrent(ctx, func(current context.Context) error { return s.prepare(current, a, d) })
+			if err == nil {
+				s.log.Warn("rebooting", "generation", a.Generation, "role", a.Role)
+				err = s.reboot(ctx, s.log)
+			}
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
@@ -262,8 +266,8 @@ func (s *service) whileCurrent(ctx context.Context, f func(context.Context) erro
 	return err
 }
 
-// move makes the node leave what it runs. It returns only with an error.
-func (s *service) move(ctx context.Context, a agentapi.Assignment, d decision) error {
+// prepare does all that comes before the reboot into an assignment.
+func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision) error {
 	why := "no host of the fleet is this machine any more"
 	if d == discover {
 		if err := s.confirm(ctx); err != nil {
@@ -281,12 +285,10 @@ func (s *service) move(ctx context.Context, a agentapi.Assignment, d decision) e
 	s.rep.fail(nil)
 	s.rep.mark(agentapi.Mark{Stage: agentapi.StageReboot, Detail: why})
 	flush(ctx, s.rep, 5*time.Second)
-	if err := ctx.Err(); err != nil { // the last moment to hear of a newer one
+	if ctx.Err() != nil { // the last moment to hear of a newer one
 		s.rep.forget(agentapi.StageReboot)
-		return err
 	}
-	s.log.Warn("rebooting", "why", why)
-	return s.reboot(context.WithoutCancel(ctx), s.log)
+	return ctx.Err()
 }
 
 // confirm asks a second time whether the machine is in no fleet.

@@ -1,0 +1,478 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/hosts/agentapi/agentapitest"
+	"github.com/troupe-dev/troupe/internal/digest"
+)
+
+func open(t *testing.T, dir string) *Cache {
+	t.Helper()
+	c, err := Open(dir, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.free = func() (int64, error) { return 1 << 40, nil }
+	return c
+}
+
+func randomBytes(n int, seed uint64) []byte {
+	b := make([]byte, n)
+	r := rand.New(rand.NewPCG(seed, 1))
+	for i := range b {
+		b[i] = byte(r.Uint32())
+	}
+	return b
+}
+
+// serve is a server with the blobs, and a client of it.
+func serve(t *testing.T, s *agentapitest.Server) *agentapi.Client {
+	t.Helper()
+	h := httptest.NewServer(s)
+	t.Cleanup(h.Close)
+	c, err := agentapi.NewClient(h.URL, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.CloseIdle)
+	return c
+}
+
+func wantImage(t *testing.T, c *Cache, b agentapi.Blob, content []byte) {
+	t.Helper()
+	got, err := os.ReadFile(c.Path(b.Digest))
+	if err != nil || !bytes.Equal(got, content) {
+		t.Errorf("image %s: %v, %d bytes", b.Digest.Short(), err, len(got))
+	}
+	if left, err := os.ReadDir(c.path("images/tmp")); err != nil || len(left) != 0 {
+		t.Errorf("left in tmp: %v, %v", left, err)
+	}
+}
+
+func TestFetchBringsOnlyWhatIsMissing(t *testing.T) {
+	var s agentapitest.Server
+	base, delta := randomBytes(900_000, 1), randomBytes(5000, 2)
+	bb, db := s.Add(base), s.Add(delta)
+	client := serve(t, &s)
+	c := open(t, t.TempDir())
+	var last [2]int64
+	f := Fetch{Source: client, Blobs: []agentapi.Blob{bb, db, db}, Report: func(d, n int64) { last = [2]int64{d, n} }}
+	n, err := c.Fetch(t.Context(), f)
+	if err != nil || n != bb.Size+db.Size {
+		t.Fatalf("Fetch: %d bytes, %v", n, err)
+	}
+	wantImage(t, c, bb, base)
+	wantImage(t, c, db, delta)
+	if last != [2]int64{905_000, 905_000} {
+		t.Errorf("last report %v", last)
+	}
+	n, err = c.Fetch(t.Context(), f)
+	if err != nil || n != 0 {
+		t.Errorf("again: %d bytes, %v", n, err)
+	}
+	other := s.Add([]byte("another role"))
+	if n, err = c.Fetch(t.Context(), Fetch{Source: client, Blobs: []agentapi.Blob{bb, other}}); err != nil || n != other.Size {
+		t.Errorf("another role on the same base: %d bytes, %v", n, err)
+	}
+	list, err := c.List()
+	if err != nil || len(list) != 3 {
+		t.Errorf("List: %v, %v", list, err)
+	}
+}
+
+// TestFetchThroughAServerThatMisbehaves counts the bytes too: what was got is not asked for again.
+func TestFetchThroughAServerThatMisbehaves(t *testing.T) {
+	content := randomBytes(1_000_000, 3)
+	for _, tt := range []struct {
+		name string
+		blob func(try int, w http.ResponseWriter, r *http.Request) bool
+		net  int64 // bytes that must have come; 0: not looked at
+	}{
+		{"cuts the connection, twice", func(try int, w http.ResponseWriter, r *http.Request) bool {
+			if try > 2 {
+				return false
+			}
+			from := rangeStart(r)
+			if from > 0 {
+				w.Header().Set("Content-Range", "bytes "+strconv.Itoa(from)+"-999999/1000000")
+				w.WriteHeader(http.StatusPartialContent)
+			}
+			_, _ = w.Write(content[from : from+300_000])
+			w.(http.Flusher).Flush()
+			panic(http.ErrAbortHandler)
+		}, 1_000_000},
+		{"ends early with a good status", func(try int, w http.ResponseWriter, _ *http.Request) bool {
+			if try == 1 {
+				_, _ = w.Write(content[:400_000])
+			}
+			return try == 1
+		}, 1_000_000},
+		{"ignores Range", func(try int, w http.ResponseWriter, _ *http.Request) bool {
+			if try == 1 {
+				_, _ = w.Write(content[:400_000])
+			} else {
+				_, _ = w.Write(content)
+			}
+			return true
+		}, 1_400_000},
+		{"sends a flipped bit", func(try int, w http.ResponseWriter, _ *http.Request) bool {
+			if try == 1 {
+				bad := bytes.Clone(content)
+				bad[500_000] ^= 1
+				_, _ = w.Write(bad)
+			}
+			return try == 1
+		}, 2_000_000},
+		{"sends too much", func(try int, w http.ResponseWriter, _ *http.Request) bool {
+			if try == 1 {
+				_, _ = w.Write(append(bytes.Clone(content), "more"...))
+			}
+			return try == 1
+		}, 0},
+		{"answers another range", func(try int, w http.ResponseWriter, r *http.Request) bool {
+			switch {
+			case try == 1:
+				_, _ = w.Write(content[:1000])
+			case try == 2:
+				w.Header().Set("Content-Range", "bytes 0-999999/1000000")
+				w.WriteHeader(http.StatusPartialContent)
+				_, _ = w.Write(content)
+			default:
+				return false
+			}
+			return true
+		}, 1_000_000},
+		{"is broken for a while", func(try int, w http.ResponseWriter, _ *http.Request) bool {
+			if try < 3 {
+				http.Error(w, "not now", http.StatusServiceUnavailable)
+			}
+			return try < 3
+		}, 1_000_000},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			var try atomic.Int64
+			s := agentapitest.Server{Blob: func(w http.ResponseWriter, r *http.Request, _ digest.Digest, _ []byte) bool {
+				return tt.blob(int(try.Add(1)), w, r)
+			}}
+			b := s.Add(content)
+			c := open(t, t.TempDir())
+			retries := 0
+			n, err := c.Fetch(t.Context(), Fetch{Source: serve(t, &s), Blobs: []agentapi.Blob{b}, Retry: func(error, time.Duration) { retries++ }})
+			if err != nil || retries == 0 {
+				t.Fatalf("Fetch: %v after %d retries", err, retries)
+			}
+			if tt.net != 0 && n != tt.net {
+				t.Errorf("%d bytes came, want %d", n, tt.net)
+			}
+			wantImage(t, c, b, content)
+		})
+	}
+}
+
+func rangeStart(r *http.Request) int {
+	n, err := strconv.Atoi(strings.TrimSuffix(strings.TrimPrefix(r.Header.Get("Range"), "bytes="), "-"))
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
+// TestFetchAfterAPowerCut begins with each thing that a cut may have left of an image, and must end with the image.
+func TestFetchAfterAPowerCut(t *testing.T) {
+	content := randomBytes(300_000, 4)
+	hex := digest.Of(content).Hex()
+	for _, tt := range []struct {
+		name string
+		left map[string][]byte
+		net  int64
+	}{
+		{"nothing", nil, 300_000},
+		{"an empty partial", map[string][]byte{"images/tmp/" + hex: {}}, 300_000},
+		{"a good partial", map[string][]byte{"images/tmp/" + hex: content[:100_000]}, 200_000},
+		{"a whole partial that was not renamed", map[string][]byte{"images/tmp/" + hex: content}, 0},
+		{"a partial whose end was lost to zeros", map[string][]byte{"images/tmp/" + hex: append(bytes.Clone(content[:50_000]), make([]byte, 50_000)...)}, 500_000},
+		{"a whole file of zeros", map[string][]byte{"images/tmp/" + hex: make([]byte, 300_000)}, 300_000},
+		{"a partial that is too long", map[string][]byte{"images/tmp/" + hex: append(bytes.Clone(content), 1, 2, 3)}, 300_000},
+		{"a short file under the final name", map[string][]byte{"images/sha256/" + hex: content[:10]}, 300_000},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			open(t, dir)
+			for name, b := range tt.left {
+				if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var s agentapitest.Server
+			b := s.Add(content)
+			c := open(t, dir)
+			n, err := c.Fetch(t.Context(), Fetch{Source: serve(t, &s), Blobs: []agentapi.Blob{b}})
+			if err != nil || n != tt.net {
+				t.Errorf("Fetch: %d bytes, want %d; %v", n, tt.net, err)
+			}
+			wantImage(t, c, b, content)
+		})
+	}
+}
+
+// slow is a Source that stands still after some bytes.
+type slow struct {
+	content []byte
+	after   int
+	calls   int
+}
+
+func (s *slow) Blob(ctx context.Context, _ digest.Digest, offset int64) (io.ReadCloser, int64, error) {
+	s.calls++
+	rest := s.content[offset:]
+	if s.calls > 1 {
+		return io.NopCloser(bytes.NewReader(rest)), offset, nil
+	}
+	return io.NopCloser(io.MultiReader(bytes.NewReader(rest[:s.after]), blocked{ctx})), offset, nil
+}
+
+type blocked struct{ ctx context.Context }
+
+func (b blocked) Read([]byte) (int, error) {
+	<-b.ctx.Done()
+	return 0, b.ctx.Err()
+}
+
+func TestFetchGivesUpAStalledTransfer(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		content := randomBytes(100_000, 5)
+		c := open(t, dir)
+		src := &slow{content: content, after: 60_000}
+		var said error
+		began := time.Now()
+		n, err := c.Fetch(t.Context(), Fetch{
+			Source: src, Blobs: []agentapi.Blob{{Digest: digest.Of(content), Size: 100_000}},
+			Retry: func(err error, _ time.Duration) { said = err },
+		})
+		if err != nil || n != 100_000 || src.calls != 2 {
+			t.Fatalf("Fetch: %d bytes in %d calls, %v", n, src.calls, err)
+		}
+		if said == nil || !strings.Contains(said.Error(), "no byte came for 30s") {
+			t.Errorf("told %v", said)
+		}
+		if took := time.Since(began); took < 30*time.Second || took > time.Minute {
+			t.Errorf("took %v", took)
+		}
+	})
+}
+
+func TestFetchEndsWithItsContextAndKeepsWhatItHas(t *testing.T) {
+	content := randomBytes(500_000, 6)
+	ctx, cancel := context.WithCancel(t.Context())
+	c := open(t, t.TempDir())
+	src := &slow{content: content, after: 200_000}
+	f := Fetch{Source: src, Blobs: []agentapi.Blob{{Digest: digest.Of(content), Size: 500_000}}}
+	f.Report = func(done, _ int64) {
+		if done > 0 {
+			cancel()
+		}
+	}
+	if _, err := c.Fetch(ctx, f); !errors.Is(err, context.Canceled) {
+		t.Fatalf("Fetch: %v", err)
+	}
+	f.Report = nil
+	n, err := c.Fetch(t.Context(), f)
+	if err != nil || n != 500_000-200_000 {
+		t.Errorf("again: %d bytes, %v", n, err)
+	}
+}
+
+func TestFetchEvictsOnlyWhenThereIsNoRoom(t *testing.T) {
+	var s agentapitest.Server
+	var blobs []agentapi.Blob
+	for i := range 5 {
+		blobs = append(blobs, s.Add(randomBytes(1<<20, uint64(10+i))))
+	}
+	client := serve(t, &s)
+	c := open(t, t.TempDir())
+	for i, b := range blobs[:4] {
+		if _, err := c.Fetch(t.Context(), Fetch{Source: client, Blobs: []agentapi.Blob{b}}); err != nil {
+			t.Fatal(err)
+		}
+		at := time.Unix(int64(1000+i), 0)
+		if err := os.Chtimes(c.Path(b.Digest), at, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// 0 is what runs, 1 what ran before, 2 and 3 are old.
+	for _, i := range []int{1, 0} {
+		if err := c.Switched(Use{Release: blobs[i].Digest, Base: blobs[i].Digest}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	room := int64(reserve)
+	c.free = func() (int64, error) { // of a disk that holds four of them beside the reserve
+		list, err := c.List()
+		return room + int64(4-len(list))<<20, err
+	}
+	fetch := func(i int) error {
+		_, err := c.Fetch(t.Context(), Fetch{Source: client, Blobs: []agentapi.Blob{blobs[i]}})
+		return err
+	}
+	has := func() (out []int) {
+		for i, b := range blobs {
+			if c.Has(b.Digest, b.Size) {
+				out = append(out, i)
+			}
+		}
+		return out
+	}
+	if err := fetch(4); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]int{0, 1, 3, 4}, has()); diff != "" {
+		t.Errorf("after one (-want +got):\n%s", diff)
+	}
+	room -= 2 << 20 // somebody else's data
+	if err := fetch(2); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]int{0, 2}, has()); diff != "" {
+		t.Errorf("after the second: what runs stays (-want +got):\n%s", diff)
+	}
+	room -= 2 << 20
+	err := fetch(3)
+	if !errors.Is(err, ErrNoSpace) || !strings.Contains(err.Error(), "65 MiB are needed") {
+		t.Errorf("with no room at all: %v", err)
+	}
+	if !c.Has(blobs[0].Digest, -1) {
+		t.Error("what runs was evicted")
+	}
+}
+
+func TestStateSurvivesAndIsNotNeeded(t *testing.T) {
+	dir := t.TempDir()
+	c := open(t, dir)
+	one, two := Use{Release: "sha256:1", NodeDelta: "a"}, Use{Release: "sha256:2", NodeDelta: "b"}
+	for _, u := range []Use{one, two, two} {
+		if err := c.Switched(u); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Digests are checked when they are read: these are no digests, so the state must be begun anew, not refuse to boot.
+	if got := open(t, dir).State(); got != (State{}) {
+		t.Errorf("a state with malformed digests was read: %+v", got)
+	}
+	one.Release, two.Release = digest.Of([]byte("1")), digest.Of([]byte("2"))
+	for _, u := range []Use{one, two, two} {
+		if err := c.Switched(u); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if diff := cmp.Diff(State{Current: two, Previous: one}, open(t, dir).State()); diff != "" {
+		t.Errorf("state (-want +got):\n%s", diff)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "state.json"), []byte(`{"current":`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := open(t, dir).State(); got != (State{}) {
+		t.Errorf("after damage: %+v", got)
+	}
+}
+
+func TestVerifyFindsRot(t *testing.T) {
+	var s agentapitest.Server
+	b := s.Add(randomBytes(100_000, 7))
+	c := open(t, t.TempDir())
+	if _, err := c.Fetch(t.Context(), Fetch{Source: serve(t, &s), Blobs: []agentapi.Blob{b}}); err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := c.Verify(b.Digest); !ok || err != nil {
+		t.Errorf("a good image: %v, %v", ok, err)
+	}
+	f, err := os.OpenFile(c.Path(b.Digest), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte("rot"), 5000); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	if ok, err := c.Verify(b.Digest); ok || err != nil {
+		t.Errorf("a rotten image: %v, %v", ok, err)
+	}
+	if err := c.RemoveImage(b.Digest); err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := c.Verify(b.Digest); ok || err != nil {
+		t.Errorf("no image: %v, %v", ok, err)
+	}
+}
+
+func TestDeltaIsMadeAnewUntilItIsSeeded(t *testing.T) {
+	c := open(t, t.TempDir())
+	id := DeltaID("n1", "sha256:r", "sha256:n")
+	for try := range 3 {
+		d, err := c.Delta(id)
+		if err != nil || !d.Fresh {
+			t.Fatalf("try %d: %+v, %v", try, d, err)
+		}
+		left, err := os.ReadDir(d.Upper)
+		if err != nil || len(left) != 0 {
+			t.Fatalf("try %d: a delta that was not seeded was kept: %v, %v", try, left, err)
+		}
+		if err := os.WriteFile(filepath.Join(d.Upper, "half"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d, err := c.Delta(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(d.Upper, "hostname"), []byte("n1"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Seeded(); err != nil {
+		t.Fatal(err)
+	}
+	d, err = c.Delta(id)
+	if err != nil || d.Fresh {
+		t.Fatalf("a seeded delta: %+v, %v", d, err)
+	}
+	if b, err := os.ReadFile(filepath.Join(d.Upper, "hostname")); string(b) != "n1" {
+		t.Errorf("its content: %v", err)
+	}
+	for _, bad := range []string{"", "..", "../images", "x/y"} {
+		if _, err := c.Delta(bad); err == nil {
+			t.Errorf("a delta called %q", bad)
+		}
+	}
+}
+
+func TestDeltaIDsDiffer(t *testing.T) {
+	seen := map[string]string{}
+	for _, k := range [][3]string{{"n1", "r", "n"}, {"n2", "r", "n"}, {"n1", "r2", "n"}, {"n1", "r", "n2"}, {"n1\nr", "", "n"}, {"n1", "r\nn", ""}} {
+		id := DeltaID(k[0], digest.Digest(k[1]), digest.Digest(k[2]))
+		if was, ok := seen[id]; ok {
+			t.Errorf("%v and %v have one name", k, was)
+		}
+		seen[id] = strings.Join(k[:], " ")
+	}
+}
