@@ -8,8 +8,6 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
-
-	"github.com/troupe-dev/troupe/testbed"
 )
 
 // Exit statuses, the same for every verb.
@@ -38,9 +36,6 @@ func (e *exitError) Unwrap() error { return e.err }
 func differs(err error) error { return &exitError{status: exitDiffers, err: err} }
 
 func main() {
-	if testbed.IsInside(os.Args) { // this process is a part of a lab
-		os.Exit(testbed.RunInside(os.Args))
-	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	status := run(ctx, os.Args[1:], streams{in: os.Stdin, out: os.Stdout, err: os.Stderr})
 	stop()
