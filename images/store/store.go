@@ -131,6 +131,7 @@ func (s *Store) Path(d digest.Digest) string { return s.path(d) }
 // Open opens a blob for reads anywhere in it, after making sure that its bytes are right; what this costs is told in the
 // package comment. The error wraps ErrNotFound where there is no such blob, and digest.ErrMismatch where its bytes are
 // wrong: it is then no longer in the store, and may be put again. The blob stays readable if it is deleted meanwhile.
+// What is returned is an io.ReaderAt too.
 func (s *Store) Open(ctx context.Context, d digest.Digest) (io.ReadSeekCloser, error) {
 	f, _, err := s.open(ctx, d)
 	if err != nil {

@@ -145,6 +145,9 @@ func TestPutOpenListDelete(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
+	if _, ok := r.(io.ReaderAt); !ok {
+		t.Errorf("%T is no io.ReaderAt", r)
+	}
 	if err := s.Delete(t.Context(), digest.Of(one)); err != nil {
 		t.Fatal(err)
 	}
