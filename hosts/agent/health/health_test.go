@@ -1,0 +1,165 @@
+package health
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+)
+
+func port(t *testing.T, addr string) uint16 {
+	t.Helper()
+	a, err := net.ResolveTCPAddr("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return uint16(a.Port)
+}
+
+// closedPort is one on which nobody listens.
+func closedPort(t *testing.T) uint16 {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return port(t, l.Addr().String())
+}
+
+// fakeSystemctl puts a program of that name first in the PATH, which knows some units.
+func fakeSystemctl(t *testing.T, script string) {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte("#!/bin/sh\n"+script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+}
+
+func TestTry(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/moved":
+			http.Redirect(w, r, "/", http.StatusFound)
+		case "/slow":
+			<-r.Context().Done()
+		case "/bad":
+			http.Error(w, "no", http.StatusInternalServerError)
+		}
+	}))
+	defer srv.Close()
+	p, none := port(t, srv.Listener.Addr().String()), closedPort(t)
+	fakeSystemctl(t, `case "$*" in
+"is-active -- good.service") echo active;;
+"is-active -- bad.service") echo failed; exit 3;;
+"is-active -- odd.service") exit 4;;
+esac
+`)
+	for _, tt := range []struct {
+		check agentapi.Check
+		want  string // part of the error; "" for none
+	}{
+		{agentapi.Check{HTTP: &agentapi.HTTPCheck{Port: p, Path: "/", Status: 200}}, ""},
+		{agentapi.Check{HTTP: &agentapi.HTTPCheck{Port: p}}, ""},
+		{agentapi.Check{HTTP: &agentapi.HTTPCheck{Port: p, Path: "/moved", Status: 302}}, ""},
+		{agentapi.Check{HTTP: &agentapi.HTTPCheck{Port: p, Path: "/bad", Status: 200}}, "answered 500, want 200"},
+		{agentapi.Check{HTTP: &agentapi.HTTPCheck{Port: p, Path: "/slow", Status: 200}}, "no answer within 1s"},
+		{agentapi.Check{HTTP: &agentapi.HTTPCheck{Port: none, Path: "/", Status: 200}}, "connection refused"},
+		{agentapi.Check{TCP: &agentapi.TCPCheck{Port: p}}, ""},
+		{agentapi.Check{TCP: &agentapi.TCPCheck{Port: none}}, "connection refused"},
+		{agentapi.Check{Unit: "good.service"}, ""},
+		{agentapi.Check{Unit: "bad.service"}, "failed"},
+		{agentapi.Check{Unit: "odd.service"}, "exit status 4"},
+		{agentapi.Check{Exec: []string{"true"}}, ""},
+		{agentapi.Check{Exec: []string{"sh", "-c", "echo one; echo why >&2; exit 7"}}, "exit status 7: why"},
+		{agentapi.Check{Exec: []string{"/nonexistent"}}, "no such file"},
+		// A child that outlives its parent and holds the output must not hold the check.
+		{agentapi.Check{Exec: []string{"sh", "-c", "sleep 1000 & sleep 1000"}}, "no answer within 1s"},
+	} {
+		err := Try(t.Context(), tt.check, time.Second)
+		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%s: %v, want %q", Name(tt.check), err, tt.want)
+		}
+	}
+}
+
+func TestTrySystem(t *testing.T) {
+	for script, want := range map[string]string{
+		`exit 0`: "",
+		`[ "$1" = is-system-running ] && echo degraded; exit 3`: "",
+		`[ "$1" = is-system-running ] && echo starting; exit 3`: `systemd says "starting"`,
+		`exit 1`: "exit status 1",
+	} {
+		fakeSystemctl(t, script)
+		err := Try(t.Context(), agentapi.Check{}, 5*time.Second)
+		if got := ""; err != nil {
+			got = err.Error()
+			if got != want {
+				t.Errorf("%s: %q, want %q", script, got, want)
+			}
+		} else if want != "" {
+			t.Errorf("%s: passed", script)
+		}
+	}
+}
+
+func TestTryEndsWithItsContext(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := Try(ctx, agentapi.Check{Exec: []string{"sleep", "1000"}}, time.Minute); !errors.Is(err, context.Canceled) {
+		t.Errorf("Try: %v", err)
+	}
+}
+
+func TestRunnerTellsChangesOnly(t *testing.T) {
+	var good atomic.Bool
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		if !good.Load() {
+			http.Error(w, "no", http.StatusServiceUnavailable)
+		}
+	}))
+	defer srv.Close()
+	p := port(t, srv.Listener.Addr().String())
+	ctx, cancel := context.WithCancel(t.Context())
+	told := make(chan agentapi.Health, 10)
+	r := Runner{
+		Checks: []agentapi.Check{
+			{HTTP: &agentapi.HTTPCheck{Port: p, Path: "/x", Status: 200}, Every: time.Millisecond},
+			{TCP: &agentapi.TCPCheck{Port: p}, Every: time.Millisecond},
+		},
+		Log: slog.New(slog.DiscardHandler), Changed: func(h agentapi.Health) { told <- h },
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		r.Run(ctx)
+	}()
+	first := <-told
+	if first.Healthy || len(first.Failing) != 1 || !strings.HasPrefix(first.Failing[0], "http :") {
+		t.Errorf("first: %+v", first)
+	}
+	good.Store(true)
+	if h := <-told; !h.Healthy || len(h.Failing) != 0 {
+		t.Errorf("second: %+v", h)
+	}
+	good.Store(false)
+	if h := <-told; h.Healthy {
+		t.Errorf("third: %+v", h)
+	}
+	cancel()
+	<-done
+	if len(told) > 0 {
+		t.Errorf("told once more: %+v", <-told)
+	}
+}
