@@ -80,6 +80,7 @@ type sshSession struct {
 	out    *bufio.Reader
 	errs   lastText
 	stop   func() bool
+	end    sync.Once
 }
 
 func (s *sshSession) start(command string) error {
@@ -136,9 +137,7 @@ func (s *sshSession) UploadPack(_ context.Context, req *packp.UploadPackRequest)
 
 // explain adds what the remote wrote to its standard error: that is where it says what is wrong.
 func (s *sshSession) explain(err error) error {
-	_ = s.proc.Close()
-	_ = s.client.Close()
-	_ = s.proc.Wait() // its standard error has come when this returns; how it ended, err tells
+	s.finish()
 	if text := s.errs.String(); text != "" {
 		return fmt.Errorf("%w: the remote says %q", err, text)
 	}
@@ -147,13 +146,24 @@ func (s *sshSession) explain(err error) error {
 
 // Close ends the conversation; the remote may be in the midst of it.
 func (s *sshSession) Close() error {
-	s.stop()
-	err := s.client.Close()
-	if s.proc != nil {
-		_ = s.proc.Wait() // so that no goroutine is left; how it ended does not matter any more
-	}
-	_ = s.client.Wait()
-	return ignoreClosed(err)
+	s.finish()
+	return nil
+}
+
+// finish ends the connection and waits until all that the remote wrote has been taken in, and no goroutine is left. How
+// the remote's program ended does not matter: what counts is whether the bytes were whole.
+func (s *sshSession) finish() {
+	s.end.Do(func() {
+		s.stop()
+		if s.proc != nil {
+			_ = s.proc.Close()
+		}
+		_ = s.client.Close()
+		if s.proc != nil {
+			_ = s.proc.Wait()
+		}
+		_ = s.client.Wait()
+	})
 }
 
 // lastText keeps the first bytes written to it.

@@ -8,6 +8,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"time"
+
+	"github.com/troupe-dev/troupe/internal/backoff"
 )
 
 const (
@@ -94,13 +96,6 @@ func (r *Repo) differs(now observation) bool {
 // pause is the time to the next poll: the interval, doubled for each poll in a row without an answer, and a tenth more or
 // less, so that many servers do not ask one remote at the same time.
 func pause(interval time.Duration, misses int) time.Duration {
-	limit := max(interval, maxBackoff)
-	d := interval
-	for range misses - 1 {
-		if d *= 2; d >= limit {
-			d = limit
-			break
-		}
-	}
+	d := backoff.Exponential(interval, max(interval, maxBackoff), max(misses, 1))
 	return d - d/10 + rand.N(d/5+1)
 }
