@@ -43,6 +43,7 @@ type boot struct {
 	cache     *cache.Cache  // nil until it was opened
 	fsReady   chan struct{} // closed once fsModules were tried
 	fetched   int64         // image bytes, in this boot
+	force     func() error  // reboots; replaced in tests
 	endShells func()        // nobody sits at the console any more
 	panics    string        // what the kernel was to do after a panic before we said
 }
@@ -55,7 +56,7 @@ func Init(ctx context.Context) error {
 	if mountErr != nil {
 		log.Error("the first mounts are not whole", "error", mountErr)
 	}
-	b := &boot{log: log, fsReady: make(chan struct{}), panics: setPanic(panicReboot)}
+	b := &boot{log: log, force: forceReboot, fsReady: make(chan struct{}), panics: setPanic(panicReboot)}
 	shells, stopShells := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	for _, tty := range consoles() {
@@ -271,7 +272,7 @@ func (b *boot) reboot(ctx context.Context, why string) error {
 			b.log.Warn("the cache cannot be made read-only", "error", err)
 		}
 	}
-	return forceReboot()
+	return b.force()
 }
 
 // flush gives the server a last chance to take the marks.

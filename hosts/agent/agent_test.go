@@ -1,0 +1,496 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/troupe-dev/troupe/hosts/agent/cache"
+	"github.com/troupe-dev/troupe/hosts/agent/netup"
+	"github.com/troupe-dev/troupe/hosts/agent/rootfs"
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/hosts/agentapi/agentapitest"
+	"github.com/troupe-dev/troupe/internal/digest"
+)
+
+var nothing = slog.New(slog.DiscardHandler)
+
+func TestParseCmdline(t *testing.T) {
+	kernel := digest.Of([]byte("k"))
+	c, err := ParseCmdline("BOOT_IMAGE=x quiet troupe.server=http://10.77.0.1:8080/ troupe.mac=52:54:00:77:00:0A troupe.boot=b7 troupe.kernel=" +
+		string(kernel) + " foo=\"a b\" console=ttyS0\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Cmdline{
+		Server: "http://10.77.0.1:8080", MAC: "52:54:00:77:00:0a", Boot: "b7", Kernel: kernel,
+		Args: []string{"BOOT_IMAGE=x", "quiet", "troupe.server=http://10.77.0.1:8080/", "troupe.mac=52:54:00:77:00:0A", "troupe.boot=b7",
+			"troupe.kernel=" + string(kernel), "foo=a b", "console=ttyS0"},
+	}
+	if diff := cmp.Diff(want, c); diff != "" {
+		t.Errorf("command line (-want +got):\n%s", diff)
+	}
+	c, err = ParseCmdline("troupe.server=http://s troupe.mac=52:54 troupe.kernel=md5:1")
+	if err == nil || !strings.Contains(err.Error(), "troupe.mac=52:54, troupe.kernel=md5:1") || c.Server != "http://s" || c.MAC != "" {
+		t.Errorf("malformed: %+v, %v", c, err)
+	}
+	if c, err := ParseCmdline(""); err != nil || c.Server != "" {
+		t.Errorf("empty: %+v, %v", c, err)
+	}
+}
+
+func FuzzParseCmdline(f *testing.F) {
+	f.Add(`troupe.server=http://s troupe.mac=52:54:00:77:00:01 a="b c`)
+	f.Add(`"" " " troupe.kernel=`)
+	f.Fuzz(func(t *testing.T, s string) {
+		c, _ := ParseCmdline(s)
+		if missing := c.lacks(c.Args); len(missing) > 0 && !strings.ContainsAny(s, "\" \t\n") {
+			t.Errorf("lacks what it has: %q", missing)
+		}
+	})
+}
+
+func TestLacksCountsRepeats(t *testing.T) {
+	c := Cmdline{Args: []string{"a=1", "console=tty0", "console=ttyS0", "quiet"}}
+	for _, tt := range []struct{ want, missing []string }{
+		{nil, nil},
+		{[]string{"quiet", "console=ttyS0"}, nil},
+		{[]string{"quiet", "quiet"}, []string{"quiet"}},
+		{[]string{"a=2", "a=1 quiet"}, []string{"a=2"}},
+	} {
+		if diff := cmp.Diff(tt.missing, c.lacks(tt.want)); diff != "" {
+			t.Errorf("lacks(%q) (-want +got):\n%s", tt.want, diff)
+		}
+	}
+}
+
+func TestMachineIDIsStableAndUnique(t *testing.T) {
+	id := agentapi.Identity{MAC: "52:54:00:77:00:01", UUID: "u"}
+	a := machineID(id, "n1")
+	if len(a) != 32 || a[12] != '4' || strings.Trim(a, "0123456789abcdef") != "" {
+		t.Errorf("machine-id %q", a)
+	}
+	if machineID(id, "n1") != a {
+		t.Error("it changes")
+	}
+	id2 := id
+	id2.MAC = "52:54:00:77:00:02"
+	if machineID(id2, "n1") == a || machineID(id, "n2") == a {
+		t.Error("two machines, or two hosts, have one id")
+	}
+}
+
+func assigned(s *agentapitest.Server, role string, gen uint64) agentapi.Assignment {
+	return agentapi.Assignment{
+		State: agentapi.Assigned, Host: "n1", Generation: gen, Role: role,
+		Release: &agentapi.Release{ID: digest.Of([]byte(role)), Base: s.Add([]byte("base")), Delta: s.Add([]byte("delta of " + role))},
+		Node:    agentapi.Node{Hostname: "n1", Digest: digest.Of([]byte("node"))},
+	}
+}
+
+func TestSeedFiles(t *testing.T) {
+	a := assigned(&agentapitest.Server{}, "web", 1)
+	a.Node.Domain = "lab.test"
+	a.Node.Files = map[string]agentapi.File{"/etc/hosts": {Content: "mine\n", Mode: 0o600, UID: 1, GID: 2}, "/a": {Content: "a", Mode: 0o644}}
+	id := agentapi.Identity{MAC: "52:54:00:77:00:01"}
+	lease := &netup.Lease{DNS: []netip.Addr{netip.MustParseAddr("10.77.0.1")}, Domain: "lab.test"}
+	want := []rootfs.File{
+		{Path: "/etc/hostname", Content: "n1\n", Mode: 0o644},
+		{Path: "/etc/hosts", Content: "127.0.0.1\tlocalhost\n127.0.1.1\tn1.lab.test n1\n::1\tlocalhost ip6-localhost ip6-loopback\n", Mode: 0o644},
+		{Path: "/etc/machine-id", Content: machineID(id, "n1") + "\n", Mode: 0o444},
+		{Path: "/etc/resolv.conf", Content: netup.ResolvConfMark + "search lab.test\nnameserver 10.77.0.1\n", Mode: 0o644, KeepLink: true},
+		{Path: "/a", Content: "a", Mode: 0o644},
+		{Path: "/etc/hosts", Content: "mine\n", Mode: 0o600, UID: 1, GID: 2},
+	}
+	if diff := cmp.Diff(want, seedFiles(a, id, lease)); diff != "" {
+		t.Errorf("files (-want +got):\n%s", diff)
+	}
+}
+
+func TestDecide(t *testing.T) {
+	var s agentapitest.Server
+	now := assigned(&s, "web", 3)
+	now.Version = "3"
+	with := func(f func(*agentapi.Assignment)) agentapi.Assignment {
+		a := assigned(&s, "web", 4)
+		a.Version = "4"
+		f(&a)
+		return a
+	}
+	for _, tt := range []struct {
+		name string
+		a    agentapi.Assignment
+		want decision
+	}{
+		{"the same", now, goOn},
+		{"waiting", agentapi.Assignment{Version: "4", State: agentapi.Waiting}, goOn},
+		{"unclaimed", agentapi.Assignment{Version: "4", State: agentapi.Unclaimed}, discover},
+		{"only the generation", with(func(*agentapi.Assignment) {}), adopt},
+		{"other checks", with(func(a *agentapi.Assignment) { a.Checks = []agentapi.Check{{Unit: "x"}} }), adopt},
+		{"another name for the role", with(func(a *agentapi.Assignment) { a.Role = "www" }), adopt},
+		{"another release", with(func(a *agentapi.Assignment) { a.Release.ID = digest.Of(nil) }), moveOn},
+		{"other files", with(func(a *agentapi.Assignment) { a.Node.Digest = digest.Of(nil) }), moveOn},
+		{"another host", with(func(a *agentapi.Assignment) { a.Host = "n2" }), moveOn},
+		{"malformed", with(func(a *agentapi.Assignment) { a.Release = nil }), moveOn},
+	} {
+		if got := decide(now, tt.a); got != tt.want {
+			t.Errorf("%s: %s, want %s", tt.name, got, tt.want)
+		}
+	}
+}
+
+// node is a service as a boot would have left it, with everything in temporary directories.
+type node struct {
+	t      *testing.T
+	server *agentapitest.Server
+	http   *httptest.Server
+	dir    string
+}
+
+func newNode(t *testing.T, a agentapi.Assignment, s *agentapitest.Server) *node {
+	t.Helper()
+	n := &node{t: t, server: s, dir: t.TempDir()}
+	n.http = httptest.NewServer(s)
+	t.Cleanup(n.http.Close)
+	s.Assign(a)
+	a.Version = "1"
+	k := stateKeeper{path: filepath.Join(n.dir, "run", stateFile)}
+	err := k.change(func(st *RunState) {
+		*st = RunState{
+			Server: n.http.URL, Identity: agentapi.Identity{MAC: "52:54:00:77:00:01"}, BootID: "b1", Assignment: a, CacheDir: filepath.Join(n.dir, "cache"),
+			Marks: []agentapi.Mark{{Stage: agentapi.StageSwitch, At: 5, Detail: "/sbin/init"}}, Marked: []agentapi.Stage{agentapi.StageAgent, agentapi.StageSwitch},
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// start runs the service until stop is called, which returns its error. Reboots are sent to the channel.
+func (n *node) start() (reboots <-chan string, stop func() error) {
+	n.t.Helper()
+	s, err := newService(filepath.Join(n.dir, "run", stateFile), nothing)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	ch := make(chan string, 10)
+	s.reboot = func(ctx context.Context, _ *slog.Logger) error {
+		ch <- "reboot"
+		<-ctx.Done() // as a machine does that goes down
+		return ctx.Err()
+	}
+	ctx, cancel := context.WithCancel(n.t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.run(ctx) }()
+	stopped := false
+	stop = func() error {
+		if stopped {
+			return nil
+		}
+		stopped = true
+		cancel()
+		return <-done
+	}
+	n.t.Cleanup(func() { _ = stop() })
+	return ch, stop
+}
+
+func (n *node) wait(what string, cond func(agentapi.Report) bool) {
+	n.t.Helper()
+	ctx, cancel := context.WithTimeout(n.t.Context(), time.Minute)
+	defer cancel()
+	err := n.server.Wait(ctx.Done(), func() bool {
+		r := n.server.Reports()
+		return len(r) > 0 && cond(r[len(r)-1])
+	})
+	if err != nil {
+		n.t.Fatalf("waiting for %s: %v", what, err)
+	}
+}
+
+func (n *node) stages() string {
+	var out []string
+	for _, m := range n.server.Marks() {
+		out = append(out, string(m.Stage))
+	}
+	return strings.Join(out, " ")
+}
+
+func healthy(r agentapi.Report) bool { return r.Running != nil && r.Running.Health.Healthy }
+
+var passing = []agentapi.Check{{Exec: []string{"true"}}}
+
+func TestServiceBecomesHealthyAndStagesTheNextRelease(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	a.Checks = passing
+	n := newNode(t, a, &s)
+	reboots, stop := n.start()
+	n.wait("health", healthy)
+
+	next := assigned(&s, "idle", 2)
+	s.Assign(next)
+	n.wait("staging", func(r agentapi.Report) bool { return r.Staged == next.Release.ID })
+	<-reboots
+	n.wait("the last mark", func(agentapi.Report) bool { return strings.HasSuffix(n.stages(), "reboot") })
+	if got, want := n.stages(), "switch-root service healthy stage reboot"; got != want {
+		t.Errorf("stages %q, want %q", got, want)
+	}
+	for _, m := range s.Marks() {
+		want := int64(0)
+		if m.Stage == agentapi.StageStage {
+			want = next.Release.Base.Size + next.Release.Delta.Size // the cache was empty
+		}
+		if m.Bytes != want {
+			t.Errorf("stage %s: %d bytes, want %d", m.Stage, m.Bytes, want)
+		}
+	}
+	if err := stop(); !errors.Is(err, context.Canceled) {
+		t.Errorf("run: %v", err)
+	}
+	for _, b := range []agentapi.Blob{next.Release.Base, next.Release.Delta} {
+		if _, err := os.Stat(filepath.Join(n.dir, "cache/images/sha256", b.Digest.Hex())); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestServiceAdoptsNewChecksWithoutAReboot(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	a.Checks = passing
+	n := newNode(t, a, &s)
+	reboots, stop := n.start()
+	n.wait("health", healthy)
+	b := assigned(&s, "web", 2)
+	b.Checks = []agentapi.Check{{Exec: []string{"false"}}}
+	s.Assign(b)
+	n.wait("the new check", func(r agentapi.Report) bool {
+		return r.Running.Generation == 2 && !r.Running.Health.Healthy && len(r.Running.Health.Failing) == 1
+	})
+	_ = stop()
+	if len(reboots) > 0 {
+		t.Error("it rebooted")
+	}
+	// What was adopted is what a restarted service goes on with.
+	n.server.Assign(b)
+	if _, err := newService(filepath.Join(n.dir, "run", stateFile), nothing); err != nil {
+		t.Fatal(err)
+	}
+	k, err := loadState(filepath.Join(n.dir, "run", stateFile))
+	if err != nil || k.get().Assignment.Generation != 2 {
+		t.Errorf("kept assignment: %+v, %v", k.get().Assignment, err)
+	}
+}
+
+func TestServiceGoesOnWhileItsHostWaits(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	a.Checks = passing
+	n := newNode(t, a, &s)
+	reboots, _ := n.start()
+	n.wait("health", healthy)
+	s.Assign(agentapi.Assignment{State: agentapi.Waiting, Host: "n1", Reason: "being built"})
+	before := len(s.Reports())
+	s.Forget()
+	n.wait("a hello and more reports", func(r agentapi.Report) bool { return len(s.Hellos()) == 1 && len(s.Reports()) > before+1 && healthy(r) })
+	if len(reboots) > 0 {
+		t.Error("it rebooted")
+	}
+}
+
+func TestServiceLosesNoMarkWhileTheServerIsAway(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	a.Checks = passing
+	n := newNode(t, a, &s)
+	n.http.Close() // away: every report fails
+	_, stop := n.start()
+	// The mark "healthy" is on the disk of the run directory once it was made.
+	deadline := time.After(time.Minute)
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		b, err := os.ReadFile(filepath.Join(n.dir, "run", stateFile))
+		if err == nil && bytes.Contains(b, []byte(`"stage":"healthy"`)) {
+			break
+		}
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatal("not healthy")
+		}
+	}
+	_ = stop() // killed, and started again
+	back := httptest.NewServer(&s)
+	t.Cleanup(back.Close)
+	k, err := loadState(filepath.Join(n.dir, "run", stateFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.change(func(st *RunState) { st.Server = back.URL }); err != nil {
+		t.Fatal(err)
+	}
+	n.start()
+	n.wait("the marks", func(agentapi.Report) bool { return n.stages() == "switch-root service healthy" })
+}
+
+func TestServiceRebootsWhenItsHostIsGoneForSure(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	a.Checks = passing
+	n := newNode(t, a, &s)
+	reboots, _ := n.start()
+	n.wait("health", healthy)
+	s.Assign(agentapi.Assignment{State: agentapi.Unclaimed})
+	<-reboots
+	n.wait("the reason", func(agentapi.Report) bool {
+		m := s.Marks()
+		return m[len(m)-1].Stage == agentapi.StageReboot && strings.Contains(m[len(m)-1].Detail, "no host of the fleet")
+	})
+}
+
+func TestServiceReportsWhyItCannotMoveOn(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	a.Checks = passing
+	n := newNode(t, a, &s)
+	reboots, _ := n.start()
+	n.wait("health", healthy)
+	b := assigned(&s, "idle", 2)
+	b.Release.Delta = agentapi.Blob{Digest: digest.Of([]byte("nobody has it")), Size: 3}
+	s.Assign(b)
+	n.wait("the error", func(r agentapi.Report) bool { return strings.Contains(r.Error, "no such blob") && healthy(r) })
+	c := assigned(&s, "web", 3) // back to what runs: by another generation
+	c.Checks = passing
+	s.Assign(c)
+	n.wait("recovery", func(r agentapi.Report) bool { return r.Error == "" && r.Running.Generation == 3 && r.Staged == "" })
+	if len(reboots) > 0 {
+		t.Error("it rebooted")
+	}
+}
+
+func TestServiceStopsMovingWhenARevertComes(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	a.Checks = passing
+	n := newNode(t, a, &s)
+	reboots, _ := n.start()
+	n.wait("health", healthy)
+	s.Assign(agentapi.Assignment{State: agentapi.Unclaimed})
+	back := assigned(&s, "web", 2)
+	back.Checks = passing
+	s.Assign(back) // before the second question
+	n.wait("the revert", func(r agentapi.Report) bool { return r.Running.Generation == 2 })
+	if len(reboots) > 0 {
+		t.Error("it rebooted")
+	}
+}
+
+func TestReporterSendsAMarkOnce(t *testing.T) {
+	var s agentapitest.Server
+	h := httptest.NewServer(&s)
+	defer h.Close()
+	c, err := agentapi.NewClient(h.URL, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := newReporter(c, nothing, agentapi.Report{BootID: "b"})
+	r.mark(agentapi.Mark{Stage: agentapi.StageAgent})
+	r.mark(agentapi.Mark{Stage: agentapi.StageAgent})
+	r.fail(errors.New("no disk"))
+	r.fail(errors.New("no disk"))
+	done := make(chan error, 4)
+	for range 4 { // several at a time, as the heartbeat and the last report before a reboot
+		go func() { done <- r.send(t.Context()) }()
+	}
+	for range 4 {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+	if len(r.pending()) != 0 {
+		t.Errorf("still pending: %+v", r.pending())
+	}
+	var got []string
+	for _, rep := range s.Reports() {
+		for _, m := range rep.Marks {
+			got = append(got, string(m.Stage)+m.Detail)
+		}
+		if rep.Uptime <= 0 || rep.Error != "no disk" {
+			t.Errorf("report %+v", rep)
+		}
+	}
+	if strings.Join(got, " ") != "agent-up failedno disk" {
+		t.Errorf("marks %q", got)
+	}
+}
+
+func TestRightKernelBacksOff(t *testing.T) {
+	var s agentapitest.Server
+	h := httptest.NewServer(&s)
+	defer h.Close()
+	client, err := agentapi.NewClient(h.URL, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := cache.Open(t.TempDir(), nothing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k1, k2 := digest.Of([]byte("1")), digest.Of([]byte("2"))
+	b := &boot{log: nothing, cache: c, client: client, cmd: Cmdline{Kernel: k1, Args: []string{"quiet"}}, rep: newReporter(client, nothing, agentapi.Report{})}
+	var reboots []string
+	b.force = func() error {
+		reboots = append(reboots, "reboot")
+		return errors.New("rebooted")
+	}
+	try := func(r agentapi.Release) string {
+		ctx, cancel := context.WithCancel(t.Context())
+		b.rep.save = func([]agentapi.Mark) { // a failure is reported before the wait: that is when to stop waiting
+			if b.rep.report.Error != "" {
+				cancel()
+			}
+		}
+		defer cancel()
+		before := len(reboots)
+		err := b.rightKernel(ctx, &r)
+		switch {
+		case len(reboots) > before:
+			return "reboot"
+		case errors.Is(err, context.Canceled):
+			return "wait"
+		case err != nil:
+			return err.Error()
+		}
+		return "go on"
+	}
+	for i, step := range []struct {
+		r    agentapi.Release
+		want string
+	}{
+		{agentapi.Release{Kernel: k1, KernelArgs: []string{"quiet"}}, "go on"},
+		{agentapi.Release{Kernel: k2}, "reboot"},
+		{agentapi.Release{Kernel: k2}, "wait"}, // the server sent the old one again
+		{agentapi.Release{Kernel: k1}, "go on"},
+		{agentapi.Release{Kernel: k1, KernelArgs: []string{"debug"}}, "reboot"},
+		{agentapi.Release{Kernel: k1, KernelArgs: []string{"debug"}}, "wait"},
+		{agentapi.Release{}, "go on"},
+	} {
+		if got := try(step.r); got != step.want {
+			t.Errorf("step %d: %s, want %s", i, got, step.want)
+		}
+		b.rep.fail(nil)
+	}
+}
