@@ -177,8 +177,12 @@ func (c *Client) do(ctx context.Context, method, path string, q url.Values, body
 		hc = http.DefaultClient
 	}
 	r, err := hc.Do(req)
+	var failed *url.Error // says method and URL before what went wrong
+	if errors.As(err, &failed) {
+		err = failed.Err
+	}
 	if err != nil {
-		return nil, fmt.Errorf("asking the server: %w", err)
+		return nil, fmt.Errorf("asking the server %s: %w", c.URL, err)
 	}
 	if r.StatusCode/100 != 2 {
 		defer r.Body.Close()

@@ -1,0 +1,116 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/troupe-dev/troupe/reconciler/api"
+	"github.com/troupe-dev/troupe/reconciler/state"
+)
+
+func newImageCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "image",
+		Args:  cobra.NoArgs, // what is no verb below is a mistake
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		Short: "List, show and build images",
+		Example: `  troupe image ls
+  troupe image show debian
+  troupe image build web --wait`,
+	}
+	cmd.AddCommand(newGetImagesCommand("ls", "List the images that were built or shall be"),
+		newDescribeImageCommand("show", "Say all about one image"), newImageBuildCommand())
+	return cmd
+}
+
+type imageBuild struct {
+	remote
+	wait    bool
+	timeout time.Duration
+}
+
+func newImageBuildCommand() *cobra.Command {
+	var o imageBuild
+	cmd := &cobra.Command{
+		Use:   "build NAME",
+		Short: "Have an image or a role built now",
+		Long: `Has the server build an image of the fleet, or what a role adds to its image, now:
+also where a build failed and waits before it is tried again. What is built already
+is not built twice.
+
+Exit status: 0 it is noted, or with --wait: it is built; 1 the build failed; 2 the
+server could not be asked.`,
+		Example: "  troupe image build web --wait",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := o.client()
+			if err != nil {
+				return err
+			}
+			return o.run(cmd, c, args[0])
+		},
+	}
+	o.flags(cmd)
+	cmd.Flags().BoolVarP(&o.wait, "wait", "w", false, "wait until it is built")
+	cmd.Flags().DurationVar(&o.timeout, "timeout", 30*time.Minute, "with --wait: how long at most")
+	return cmd
+}
+
+func (o *imageBuild) run(cmd *cobra.Command, c *api.Client, name string) error {
+	before, err := c.Image(cmd.Context(), name)
+	if err != nil && !api.NotFound(err) { // it was never built: no harm
+		return err
+	}
+	if err := c.BuildImage(cmd.Context(), name); err != nil {
+		return err
+	}
+	if !o.wait {
+		_, err := fmt.Fprintf(cmd.OutOrStdout(), "noted; see troupe logs %s --follow\n", name)
+		return err
+	}
+	built, err := o.await(cmd, c, name, before.Finished)
+	if err != nil {
+		return err
+	}
+	if built.Phase == state.BuildFailed {
+		for _, line := range built.Tail {
+			if _, err := fmt.Fprintln(cmd.ErrOrStderr(), plain(line)); err != nil {
+				return err
+			}
+		}
+		return differs(fmt.Errorf("the build of %s failed at %s: %s", name, built.Step, built.Error))
+	}
+	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s %s %s\n", name, built.Digest, api.Bytes(built.Size))
+	return err
+}
+
+// await waits until the image of that name is built, or its build failed after before.
+func (o *imageBuild) await(cmd *cobra.Command, c *api.Client, name string, before time.Time) (api.Image, error) {
+	ctx, cancel := context.WithTimeout(cmd.Context(), o.timeout)
+	defer cancel()
+	show := newProgress(cmd.ErrOrStderr())
+	defer show.end()
+	var built api.Image
+	err := c.Follow(ctx, func(s *api.Snapshot) bool {
+		one := api.Snapshot{Status: s.Status}
+		done := false
+		for _, i := range s.Images {
+			if i.Name != name || !i.Declared {
+				continue
+			}
+			one.Images = append(one.Images, i)
+			built = i
+			done = i.Phase == state.BuildDone || i.Phase == state.BuildFailed && !i.Finished.Equal(before)
+		}
+		show.snapshot(&one)
+		return done
+	})
+	if errors.Is(err, context.DeadlineExceeded) && cmd.Context().Err() == nil {
+		return built, differs(fmt.Errorf("%s was not built within %s", name, o.timeout))
+	}
+	return built, err
+}

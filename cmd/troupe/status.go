@@ -1,0 +1,164 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/troupe-dev/troupe/reconciler/api"
+	"github.com/troupe-dev/troupe/reconciler/state"
+)
+
+type statusOptions struct {
+	remote
+	wait    bool
+	commit  string
+	timeout time.Duration
+}
+
+func newStatusCommand() *cobra.Command {
+	var o statusOptions
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Say whether the fleet is what its repo says",
+		Long: `status prints the commit in force, the newest commit with its errors if that is
+another one, and what keeps the fleet from being what the newest commit says.
+
+With --wait it has the server look at the repo, and waits until the fleet has
+converged; it gives up at once where only another commit can help.
+
+Exit status: 0 converged; 1 not converged; 2 the server could not be asked.`,
+		Example: `  troupe status
+  git push && troupe status --wait --commit "$(git rev-parse HEAD)"`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return o.run(cmd) },
+	}
+	o.flags(cmd, "table", "json", "yaml")
+	cmd.Flags().BoolVarP(&o.wait, "wait", "w", false, "wait until the fleet has converged")
+	cmd.Flags().StringVar(&o.commit, "commit", "", "with --wait: until it has converged on this commit (a hash, or the start of one)")
+	cmd.Flags().DurationVar(&o.timeout, "timeout", 15*time.Minute, "with --wait: how long at most")
+	return cmd
+}
+
+func (o *statusOptions) run(cmd *cobra.Command) error {
+	c, err := o.client()
+	if err != nil {
+		return err
+	}
+	st, err := o.status(cmd, c)
+	if err != nil {
+		return err
+	}
+	if err := o.print(cmd, st, func(w io.Writer) error { return writeStatus(w, st) }); err != nil {
+		return err
+	}
+	if !st.Converged || !o.is(st.Applied) {
+		return differs(nil)
+	}
+	return nil
+}
+
+// status asks once, or waits.
+func (o *statusOptions) status(cmd *cobra.Command, c *api.Client) (api.Status, error) {
+	if !o.wait {
+		return c.Status(cmd.Context())
+	}
+	var unable *api.Error
+	if err := c.Poke(cmd.Context()); err != nil && !errors.As(err, &unable) {
+		return api.Status{}, err
+	}
+	ctx, cancel := context.WithTimeout(cmd.Context(), o.timeout)
+	defer cancel()
+	show := newProgress(cmd.ErrOrStderr())
+	var last api.Status
+	err := c.Follow(ctx, func(s *api.Snapshot) bool {
+		last = s.Status
+		show.snapshot(s)
+		return o.over(last)
+	})
+	show.end()
+	if errors.Is(err, context.DeadlineExceeded) && cmd.Context().Err() == nil {
+		return last, nil // it was told what is missing
+	}
+	return last, err
+}
+
+// over says whether waiting on would change nothing: the fleet is there, or only another commit can help.
+func (o *statusOptions) over(st api.Status) bool {
+	if o.is(st.Applied) {
+		return st.Converged || len(st.Problems) > 0 && st.Attempted == nil
+	}
+	return len(st.Problems) > 0 && o.is(st.Attempted)
+}
+
+// is says whether c is the commit that is waited for.
+func (o *statusOptions) is(c *state.Commit) bool {
+	return o.commit == "" || c != nil && strings.HasPrefix(c.Hash, o.commit)
+}
+
+func writeStatus(w io.Writer, st api.Status) error {
+	t := table{}
+	t.add("repo", st.Repo)
+	t.add("branch", st.Branch)
+	if st.Path != "" && st.Path != "." {
+		t.add("path", st.Path)
+	}
+	t.add("in force", or(commitLine(st.Applied, st.Time), "no commit yet"))
+	if st.Attempted != nil {
+		t.add("attempted", commitLine(st.Attempted, st.Time))
+	}
+	for _, p := range st.Problems {
+		t.add("", p.String())
+	}
+	if st.FetchError != "" {
+		t.add("repo error", st.FetchError)
+		t.add("", "it last answered "+ago(st.Time, st.Fetched))
+	}
+	t.add("hosts", hostsLine(st.Hosts))
+	if line := buildsLine(st.Builds); line != "" {
+		t.add("builds", line)
+	}
+	verdict := "yes"
+	if !st.Converged {
+		verdict = "no"
+	}
+	t.add("converged", verdict)
+	for _, line := range st.Waiting {
+		t.add("", line)
+	}
+	return t.write(w, "")
+}
+
+// commitLine is a commit in one line; "" for none.
+func commitLine(c *state.Commit, now time.Time) string {
+	if c == nil {
+		return ""
+	}
+	return fmt.Sprintf("%s %s (%s, %s)", shortHash(c.Hash), c.Subject, c.Author, ago(now, c.Time))
+}
+
+func hostsLine(h api.HostCounts) string {
+	line := fmt.Sprintf("%d of %d healthy", h.Healthy, h.Total)
+	if h.Unclaimed > 0 {
+		line += fmt.Sprintf("; %s unclaimed", count(h.Unclaimed, "machine"))
+	}
+	return line
+}
+
+func buildsLine(b api.BuildCounts) string {
+	var parts []string
+	for _, p := range []struct {
+		n    int
+		word string
+	}{{b.Running, "running"}, {b.Queued, "queued"}, {b.Failed, "failed"}} {
+		if p.n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", p.n, p.word))
+		}
+	}
+	return strings.Join(parts, ", ")
+}
