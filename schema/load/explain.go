@@ -22,16 +22,10 @@ func (e *evaluation) explain(err error) {
 // explainSome explains only the errors whose paths are wanted.
 func (e *evaluation) explainSome(err error, wanted func(path []string) bool) {
 	var unplaced []cueerrors.Error
-	before := len(e.out.Problems)
-	list := cueerrors.Errors(err)
-	for len(list) > 0 {
-		first := list[0]
-		path := userPath(first)
-		n := 1
-		if isDisjunction(first) {
-			n += slices.IndexFunc(append(slices.Clone(list[1:]), nil), func(m cueerrors.Error) bool { return m == nil || !below(userPath(m), path) })
-		}
-		group := list[:n]
+	before := e.faults
+	for list := cueerrors.Errors(err); len(list) > 0; {
+		n := groupLen(list)
+		group, first, path := list[:n], list[0], userPath(list[0])
 		list = list[n:]
 		switch {
 		case !wanted(path):
@@ -43,11 +37,23 @@ func (e *evaluation) explainSome(err error, wanted func(path []string) bool) {
 			e.explainOne(path, first)
 		}
 	}
-	if len(e.out.Problems) == before {
+	if e.faults == before {
 		for _, u := range unplaced {
 			e.explainOne(userPath(u), u)
 		}
 	}
+}
+
+// groupLen is how many errors at the head of list are about one thing: a disjunction's error is followed by why the value
+// is not each of the things that it can be.
+func groupLen(list []cueerrors.Error) int {
+	n := 1
+	if isDisjunction(list[0]) {
+		for path := userPath(list[0]); n < len(list) && below(userPath(list[n]), path); {
+			n++
+		}
+	}
+	return n
 }
 
 // Formats of CUE's errors that get words of ours.

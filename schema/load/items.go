@@ -40,11 +40,11 @@ func (e *evaluation) network() {
 	}
 	it := &item[schema.Network]{At: e.places(v, networkFields, "network")}
 	e.out.Network = it
-	before := len(e.out.Problems)
+	before := e.faults
 	e.check(v)
 	e.networkRanges()
 	e.duration(time.Minute, "network", "lease")
-	if it.Bad = len(e.out.Problems) > before; it.Bad {
+	if it.Bad = e.faults > before; it.Bad {
 		e.walk(e.lookup(e.user, "network"), "network")
 		return
 	}
@@ -183,25 +183,7 @@ func (e *evaluation) role(name string, v cue.Value, it *item[schema.Role]) {
 		delete(e.perHost, name)
 		return
 	}
-	iter, err := v.Fields()
-	if err != nil {
-		e.explain(err)
-		return
-	}
-	parts := map[string]json.RawMessage{}
-	for iter.Next() {
-		field := iter.Selector().Unquoted()
-		if field == "node" {
-			continue
-		}
-		b, err := iter.Value().MarshalJSON()
-		if err != nil {
-			e.explain(err)
-			return
-		}
-		parts[field] = b
-	}
-	b, err := json.Marshal(parts)
+	b, err := marshalBut(v, "node")
 	wire := struct {
 		*schema.Role
 		Files wireFiles `json:"files"`
@@ -220,9 +202,28 @@ func (e *evaluation) role(name string, v cue.Value, it *item[schema.Role]) {
 	}
 }
 
+// marshalBut is the JSON of a struct without one of its fields.
+func marshalBut(v cue.Value, but string) ([]byte, error) {
+	iter, err := v.Fields()
+	if err != nil {
+		return nil, err
+	}
+	parts := map[string]json.RawMessage{}
+	for iter.Next() {
+		field := iter.Selector().Unquoted()
+		if field == but {
+			continue
+		}
+		if parts[field], err = iter.Value().MarshalJSON(); err != nil {
+			return nil, err
+		}
+	}
+	return json.Marshal(parts)
+}
+
 // checkRole checks a role. Only its node may be without definite values, as that is computed for each host.
 func (e *evaluation) checkRole(name string, v, node cue.Value) bool {
-	before := len(e.out.Problems)
+	before := e.faults
 	if err := v.Validate(cue.Concrete(true), cue.All()); err != nil {
 		e.explainSome(err, notInNode)
 	}
@@ -236,7 +237,7 @@ func (e *evaluation) checkRole(name string, v, node cue.Value) bool {
 	}
 	e.checkHealthy(name)
 	e.checkFiles("roles", name, "files")
-	return len(e.out.Problems) == before
+	return e.faults == before
 }
 
 func (e *evaluation) checkHealthy(role string) {

@@ -238,7 +238,7 @@ func FuzzEvaluate(f *testing.F) {
 	f.Add("package fleet\nhosts: \"\\(x)\": 1\nx: {")
 	f.Fuzz(func(t *testing.T, text string) {
 		if len(text) > 200 || strings.Contains(text, "import") || strings.Contains(text, "*") {
-			t.Skip("may be a bomb")
+			return // it may be a bomb
 		}
 		var w worker
 		req := &request{Files: []file{{Name: "a.cue", Text: []byte(text)}}}

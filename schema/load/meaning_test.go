@@ -1,6 +1,8 @@
 package load
 
 import (
+	"errors"
+	"fmt"
 	"maps"
 	"path/filepath"
 	"slices"
@@ -45,6 +47,7 @@ roles: web: {
 }
 roles: plain: {os: "alpha", node: files: "/etc/same": "same"}
 discovery: os: "debian"
+hosts: [Name=string]: {role: *"web" | string, labels: site: "s-\(Name)"}
 -- roles/extra.cue --
 package fleet
 roles: extra: os: "debian"
@@ -53,7 +56,7 @@ package fleet
 import "list"
 hosts: {
 	for i in list.Range(1, 4, 1) {
-		"r1-\(i)": {serial: "r1-\(i)", role: "web", address: "10.77.1.\(i)", labels: rack: "r1"}
+		"r1-\(i)": {serial: "r1-\(i)", address: "10.77.1.\(i)", labels: rack: "r1"}
 	}
 	x: {mac: "52:54:00:AA:BB:CC", uuid: "4C4C4544-0000-1000-8000-00000000000A", role: "extra"}
 }
@@ -86,6 +89,9 @@ hosts: z: "would be wrong"
 	if x := fleet.Hosts["x"]; x.MAC != "52:54:00:aa:bb:cc" || x.UUID != "4c4c4544-0000-1000-8000-00000000000a" {
 		t.Errorf("got MAC %q and UUID %q; want lower case", x.MAC, x.UUID)
 	}
+	if got := fleet.Hosts["r1-1"].Labels; !maps.Equal(got, map[string]string{"rack": "r1", "site": "s-r1-1"}) {
+		t.Errorf("r1-1 has labels %v", got)
+	}
 	if y := fleet.Hosts["y"]; y.Disk != (schema.Disk{Take: true, Device: "/dev/vda"}) {
 		t.Errorf("got disk %+v", y.Disk)
 	}
@@ -96,6 +102,23 @@ func TestEmptyFleet(t *testing.T) {
 	fleet := loadText(t, &l, "-- a.cue --\npackage fleet\nnetwork: subnet: \"10.0.0.0/24\"\nhosts: {}\nallowEmpty: true\n")
 	if len(fleet.Hosts) != 0 || !fleet.AllowEmpty || fleet.Discovery.OS != "" {
 		t.Errorf("got %+v", fleet)
+	}
+}
+
+// TestManyProblems wants no more problems than somebody can read, with a last line that says so.
+func TestManyProblems(t *testing.T) {
+	var l Loader
+	_, err := l.Load(t.Context(), fstest.MapFS{"a.cue": {Data: []byte(`package fleet
+import "list"
+network: subnet: "10.77.0.0/24"
+hosts: {for i in list.Range(0, 1500, 1) {"n\(i)": {serial: 5, role: "nope"}}}
+`)}})
+	var ps schema.Problems
+	if !errors.As(err, &ps) || len(ps) != maxProblems+1 {
+		t.Fatalf("got %d problems; want %d", len(ps), maxProblems+1)
+	}
+	if first, last := ps[0], ps[maxProblems]; first.File != "a.cue" || !strings.HasPrefix(last.Message, "and ") {
+		t.Errorf("got first %q, last %q", first, last)
 	}
 }
 
@@ -110,7 +133,9 @@ func TestDeterministic(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	equal := cmp.Comparer(func(a, b schema.Host) bool { return cmp.Equal(a.Node, b.Node) && a.Address == b.Address && a.MAC == b.MAC })
+	equal := cmp.Comparer(func(a, b schema.Host) bool {
+		return cmp.Equal(a.Node, b.Node) && a.Address == b.Address && a.MAC == b.MAC
+	})
 	if d := cmp.Diff(one.Hosts, two.Hosts, equal); d != "" {
 		t.Errorf("in directories and in one directory, the hosts differ:\n%s", d)
 	}
@@ -157,20 +182,20 @@ func TestCache(t *testing.T) {
 	}
 }
 
-// TestCacheForgets loads many states of one directory, and wants the cache to stay small.
+// TestCacheForgets looks up many states of one directory, and wants the cache to stay small.
 func TestCacheForgets(t *testing.T) {
-	var l Loader
-	for i := range 3 * keepLoads {
-		fleet := fstest.MapFS{
-			"fleet.cue":       {Data: []byte(benchRoot())},
-			"hosts/hosts.cue": {Data: benchHosts(1, 1, strings.Repeat("x", i))},
+	var c cache
+	for i := range 5 * keepLoads {
+		shards, missing := c.lookup([]*plan{{key: "root"}, {key: fmt.Sprint("state ", i)}})
+		if i == 0 {
+			c.add([]*shard{{key: "root"}})
+		} else if len(shards) != 1 || shards[0].key != "root" {
+			t.Fatalf("load %d: what every load uses was forgotten", i)
 		}
-		if _, err := l.Load(t.Context(), fleet); err != nil {
-			t.Fatal(err)
-		}
+		c.add([]*shard{{key: missing[len(missing)-1].key}})
 	}
-	if n := len(l.cache.entries); n > keepLoads+1 {
-		t.Errorf("the cache has %d entries after %d loads", n, 3*keepLoads)
+	if n := len(c.entries); n > keepLoads+2 {
+		t.Errorf("the cache has %d entries after %d loads", n, 5*keepLoads)
 	}
 }
 

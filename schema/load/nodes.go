@@ -140,6 +140,7 @@ func (e *evaluation) moveProblems(nodes *hostNodes, host string, before int) {
 		}
 		known.Count++
 	}
+	e.faults -= len(e.out.Problems) - before
 	e.out.Problems = e.out.Problems[:before]
 }
 

@@ -59,7 +59,9 @@ func (w *worker) evaluate(req *request, sr shardRequest) (out *shard) {
 		return out
 	}
 	e.run(inst)
-	out.Problems = tidy(out.Problems)
+	if out.Problems = arrange(out.Problems); out.Broken && len(out.Problems) == 0 {
+		out.Problems = schema.Problems{{Message: "CUE could not evaluate " + sr.Dir + ", and does not say why"}}
+	}
 	return out
 }
 
@@ -89,6 +91,7 @@ type evaluation struct {
 	user    cue.Value // as the files have it: its positions are all in them
 	unified cue.Value // with the schema, which brings defaults and errors
 
+	faults  int                   // found so far, also those beyond the number that is told
 	tops    map[string]token.Pos  // fields at the top of files, also hidden ones
 	perHost map[string]*hostNodes // by role
 }
@@ -206,13 +209,13 @@ func items[T any](e *evaluation, part string, fields []string, one func(name str
 	for iter.Next() {
 		name := iter.Selector().Unquoted()
 		it := item[T]{At: e.places(iter.Value(), fields, part, name)}
-		before := len(e.out.Problems)
+		before := e.faults
 		if !named.Allows(iter.Selector()) {
 			e.addAt(it.At[""], "%s.%s: this is not %s", part, label(name), e.schema.nameOf(part))
 		} else {
 			one(name, iter.Value(), &it)
 		}
-		if it.Bad = len(e.out.Problems) > before; it.Bad {
+		if it.Bad = e.faults > before; it.Bad {
 			var none T
 			it.Value = none
 			e.walk(e.at([]string{part, name}), part, name)
@@ -285,6 +288,7 @@ func (e *evaluation) add(pos token.Pos, format string, args ...any) {
 }
 
 func (e *evaluation) addAt(at place, format string, args ...any) {
+	e.faults++
 	if len(e.out.Problems) <= maxProblems {
 		e.out.Problems = append(e.out.Problems, e.out.problem(at, format, args...))
 	}

@@ -208,6 +208,12 @@ func comparePaths(a, b string) int {
 	)
 }
 
+// arrange sorts problems by place, and drops those said twice.
+func arrange(ps schema.Problems) schema.Problems {
+	slices.SortFunc(ps, compareProblems)
+	return slices.Compact(ps)
+}
+
 func compareProblems(a, b schema.Problem) int {
 	return cmp.Or(strings.Compare(a.File, b.File), a.Line-b.Line, a.Column-b.Column, strings.Compare(a.Message, b.Message))
 }
@@ -215,10 +221,9 @@ func compareProblems(a, b schema.Problem) int {
 // maxProblems is how many problems are told; nobody reads more.
 const maxProblems = 1000
 
-// tidy sorts problems by place, drops those said twice, and bounds their number.
+// tidy arranges problems, and bounds their number.
 func tidy(ps schema.Problems) schema.Problems {
-	slices.SortFunc(ps, compareProblems)
-	ps = slices.Compact(ps)
+	ps = arrange(ps)
 	if more := len(ps) - maxProblems; more > 0 {
 		ps = append(ps[:maxProblems:maxProblems], schema.Problem{Message: fmt.Sprintf("and %d more problems", more)})
 	}
