@@ -68,6 +68,9 @@ func (b *Builder) makeBase(ctx context.Context, r images.BaseRecipe, scratch str
 
 // bootstrap runs mmdebstrap and makes the image of what it writes, as it writes it.
 func (b *Builder) bootstrap(ctx context.Context, r images.BaseRecipe, scratch string, s *steps) (*baseTree, error) {
+	if _, err := exec.LookPath("mmdebstrap"); err != nil {
+		return nil, fmt.Errorf("making a root file system (Debian package mmdebstrap): %w", err)
+	}
 	hook := filepath.Join(scratch, "kernel.sh")
 	if err := os.WriteFile(hook, kernelHook, 0o644); err != nil {
 		return nil, fmt.Errorf("writing the kernel hook: %w", err)

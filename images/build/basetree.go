@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -69,10 +70,11 @@ func (t *baseTree) take(ctx context.Context, name string, h *tar.Header, r io.Re
 		return keep(&t.kernelLock, name, r)
 	case strings.HasPrefix(name, "boot/vmlinuz-") && h.Typeflag == tar.TypeReg:
 		return t.takeKernel(ctx, strings.TrimPrefix(name, "boot/vmlinuz-"), r)
-	case strings.HasPrefix(name, "etc/ssh/ssh_host_"):
+	case isHostKey(name):
 		t.sshKeys = true
 		return nil
-	case name == ".troupe", name == "etc/hostname", name == "etc/resolv.conf", isTransient(name, h.Typeflag == tar.TypeDir):
+	case name == ".troupe", name == "etc/hostname", name == "etc/resolv.conf",
+		isTransient(name, h.Typeflag == tar.TypeDir), slices.Contains(idle, name):
 		return nil
 	case name == "var/lib/dpkg/status":
 		if err := keep(&t.status, name, r); err != nil {

@@ -16,6 +16,8 @@
 // The kernel is unpacked and not installed: no initramfs-tools, nothing in /boot. Its image becomes a blob of its own
 // and its modules lie complete in the base.
 //
+// Units of apt, dpkg and e2fsprogs that would only cost a node time are not enabled.
+//
 // What differs from machine to machine, or from build to build, is not in an image: logs, caches, apt's lists, seeds,
 // host keys of SSH (sshd's unit makes them at its first start), /etc/hostname, /etc/resolv.conf, device nodes. An image's
 // /etc/machine-id is an empty file and its /etc/fstab too, so systemd neither takes a boot for the first one nor mounts
@@ -56,7 +58,8 @@ import (
 type Builder struct {
 	Store *store.Store // takes what is made
 	// Dir holds what is needed during a build, and belongs to the Builder alone. Deltas with packages or run steps need
-	// a file system there that can hold the upper layer of an overlayfs.
+	// a file system there that can hold the upper layer of an overlayfs. Where the Builder does not run as root, other
+	// users must be able to reach Dir: mmdebstrap works under the subordinate user ids of subuid(5).
 	Dir string
 	Log *slog.Logger // nil: discard
 }
@@ -113,7 +116,7 @@ func (b *Builder) log() *slog.Logger {
 func environ(scratch string) []string {
 	env := []string{
 		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-		"HOME=/root", "LC_ALL=C.UTF-8", "TZ=UTC", "DEBIAN_FRONTEND=noninteractive", "SYSTEMD_OFFLINE=1",
+		"HOME=/", "LC_ALL=C.UTF-8", "TZ=UTC", "DEBIAN_FRONTEND=noninteractive", "SYSTEMD_OFFLINE=1",
 		fmt.Sprintf("SOURCE_DATE_EPOCH=%d", epoch.Unix()),
 	}
 	if scratch != "" {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -255,8 +256,9 @@ func (c *chroot) sh(ctx context.Context, command string, online bool) error {
 	return c.s.run(ctx, cmd, flags)
 }
 
-// scan takes what is in the layer on disk into v, apart from what is transient, and says whether it left out host keys.
-func (c *chroot) scan(v *view) (hadKeys bool, err error) {
+// scan takes what is in the layer on disk into v, and says whether it left out host keys. It leaves out what is transient,
+// unless it is in keep.
+func (c *chroot) scan(v *view, keep []string) (hadKeys bool, err error) {
 	err = filepath.WalkDir(c.upper(), func(full string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -265,10 +267,11 @@ func (c *chroot) scan(v *view) (hadKeys bool, err error) {
 		if err != nil || name == "." {
 			return err
 		}
-		if strings.HasPrefix(name, "etc/ssh/ssh_host_") && d.Type().IsRegular() {
-			hadKeys = true
+		if d.Type() == fs.ModeSocket {
+			return nil
 		}
-		if isTransient(name, d.IsDir()) || name == "etc/machine-id" || d.Type() == fs.ModeSocket {
+		if !slices.Contains(keep, name) && (isTransient(name, d.IsDir()) || name == "etc/machine-id") {
+			hadKeys = hadKeys || isHostKey(name) && d.Type().IsRegular()
 			return nil
 		}
 		e, err := diskEntry(full)

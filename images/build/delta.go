@@ -119,7 +119,7 @@ apt-get -q -y --no-install-recommends -o Dpkg::Use-Pty=0 -o Dpkg::Options::=--fo
 	if err := errors.Join(d.chroot.sh(ctx, script, true), done()); err != nil {
 		return err
 	}
-	return d.scan()
+	return d.scan(nil)
 }
 
 // run runs the recipe's run steps over the layer, of which the entries in put are not in the chroot yet.
@@ -136,7 +136,7 @@ func (d *deltaBuild) run(ctx context.Context, put []string) error {
 			return err
 		}
 	}
-	return d.scan()
+	return d.scan(put)
 }
 
 // runStep names a run step by its first line: `run 2/3: echo hello`.
@@ -148,13 +148,13 @@ func runStep(i, n int, command string) string {
 	return fmt.Sprintf("run %d/%d: %s", i+1, n, line)
 }
 
-// scan makes the layer anew of what is in the chroot.
-func (d *deltaBuild) scan() error {
+// scan makes the layer anew of what is in the chroot. The role's own files, those in keep, stay wherever they are.
+func (d *deltaBuild) scan(keep []string) error {
 	v, err := newView(d.view.base)
 	if err != nil {
 		return err
 	}
-	hadKeys, err := d.chroot.scan(v)
+	hadKeys, err := d.chroot.scan(v, keep)
 	if err != nil {
 		return err
 	}

@@ -142,6 +142,9 @@ func listEntry(root fs.FS, name string, d fs.DirEntry) (string, error) {
 		return line + " -> " + to, err
 	case 0:
 		b, err := fs.ReadFile(root, name)
+		if len(b) > 8192 {
+			return fmt.Sprintf("%s %q and more: %s", line, b[:100], digest.Of(b)), err
+		}
 		return fmt.Sprintf("%s %q", line, b), err
 	}
 	return line, nil

@@ -17,12 +17,19 @@ var emptied = []string{
 	"var/cache/apt", "var/lib/apt/lists",
 }
 
+// hostKeys are the keys by which SSH knows a machine.
+const hostKeys = "etc/ssh/ssh_host_*"
+
+func isHostKey(name string) bool {
+	ok, _ := path.Match(hostKeys, name) // the pattern is a constant
+	return ok
+}
+
 // transient are files that differ from build to build and that nobody misses. Those of path.Match's patterns.
 var transient = []string{
 	"etc/.pwd.lock",
 	"etc/passwd-", "etc/group-", "etc/shadow-", "etc/gshadow-", "etc/subuid-", "etc/subgid-",
-	"etc/ssh/ssh_host_*",
-	"root/.bash_history", "root/.wget-hsts",
+	hostKeys,
 	"var/cache/debconf/*-old",
 	"var/cache/ldconfig/aux-cache",
 	"var/cache/man/*",
@@ -47,6 +54,16 @@ func isTransient(name string, dir bool) bool {
 		ok, _ := path.Match(p, name) // the patterns are constants
 		return ok
 	})
+}
+
+// idle are the links by which packages of every base enable units that have nothing to do on a node: it never installs
+// anything, and its file systems lie on no LVM. A role may enable them.
+var idle = []string{
+	"etc/systemd/system/multi-user.target.wants/e2scrub_reap.service",
+	"etc/systemd/system/timers.target.wants/apt-daily-upgrade.timer",
+	"etc/systemd/system/timers.target.wants/apt-daily.timer",
+	"etc/systemd/system/timers.target.wants/dpkg-db-backup.timer",
+	"etc/systemd/system/timers.target.wants/e2scrub_all.timer",
 }
 
 // sshKeyDropIn has sshd make the host keys that an image must not have, since all its machines would share them. They
