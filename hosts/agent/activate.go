@@ -65,10 +65,8 @@ func (b *boot) openCache(ctx context.Context, spec agentapi.Disks) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	// A disk that is half partitioned is finished at the next boot, but there is no reason to let it come to that.
-	path, made, err := disk.Maker{Log: b.log}.Ensure(context.WithoutCancel(ctx), spec)
+	path, made, err := b.ensureDisk(ctx, spec)
 	if err != nil {
-		b.coldplug() // a driver may have come late
 		return err
 	}
 	if err := disk.Mount(path, cacheDir); err != nil {
@@ -86,6 +84,25 @@ func (b *boot) openCache(ctx context.Context, spec agentapi.Disks) error {
 	b.rep.update(false, func(r *agentapi.Report) { r.Cached = cached(c) })
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageCache, Detail: detail})
 	return nil
+}
+
+// lateDisks is how long a disk may take to show after its driver was loaded, before its lack is an error.
+const lateDisks = 6 * time.Second
+
+// ensureDisk finds or makes the cache's file system.
+func (b *boot) ensureDisk(ctx context.Context, spec agentapi.Disks) (path string, made bool, err error) {
+	began := sinceBoot()
+	for {
+		// A disk that is half partitioned is finished at the next boot, but there is no reason to let it come to that.
+		path, made, err = disk.Maker{Log: b.log}.Ensure(context.WithoutCancel(ctx), spec)
+		if !errors.Is(err, disk.ErrNoDisk) || sinceBoot()-began > lateDisks {
+			return path, made, err
+		}
+		if err := backoff.Sleep(ctx, 300*time.Millisecond); err != nil {
+			return "", false, err
+		}
+		b.coldplug()
+	}
 }
 
 // cached lists the cache for a report; what cannot be listed is not there.

@@ -41,6 +41,7 @@ type boot struct {
 	rep       *reporter
 	fol       *follower
 	cache     *cache.Cache  // nil until it was opened
+	drivers   chan struct{} // closed once the drivers were loaded
 	fsReady   chan struct{} // closed once fsModules were tried
 	fetched   int64         // image bytes, in this boot
 	force     func() error  // reboots; replaced in tests
@@ -56,7 +57,7 @@ func Init(ctx context.Context) error {
 	if mountErr != nil {
 		log.Error("the first mounts are not whole", "error", mountErr)
 	}
-	b := &boot{log: log, force: forceReboot, fsReady: make(chan struct{}), panics: setPanic(panicReboot)}
+	b := &boot{log: log, force: forceReboot, drivers: make(chan struct{}), fsReady: make(chan struct{}), panics: setPanic(panicReboot)}
 	shells, stopShells := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	for _, tty := range consoles() {
@@ -88,9 +89,7 @@ func (b *boot) run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	if err := b.drivers(ctx, &wg); err != nil {
-		return err
-	}
+	b.loadDrivers(&wg)
 	if err := b.identify(ctx); err != nil {
 		return err
 	}
@@ -114,23 +113,24 @@ func (b *boot) run(ctx context.Context) error {
 	return b.leave(ready)
 }
 
-// drivers loads the modules for the devices, and goes on with those for file systems in the background.
-func (b *boot) drivers(ctx context.Context, wg *sync.WaitGroup) error {
+// loadDrivers loads the modules for the devices, and then those for file systems, in the background.
+func (b *boot) loadDrivers(wg *sync.WaitGroup) {
 	var err error
 	if b.mods, err = kmod.OpenRunning(); err != nil {
 		b.log.Warn("the tables of kernel modules cannot be read", "error", err)
 		b.mods = &kmod.Loader{}
 	}
-	b.coldplug()
 	wg.Go(func() {
 		defer close(b.fsReady)
+		b.coldplug()
+		close(b.drivers)
 		for _, m := range fsModules {
 			if err := b.mods.Load(m); err != nil && !errors.Is(err, kmod.ErrNoModule) {
 				b.log.Warn("a file system's module does not load", "error", err)
 			}
 		}
+		b.log.Debug("modules of file systems loaded", "at", sinceBoot())
 	})
-	return ctx.Err()
 }
 
 func (b *boot) coldplug() {
@@ -139,7 +139,7 @@ func (b *boot) coldplug() {
 		b.log.Warn("some drivers do not load", "error", err)
 	}
 	if len(names) > 0 {
-		b.log.Debug("drivers loaded", "modules", strings.Join(names, " "))
+		b.log.Debug("drivers loaded", "modules", strings.Join(names, " "), "at", sinceBoot())
 	}
 }
 
@@ -148,12 +148,20 @@ func (b *boot) identify(ctx context.Context) error {
 	var wg sync.WaitGroup
 	var disks []disk.Disk
 	var diskErr, netErr error
-	wg.Go(func() { disks, diskErr = disk.Scanner{}.Scan() })
 	wg.Go(func() {
-		finder := netup.Finder{MAC: b.cmd.MAC, Log: b.log, Rescan: b.coldplug}
+		<-b.drivers
+		disks, diskErr = disk.Scanner{}.Scan()
+		b.log.Debug("disks looked at", "number", len(disks), "at", sinceBoot())
+	})
+	wg.Go(func() {
+		finder := netup.Finder{MAC: b.cmd.MAC, Log: b.log, Drivers: b.drivers, Rescan: b.coldplug}
 		b.lease, netErr = finder.Find(ctx)
+		b.log.Debug("network found", "at", sinceBoot())
 	})
 	wg.Wait()
+	if len(disks) == 0 && diskErr == nil { // some show late; the network took its time meanwhile
+		disks, diskErr = disk.Scanner{}.Scan()
+	}
 	if netErr != nil {
 		return netErr
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -53,7 +54,11 @@ func KernelLog() *slog.Logger {
 	if f, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0); err == nil {
 		w = f
 	}
-	return slog.New(kmsg.NewHandler(w, "troupe", slog.LevelInfo))
+	level := slog.LevelInfo
+	if b, err := os.ReadFile("/proc/cmdline"); err == nil && slices.Contains(splitArgs(string(b)), "troupe.debug") {
+		level = slog.LevelDebug
+	}
+	return slog.New(kmsg.NewHandler(w, "troupe", level))
 }
 
 // panicReboot is how long the kernel shows a panic before it reboots, in seconds: a crashed agent is one.

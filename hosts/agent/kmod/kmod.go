@@ -163,10 +163,11 @@ func insert(path string) error {
 }
 
 // Coldplug loads the modules for each device under sys ("/sys"). Modules make new devices appear (a PCI device becomes
-// a virtio device becomes a disk), so it goes on until a round finds nothing more to load. It returns the modules that
-// this call asked for, and the joined errors of those that would not load: one broken driver stops no other.
+// a virtio device becomes a disk), so it goes on until a round finds nothing more to load. What leads to a network
+// comes first: its answers are waited for while the rest loads. It returns the modules that this call asked for, and
+// the joined errors of those that would not load: one broken driver stops no other.
 func (l *Loader) Coldplug(sys string) ([]string, error) {
-	var all []string
+	var all, later []string
 	var errs []error
 	tried := map[string]bool{}
 	for {
@@ -174,23 +175,45 @@ func (l *Loader) Coldplug(sys string) ([]string, error) {
 		if err != nil {
 			return all, err
 		}
-		var names []string
-		for _, alias := range found {
-			for _, n := range l.aliases.Match(alias) {
-				if !tried[n] && !l.builtin[n] {
-					tried[n] = true
-					names = append(names, n)
-				}
+		var now []string
+		for _, name := range l.wanted(found, tried) {
+			if l.urgent(name) {
+				now = append(now, name)
+			} else {
+				later = append(later, name)
 			}
 		}
-		if len(names) == 0 {
+		if len(now) == 0 {
+			now, later = later, nil
+		}
+		if len(now) == 0 {
 			return all, errors.Join(errs...)
 		}
-		if err := l.LoadAll(names...); err != nil {
+		if err := l.LoadAll(now...); err != nil {
 			errs = append(errs, err)
 		}
-		all = append(all, names...)
+		all = append(all, now...)
 	}
+}
+
+// wanted are the modules for the devices with these aliases that were not tried yet.
+func (l *Loader) wanted(aliases []string, tried map[string]bool) []string {
+	var names []string
+	for _, alias := range aliases {
+		for _, n := range l.aliases.Match(alias) {
+			if !tried[n] && !l.builtin[n] {
+				tried[n] = true
+				names = append(names, n)
+			}
+		}
+	}
+	return names
+}
+
+// urgent says whether a module drives a network interface, or the bus that virtual ones are on.
+func (l *Loader) urgent(name string) bool {
+	m := l.mods[name]
+	return m != nil && (strings.Contains(m.path, "/drivers/net/") || strings.Contains(m.path, "/drivers/virtio/"))
 }
 
 // Modaliases are the aliases of all devices under sys ("/sys"), each once.

@@ -107,5 +107,5 @@ func priority(l slog.Level) int {
 	case l >= slog.LevelInfo:
 		return user | 5 // notice: shown on the console unless the machine was told to be quiet
 	}
-	return user | 7
+	return user | 6 // whoever asks for them wants to see them on the console, too
 }

@@ -63,6 +63,8 @@ func Links(mac string) ([]Link, error) {
 type Finder struct {
 	MAC string // of the interface to prefer: the one that the machine booted from; "" for none
 	Log *slog.Logger
+	// Drivers is closed once the drivers were loaded: until then the preferred interface is waited for. Nil for done.
+	Drivers <-chan struct{}
 	// Rescan is called before each look for interfaces: drivers may come late. Nil for nothing.
 	Rescan func()
 }
@@ -70,6 +72,9 @@ type Finder struct {
 // Find tries the interfaces in turn until one has a lease, and sets the address. It returns only with a lease or with
 // ctx's error. The preferred interface gets the first two turns alone, while it is there.
 func (f *Finder) Find(ctx context.Context) (*Lease, error) {
+	if err := f.await(ctx); err != nil {
+		return nil, err
+	}
 	wait := backoff.Backoff{First: 200 * time.Millisecond, Limit: 5 * time.Second}
 	for round := 0; ; round++ {
 		l, err := f.round(ctx, round)
@@ -85,6 +90,35 @@ func (f *Finder) Find(ctx context.Context) (*Lease, error) {
 		}
 		if f.Rescan != nil {
 			f.Rescan()
+		}
+	}
+}
+
+// await waits until the preferred interface is there, or all are that there will be.
+func (f *Finder) await(ctx context.Context) error {
+	if f.Drivers == nil {
+		return nil
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	updates := make(chan netlink.LinkUpdate, 16)
+	if err := netlink.LinkSubscribe(updates, ctx.Done()); err != nil {
+		return fmt.Errorf("watching network interfaces: %w", err)
+	}
+	for {
+		links, err := Links(f.MAC)
+		if err == nil && len(links) > 0 && strings.EqualFold(links[0].MAC.String(), f.MAC) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-f.Drivers:
+			return nil
+		case _, ok := <-updates:
+			if !ok {
+				return nil // a broken subscription must not hold up the boot
+			}
 		}
 	}
 }
