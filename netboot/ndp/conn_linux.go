@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 
 	"github.com/mdlayher/packet"
 	"golang.org/x/net/bpf"
+	"golang.org/x/sys/unix"
 )
 
 // A Conn is a packet socket that hears router solicitations on one interface.
@@ -52,6 +54,9 @@ func (c *Conn) MAC() net.HardwareAddr { return c.mac }
 // Receive implements Transport.
 func (c *Conn) Receive(buf []byte) (int, error) {
 	n, _, err := c.raw.ReadFrom(buf)
+	if errors.Is(err, unix.EBADF) || errors.Is(err, os.ErrClosed) { // what the library has for a closed socket
+		err = fmt.Errorf("%w: %w", net.ErrClosed, err)
+	}
 	return n, err
 }
 
