@@ -110,7 +110,7 @@ func (f *Fleet) Role(name string, done bool) {
 	if !done {
 		build.Phase, build.Step, build.Error, build.Attempts = state.BuildFailed, "packages", "apt-get: exit status 100", 3
 		build.Tail = []string{"Reading package lists...", "Building dependency tree...", "E: Unable to locate package postgresql-99"}
-		build.Started, build.Finished, build.Retry = f.ago(7*time.Minute), f.ago(6*time.Minute+30*time.Second), f.Now.Add(9*time.Minute+30*time.Second)
+		build.Started, build.Finished, build.Retry = f.ago(7*time.Minute), f.ago(6*time.Minute+5*time.Second), f.Now.Add(9*time.Minute+30*time.Second)
 		f.Builds[string(id)] = build
 		return
 	}
