@@ -42,6 +42,7 @@ type boot struct {
 	fol       *follower
 	cache     *cache.Cache  // nil until it was opened
 	drivers   chan struct{} // closed once the drivers were loaded
+	copied    chan error    // has room for one: how copyProgram ended
 	fsReady   chan struct{} // closed once fsModules were tried
 	fetched   int64         // image bytes, in this boot
 	force     func() error  // reboots; replaced in tests
@@ -57,7 +58,7 @@ func Init(ctx context.Context) error {
 	if mountErr != nil {
 		log.Error("the first mounts are not whole", "error", mountErr)
 	}
-	b := &boot{log: log, force: forceReboot, drivers: make(chan struct{}), fsReady: make(chan struct{}), panics: setPanic(panicReboot)}
+	b := &boot{log: log, force: forceReboot, drivers: make(chan struct{}), fsReady: make(chan struct{}), copied: make(chan error, 1), panics: setPanic(panicReboot)}
 	shells, stopShells := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	for _, tty := range consoles() {
@@ -121,7 +122,6 @@ func (b *boot) loadDrivers(wg *sync.WaitGroup) {
 		b.mods = &kmod.Loader{}
 	}
 	wg.Go(func() {
-		defer close(b.fsReady)
 		b.coldplug()
 		close(b.drivers)
 		for _, m := range fsModules {
@@ -129,7 +129,9 @@ func (b *boot) loadDrivers(wg *sync.WaitGroup) {
 				b.log.Warn("a file system's module does not load", "error", err)
 			}
 		}
+		close(b.fsReady)
 		b.log.Debug("modules of file systems loaded", "at", sinceBoot())
+		b.copied <- copyProgram(agentFile)
 	})
 }
 

@@ -49,7 +49,7 @@ func (b *boot) leave(m *mounted) error {
 	if err != nil {
 		return err
 	}
-	if err := installService(); err != nil {
+	if err := errors.Join(installService(), <-b.copied); err != nil {
 		return err
 	}
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageSwitch, Detail: init})
@@ -96,7 +96,7 @@ const keepMounts = `[Unit]
 DefaultDependencies=no
 `
 
-// installService copies the program out of the initramfs, and makes systemd start it. Units in /run are as good as
+// installService makes systemd start the program. Units in /run are as good as
 // those in /etc, survive daemon-reload, and are gone with the boot, so that no image and no node delta has one.
 func installService() error {
 	const units = "/run/systemd/system"
@@ -120,9 +120,10 @@ func installService() error {
 	if err != nil && !errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("installing the service: %w", err)
 	}
-	return copyProgram(agentFile)
+	return nil
 }
 
+// copyProgram takes the program out of the initramfs, which is emptied at the switch.
 func copyProgram(to string) error {
 	src, err := os.Open("/proc/self/exe")
 	if err != nil {

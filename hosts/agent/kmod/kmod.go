@@ -163,15 +163,16 @@ func insert(path string) error {
 }
 
 // Coldplug loads the modules for each device under sys ("/sys"). Modules make new devices appear (a PCI device becomes
-// a virtio device becomes a disk), so it goes on until a round finds nothing more to load. What leads to a network
-// comes first: its answers are waited for while the rest loads. It returns the modules that this call asked for, and
-// the joined errors of those that would not load: one broken driver stops no other.
+// a virtio device becomes a disk), so it goes on until a round finds nothing more to load. What leads to a network or
+// a disk comes first: its answers are waited for while the rest loads. It returns the modules that this call asked for,
+// and the joined errors of those that would not load: one broken driver stops no other.
 func (l *Loader) Coldplug(sys string) ([]string, error) {
 	var all, later []string
 	var errs []error
+	d := devices{sys: sys, seen: map[string]bool{}}
 	tried := map[string]bool{}
 	for {
-		found, err := Modaliases(sys)
+		found, err := d.next()
 		if err != nil {
 			return all, err
 		}
@@ -210,31 +211,64 @@ func (l *Loader) wanted(aliases []string, tried map[string]bool) []string {
 	return names
 }
 
-// urgent says whether a module drives a network interface, or the bus that virtual ones are on.
+// urgent says whether a module drives a network interface or a disk, or the bus that virtual ones are on.
 func (l *Loader) urgent(name string) bool {
 	m := l.mods[name]
-	return m != nil && (strings.Contains(m.path, "/drivers/net/") || strings.Contains(m.path, "/drivers/virtio/"))
+	if m == nil {
+		return false
+	}
+	for _, dir := range []string{"/drivers/net/", "/drivers/virtio/", "/drivers/block/", "/drivers/nvme/"} {
+		if strings.Contains(m.path, dir) {
+			return true
+		}
+	}
+	return false
 }
 
-// Modaliases are the aliases of all devices under sys ("/sys"), each once.
-func Modaliases(sys string) ([]string, error) {
-	seen := map[string]bool{}
+// devices goes over the devices of all buses, again and again, and gives each once: to walk all of /sys takes longer
+// than to load a driver.
+type devices struct {
+	sys  string
+	seen map[string]bool // paths
+}
+
+// next returns the aliases of the devices that appeared since the last call.
+func (d *devices) next() ([]string, error) {
+	buses, err := os.ReadDir(filepath.Join(d.sys, "bus"))
+	if err != nil {
+		return nil, fmt.Errorf("listing devices: %w", err)
+	}
 	var out []string
-	err := filepath.WalkDir(filepath.Join(sys, "devices"), func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.Name() != "modalias" {
-			return nil // a device may leave while we look: it needs no module any more
-		}
-		f, err := os.Open(path)
+	for _, bus := range buses {
+		dir := filepath.Join(d.sys, "bus", bus.Name(), "devices")
+		entries, err := os.ReadDir(dir)
 		if err != nil {
-			return nil // as above
+			continue // a bus may leave while we look
 		}
-		defer f.Close()
-		b, err := io.ReadAll(io.LimitReader(f, 64<<10))
-		if alias := strings.TrimSpace(string(b)); err == nil && alias != "" && !seen[alias] {
-			seen[alias] = true
-			out = append(out, alias)
+		for _, e := range entries {
+			path := filepath.Join(dir, e.Name(), "modalias")
+			if d.seen[path] {
+				continue
+			}
+			d.seen[path] = true
+			if alias := readAlias(path); alias != "" {
+				out = append(out, alias)
+			}
 		}
-		return nil
-	})
-	return out, err
+	}
+	return out, nil
+}
+
+// readAlias is the content of the file; "" where it is not there: most devices have none, and some leave.
+func readAlias(path string) string {
+	f, err := os.Open(path)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, 64<<10))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
 }

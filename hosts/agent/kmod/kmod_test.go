@@ -148,13 +148,15 @@ func TestLoadBringsDependenciesFirstAndOnce(t *testing.T) {
 
 func TestColdplugGoesOnUntilNothingNewAppears(t *testing.T) {
 	const pci = "pci:v00001AF4d00001000sv00001AF4sd00000001bc02sc00i00\n"
-	sys := tree(t, map[string]string{"devices/pci0/00:03.0/modalias": pci, "devices/pci0/00:04.0/modalias": pci, "devices/acpi/modalias": "acpi:X:\n"})
+	sys := tree(t, map[string]string{
+		"bus/pci/devices/00:03.0/modalias": pci, "bus/pci/devices/00:04.0/modalias": pci, "bus/acpi/devices/X/modalias": "acpi:X:\n", "bus/empty": "",
+	})
 	r := recorder{}
 	r.hook = func(name string) {
 		if name == "virtio_pci" { // the bus appears, with its devices
 			for i, id := range []string{"1", "2"} {
-				dir := filepath.Join(sys, "devices/pci0/00:03.0", "virtio"+string(rune('0'+i)))
-				if err := errors.Join(os.Mkdir(dir, 0o755),
+				dir := filepath.Join(sys, "bus/virtio/devices", "virtio"+string(rune('0'+i)))
+				if err := errors.Join(os.MkdirAll(dir, 0o755),
 					os.WriteFile(filepath.Join(dir, "modalias"), []byte("virtio:d0000000"+id+"v00001AF4\n"), 0o644)); err != nil {
 					t.Error(err)
 				}
