@@ -2,6 +2,7 @@ package source
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -191,5 +192,29 @@ func TestTreeIsAFileSystem(t *testing.T) {
 	}
 	if err := fstest.TestFS(rev.Tree, "fleet.cue", "a/b/c.txt", "a.b/x", "a/empty", "z/run.sh"); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// One commit in a repository of 10,000 files, from the push to its tree.
+func BenchmarkFetchOneCommit(b *testing.B) {
+	work := newGitRepo(b)
+	for i := range 10_000 {
+		work.write(fmt.Sprintf("hosts/%02d/h%05d.cue", i%100, i), fmt.Sprintf("package fleet\n\nhosts: h%05d: role: \"web\"\n", i))
+	}
+	work.commit("fleet.cue", "package fleet\n")
+	r := open(b, Config{Repo: work.dir})
+	if _, err := r.Fetch(b.Context()); err != nil {
+		b.Fatal(err)
+	}
+	n := 0
+	for b.Loop() {
+		b.StopTimer()
+		n++
+		head := work.commit("hosts/07/h00007.cue", fmt.Sprint("package fleet // ", n))
+		b.StartTimer()
+		rev, err := r.Fetch(b.Context())
+		if err != nil || rev.Commit.Hash != head {
+			b.Fatal(err, rev)
+		}
 	}
 }
