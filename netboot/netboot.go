@@ -44,7 +44,9 @@ type Boot struct {
 	ID      string          // of this attempt; handed to the agent in the kernel's command line
 	Title   string          // one line for the person at the console
 	Kernel  digest.Digest   // "" while there is nothing to boot yet: the machine shows Title, waits and asks again
-	Initrds []digest.Digest // concatenated by the boot loader, in this order
+	// Initrds are concatenated in this order. Each but the last must be a multiple of 4 bytes long: a kernel that UEFI
+	// starts joins them without padding (seen with Linux 6.1), and then finds no cpio archive at an odd place.
+	Initrds []digest.Digest
 	Args    []string        // of the kernel, without initrd=; troupe.server is added by the server
 }
 

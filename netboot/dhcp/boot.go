@@ -19,6 +19,15 @@ var (
 	ipxeNoProxy = []byte{176, 1, 1}
 )
 
+// What firmware does with the answers, seen on QEMU 7.2 with Debian 12's ipxe-qemu 20190125 and OVMF 2022.11:
+//
+//   - An iPXE ROM under SeaBIOS, and QEMU's EFI ROM of e1000 under OVMF, are iPXE from the first DISCOVER: no TFTP.
+//   - OVMF's PXE waits 4 s for further offers whatever the first one says, asks TFTP for the size, refuses, asks again.
+//   - OVMF's HTTP boot does the same wait, then HEAD and GET, with a Host header that lacks the port.
+//   - snponly.efi (170 KB) is in its script 2 s after it was loaded; ipxe.efi (850 KB) takes 6 s, and may open another card.
+//   - iPXE expands ${uuid} and ${serial:uristring} in option 67, and percent-encodes the colons of a MAC.
+//   - In proxy mode all of them take the file from the offer, and none asks port 4011.
+
 // boot adds to an answer what starts the next program on the machine; nothing for a client that did not ask to boot. It
 // returns what it offers, for people, and an error where the server has nothing for this machine.
 func (r *responder) boot(m *dhcpv4.DHCPv4, c Client, server netip.Addr) (string, error) {
