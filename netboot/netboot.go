@@ -41,13 +41,13 @@ type Machine struct {
 
 // A Boot is what a machine shall boot.
 type Boot struct {
-	ID      string          // of this attempt; handed to the agent in the kernel's command line
-	Title   string          // one line for the person at the console
-	Kernel  digest.Digest   // "" while there is nothing to boot yet: the machine shows Title, waits and asks again
+	ID     string        // of this attempt; handed to the agent in the kernel's command line
+	Title  string        // one line for the person at the console
+	Kernel digest.Digest // "" while there is nothing to boot yet: the machine shows Title, waits and asks again
 	// Initrds are concatenated in this order. Each but the last must be a multiple of 4 bytes long: a kernel that UEFI
 	// starts joins them without padding (seen with Linux 6.1), and then finds no cpio archive at an odd place.
 	Initrds []digest.Digest
-	Args    []string        // of the kernel, without initrd=; troupe.server is added by the server
+	Args    []string // of the kernel, without initrd=; troupe.server is added by the server
 }
 
 // A Director says what a machine shall boot. It is asked several times during one boot and answers from memory.

@@ -26,7 +26,7 @@ var (
 //   - OVMF's HTTP boot does the same wait, then HEAD and GET, with a Host header that lacks the port.
 //   - snponly.efi (170 KB) is in its script 2 s after it was loaded; ipxe.efi (850 KB) takes 6 s, and may open another card.
 //   - iPXE expands ${uuid} and ${serial:uristring} in option 67, and percent-encodes the colons of a MAC.
-//   - In proxy mode all of them take the file from the offer, and none asks port 4011.
+//   - In proxy mode, beside dnsmasq, the BIOS ROM and OVMF with PXE boot the same way.
 
 // boot adds to an answer what starts the next program on the machine; nothing for a client that did not ask to boot. It
 // returns what it offers, for people, and an error where the server has nothing for this machine.
