@@ -32,7 +32,7 @@ func ProbeAccel(ctx context.Context) (accel, why string) {
 		}
 	}
 	accel, why = "kvm", "a guest ran"
-	if err := probeGuest(ctx, "kvm"); err != nil {
+	if err := probeGuest(ctx, "kvm", bootSector(probeBoot), probeTime); err != nil {
 		accel, why = "tcg", "KVM does not work here: "+err.Error()
 	}
 	if cache != "" && ctx.Err() == nil {
@@ -65,9 +65,10 @@ func probeCache() (path, key string) {
 		fmt.Sprintf("1 %s %s %d", strings.TrimSpace(string(boot)), info.ModTime().Format(time.RFC3339), info.Size())
 }
 
-// probeGuest runs probeBoot, with the options that machines of the lab get as well.
-func probeGuest(ctx context.Context, accel string) error {
-	ctx, cancel := context.WithTimeout(ctx, probeTime)
+// probeGuest runs a boot sector, with the CPU that machines of the lab get as well, and wants it to end in time as
+// probeBoot does.
+func probeGuest(ctx context.Context, accel string, boot []byte, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	image, err := os.CreateTemp("", "troupe-probe-*.img")
 	if err != nil {
@@ -75,7 +76,7 @@ func probeGuest(ctx context.Context, accel string) error {
 	}
 	defer os.Remove(image.Name())
 	defer image.Close()
-	if _, err := image.Write(bootSector()); err != nil {
+	if _, err := image.Write(boot); err != nil {
 		return err
 	}
 	args := []string{
@@ -86,7 +87,7 @@ func probeGuest(ctx context.Context, accel string) error {
 	var exit *exec.ExitError
 	switch {
 	case ctx.Err() != nil:
-		return fmt.Errorf("the guest hung for %v", probeTime)
+		return fmt.Errorf("the guest hung for %v", limit)
 	case errors.As(err, &exit) && exit.ExitCode() == probeStatus:
 		return nil
 	case err == nil:
@@ -98,10 +99,10 @@ func probeGuest(ctx context.Context, accel string) error {
 // probeStatus is QEMU's exit status after the guest wrote 0x10 to isa-debug-exit: twice that, plus one.
 const probeStatus = 0x10<<1 | 1
 
-// bootSector is probeBoot as a BIOS wants it.
-func bootSector() []byte {
+// bootSector is code as a BIOS wants it.
+func bootSector(code []byte) []byte {
 	b := make([]byte, 512)
-	copy(b, probeBoot)
+	copy(b, code)
 	b[510], b[511] = 0x55, 0xaa
 	return b
 }

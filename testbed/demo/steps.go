@@ -22,7 +22,6 @@ type result struct {
 	what  string
 	took  time.Duration
 	bytes int64 // of images that were fetched for it
-	marks []api.Mark
 }
 
 // awaitImages waits until there is a release for every host. A build that failed for good ends the demo: it says why.
@@ -66,11 +65,13 @@ func (d *demo) bootAll(ctx context.Context) error {
 			if err != nil {
 				return false, err
 			}
-			d.bootIDs[h.name] = boot.ID
-			d.boots[h.name] = result{
-				what: fmt.Sprintf("%s (%s): power on to healthy as %s", h.name, h.firmware, h.role),
-				took: took, bytes: boot.Bytes, marks: boot.Marks,
+			bytes, err := d.fetchedSince(ctx, h.name, on[h.name])
+			if err != nil {
+				return false, err
 			}
+			d.bootIDs[h.name] = boot.ID
+			what := fmt.Sprintf("%s (%s): power on to healthy as %s", h.name, h.firmware, h.role)
+			d.boots[h.name] = result{what: what, took: took, bytes: bytes}
 			d.print.line(h.name, "healthy as %s after %s", h.role, seconds(took))
 		}
 		return len(d.boots) == len(hosts), nil
@@ -154,11 +155,11 @@ func (d *demo) awaitSwitch(ctx context.Context, role, what string, start time.Ti
 		return err
 	}
 	took := time.Since(start)
-	boot, err := d.lastBoot(ctx, "n2")
+	bytes, err := d.fetchedSince(ctx, "n2", start)
 	if err != nil {
 		return err
 	}
-	d.switches = append(d.switches, result{what: what, took: took, bytes: boot.Bytes, marks: boot.Marks})
+	d.switches = append(d.switches, result{what: what, took: took, bytes: bytes})
 	d.print.line("n2", "healthy as %s after %s", role, seconds(took))
 	return nil
 }
@@ -222,6 +223,24 @@ func (d *demo) printHost(ctx context.Context, s *api.Snapshot, name string) erro
 func plays(s *api.Snapshot, name, role string) bool {
 	h, ok := s.Host(name)
 	return ok && h.State == api.HostHealthy && h.Role == role && h.RunningRole == role && h.Running == h.Target
+}
+
+// fetchedSince counts the image bytes that a host fetched, in whichever boot: what a switch needs is fetched in the boot
+// before it. The server's clock is ours.
+func (d *demo) fetchedSince(ctx context.Context, name string, start time.Time) (int64, error) {
+	h, err := d.client.Host(ctx, name)
+	if err != nil {
+		return 0, err
+	}
+	var n int64
+	for _, b := range h.Boots {
+		for _, m := range b.Marks {
+			if m.Time.After(start) {
+				n += m.Bytes
+			}
+		}
+	}
+	return n, nil
 }
 
 func (d *demo) lastBoot(ctx context.Context, name string) (api.Boot, error) {

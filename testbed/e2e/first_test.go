@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -33,7 +34,7 @@ func TestFirstFleet(t *testing.T) {
 	f := newFleet(t, first, firstNodes)
 
 	f.await("the base is being built", func(s *api.Snapshot) bool {
-		return len(s.Images) > 0 && s.Images[0].Phase == state.BuildRunning && s.Images[0].Step != ""
+		return slices.ContainsFunc(s.Images, func(i api.Image) bool { return i.Kind == "base" && i.Phase == state.BuildRunning })
 	})
 	f.killServer() // mid-build
 	f.await("all images are built after the server was killed during a build", func(s *api.Snapshot) bool {

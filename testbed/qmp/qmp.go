@@ -4,7 +4,6 @@ package qmp
 
 import (
 	"bufio"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -109,7 +108,7 @@ func (c *Client) Run(ctx context.Context, command string, args, result any) erro
 	stop := context.AfterFunc(ctx, func() { c.conn.Close() })
 	defer stop()
 	if _, err := c.conn.Write(append(line, '\n')); err != nil {
-		return fmt.Errorf("qmp %s: %w (%w)", command, ErrClosed, cmp.Or(context.Cause(ctx), err))
+		c.Close() // the reader knows better why
 	}
 	select {
 	case m := <-answer:
