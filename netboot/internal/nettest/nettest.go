@@ -114,12 +114,24 @@ func (ns *NS) Do(t testing.TB, f func() error) {
 	}
 }
 
-// Start starts cmd inside the namespace. It is killed when the test ends, if it has not ended by then.
+// Start starts cmd inside the namespace. It is killed when the test ends, if it has not ended by then, and also when the
+// test process dies: the kernel kills it with the thread that started it, which is kept for that.
 func (ns *NS) Start(t testing.TB, cmd *exec.Cmd) {
 	t.Helper()
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	ns.Do(t, cmd.Start)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	started, over := make(chan error), make(chan struct{})
+	go func() {
+		runtime.LockOSThread() // and never unlocked, as in onOwnThread
+		err := netns.Set(ns.handle)
+		if err == nil {
+			err = cmd.Start()
+		}
+		started <- err
+		<-over
+	}()
+	check(t, <-started, "starting "+cmd.Path)
 	t.Cleanup(func() {
+		defer close(over)
 		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // it may have ended
 		_ = cmd.Wait()                                      // or have been waited for
 	})
