@@ -78,29 +78,34 @@ func (v *view) enableOne(unit string, named bool) (also []string, err error) {
 		}
 		return nil, errors.New("it has nothing in an [Install] section, so nothing would ever start it")
 	}
+	return in.also, v.linkInstalls(unit, file, in)
+}
+
+// linkInstalls makes the links that in, of the unit in file, asks for.
+func (v *view) linkInstalls(unit, file string, in install) error {
 	link := unit
 	if prefix, isTemplate := cutTemplate(unit); isTemplate {
 		if in.defaultInstance == "" && len(in.wantedBy)+len(in.requiredBy)+len(in.upheldBy) > 0 {
-			return nil, errors.New("it is a template without DefaultInstance=: enable NAME@INSTANCE")
+			return errors.New("it is a template without DefaultInstance=: enable NAME@INSTANCE")
 		}
 		link = prefix + "@" + in.defaultInstance + path.Ext(unit)
 	}
-	for _, d := range []struct {
-		targets []string
-		suffix  string
-	}{{in.wantedBy, ".wants/"}, {in.requiredBy, ".requires/"}, {in.upheldBy, ".upholds/"}} {
-		for _, t := range d.targets {
-			if err := v.linkUnit(t+d.suffix+link, link, file); err != nil {
-				return nil, err
-			}
+	links := slices.Clone(in.alias)
+	for _, t := range in.wantedBy {
+		links = append(links, t+".wants/"+link)
+	}
+	for _, t := range in.requiredBy {
+		links = append(links, t+".requires/"+link)
+	}
+	for _, t := range in.upheldBy {
+		links = append(links, t+".upholds/"+link)
+	}
+	for _, l := range links {
+		if err := v.linkUnit(l, link, file); err != nil {
+			return err
 		}
 	}
-	for _, a := range in.alias {
-		if err := v.linkUnit(a, link, file); err != nil {
-			return nil, err
-		}
-	}
-	return in.also, nil
+	return nil
 }
 
 // cutTemplate splits a template's name, "foo@.service", and is false for any other.
