@@ -119,7 +119,8 @@ func (f *follow) step(ctx context.Context) error {
 	before := rec
 	rec.Repo, rec.Branch, rec.Path = f.repo.Repo(), f.branch, f.path
 	rev, err := f.repo.Fetch(ctx)
-	if err != nil {
+	unusable := errors.Is(err, source.ErrNoPath) || errors.Is(err, source.ErrTree)
+	if err != nil && !unusable {
 		return f.unreachable(ctx, rec, err)
 	}
 	rec.FetchError, rec.Fetched = "", f.now()
@@ -133,10 +134,14 @@ func (f *follow) step(ctx context.Context) error {
 			Message: "the branch was rewritten (force-push): the new head does not descend from the commit before",
 		})
 	}
-	current := f.fleet.Load()
-	known := before.Attempted != nil && before.Attempted.Hash == rev.Commit.Hash
-	applied := current != nil && current.commit.Hash == rev.Commit.Hash
-	if applied || (known && len(before.Problems) > 0) {
+	if before.Attempted != nil && before.Attempted.Hash == rev.Commit.Hash && len(before.Problems) > 0 {
+		return f.put(ctx, rec) // it was refused, and is still the same
+	}
+	rec.Attempted, rec.Problems = &rev.Commit, nil
+	if unusable {
+		return f.refuse(ctx, rec, schema.Problems{{Message: err.Error()}})
+	}
+	if current := f.fleet.Load(); current != nil && current.commit.Hash == rev.Commit.Hash {
 		return f.put(ctx, rec)
 	}
 	return f.attempt(ctx, rec, rev)
@@ -157,7 +162,6 @@ func (f *follow) unreachable(ctx context.Context, rec state.Source, err error) e
 
 // attempt loads a commit and brings it into force, or records why not.
 func (f *follow) attempt(ctx context.Context, rec state.Source, rev source.Revision) error {
-	rec.Attempted, rec.Problems = &rev.Commit, nil
 	fleet, err := f.loader.Load(ctx, rev.Tree)
 	var old *schema.Fleet
 	if cur := f.fleet.Load(); cur != nil {
