@@ -85,8 +85,37 @@ func (a *archive) has(name string) bool {
 }
 
 // writeTo writes the archive, compressed, and says how many bytes its files have. Sorted by name, a directory comes
-// before what is in it.
+// before what is in it. What is written is a multiple of align bytes long.
 func (a *archive) writeTo(w io.Writer) (int64, error) {
+	counted := &counter{w: w}
+	total, err := a.compress(counted)
+	if err != nil {
+		return total, err
+	}
+	if over := counted.n % align; over != 0 {
+		_, err = w.Write(make([]byte, align-over))
+	}
+	return total, err
+}
+
+// align is what the length of an archive must be a multiple of, in bytes: a UEFI boot loader hands several of them to
+// the kernel's EFI stub, which puts them behind one another as they are, and the kernel skips zeros between two archives
+// but looks for the second at multiples of 4 only (init/initramfs.c, unpack_to_rootfs).
+const align = 4
+
+// A counter counts what goes through it.
+type counter struct {
+	w io.Writer
+	n int64
+}
+
+func (c *counter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	return n, err
+}
+
+func (a *archive) compress(w io.Writer) (int64, error) {
 	// One goroutine: the bytes must not depend on the machine.
 	z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(level), zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(true),
 		zstd.WithWindowSize(window))

@@ -24,10 +24,18 @@ type File struct {
 // maxList bounds what List reads in all, in bytes after decompression.
 const maxList = 2 << 30
 
-// List reads initramfs archives that stand one after the other with nothing between them, each compressed with zstd, and
-// gives all their entries in order. It is for looking at what Agent and Modules wrote.
+// List reads initramfs archives that stand one after the other with nothing or zeros between them, each compressed with
+// zstd, and gives all their entries in order. It is for looking at what Agent and Modules wrote.
 func List(r io.Reader) ([]File, error) {
-	z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(1<<30))
+	b, err := readAtMost(r, maxList)
+	if err != nil {
+		return nil, err
+	}
+	frames, err := withoutZeros(b)
+	if err != nil {
+		return nil, fmt.Errorf("reading initramfs: %w", err)
+	}
+	z, err := zstd.NewReader(frames, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(1<<30))
 	if err != nil {
 		return nil, err
 	}
@@ -44,6 +52,52 @@ func List(r io.Reader) ([]File, error) {
 		}
 		files = append(files, f)
 	}
+}
+
+// withoutZeros reads zstd frames (RFC 8878 section 3.1.1) without what stands between them.
+func withoutZeros(b []byte) (io.Reader, error) {
+	var frames []io.Reader
+	for {
+		b = bytes.TrimLeft(b, "\x00")
+		if len(b) == 0 {
+			return io.MultiReader(frames...), nil
+		}
+		n, err := frameLen(b)
+		if err != nil {
+			return nil, fmt.Errorf("archive %d: %w", len(frames)+1, err)
+		}
+		frames = append(frames, bytes.NewReader(b[:n]))
+		b = b[n:]
+	}
+}
+
+// frameLen is the length of the zstd frame that b starts with. Each of its blocks has a header of 3 bytes, little
+// endian: 1 bit that says it is the last, 2 bits for its type, 21 bits for its size (RFC 8878 section 3.1.1.2).
+func frameLen(b []byte) (int, error) {
+	var h zstd.Header
+	if err := h.Decode(b); err != nil {
+		return 0, err
+	}
+	at := h.HeaderSize
+	for last := false; !last; {
+		if len(b) < at+3 {
+			return 0, io.ErrUnexpectedEOF
+		}
+		head := uint32(b[at]) | uint32(b[at+1])<<8 | uint32(b[at+2])<<16
+		last = head&1 != 0
+		size := int(head >> 3)
+		if head>>1&3 == 1 { // one byte, repeated size times
+			size = 1
+		}
+		at += 3 + size
+	}
+	if h.HasCheckSum {
+		at += 4
+	}
+	if len(b) < at {
+		return 0, io.ErrUnexpectedEOF
+	}
+	return at, nil
 }
 
 // A cpioReader reads entries of the newc format. The numbers in a header are 8 hex digits each:
