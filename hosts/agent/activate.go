@@ -198,7 +198,7 @@ func (b *boot) seed(a agentapi.Assignment, d *cache.Delta) error {
 	if !d.Fresh {
 		return b.refreshResolv()
 	}
-	if err := rootfs.Seed(newRoot, seedFiles(a, b.id, b.lease)); err != nil {
+	if err := rootfs.Seed(newRoot, seedFiles(a, b.id, b.lease.Load())); err != nil {
 		return err
 	}
 	fresh := *d
@@ -207,7 +207,7 @@ func (b *boot) seed(a agentapi.Assignment, d *cache.Delta) error {
 
 // refreshResolv writes resolv.conf again where it is ours: the name servers may be others than at the last boot.
 func (b *boot) refreshResolv() error {
-	conf := b.lease.ResolvConf()
+	conf := b.lease.Load().ResolvConf()
 	old, err := os.ReadFile(newRoot + "/etc/resolv.conf")
 	if err != nil || conf == "" || string(old) == conf || !strings.HasPrefix(string(old), netup.ResolvConfMark) {
 		return nil //nolint:nilerr // a file that is not there, or a link to one, is somebody else's

@@ -210,7 +210,7 @@ func (n *node) wait(what string, cond func(agentapi.Report) bool) {
 	n.t.Helper()
 	ctx, cancel := context.WithTimeout(n.t.Context(), time.Minute)
 	defer cancel()
-	err := n.server.Wait(ctx.Done(), func() bool {
+	err := n.server.Wait(ctx, func() bool {
 		r := n.server.Reports()
 		return len(r) > 0 && cond(r[len(r)-1])
 	})

@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -34,7 +35,7 @@ type boot struct {
 	log       *slog.Logger
 	cmd       Cmdline
 	mods      *kmod.Loader
-	lease     *netup.Lease
+	lease     atomic.Pointer[netup.Lease] // the newest answer
 	id        agentapi.Identity
 	inv       agentapi.Inventory
 	client    *agentapi.Client
@@ -94,7 +95,7 @@ func (b *boot) run(ctx context.Context) error {
 	if err := b.identify(ctx); err != nil {
 		return err
 	}
-	b.rep.mark(agentapi.Mark{Stage: agentapi.StageAgent, Detail: b.lease.Address.Addr().String() + " on " + b.lease.Interface})
+	b.rep.mark(agentapi.Mark{Stage: agentapi.StageAgent, Detail: b.lease.Load().Address.Addr().String() + " on " + b.lease.Load().Interface})
 	if err := b.fol.greet(ctx); err != nil {
 		return err
 	}
@@ -103,8 +104,8 @@ func (b *boot) run(ctx context.Context) error {
 	var work sync.WaitGroup
 	work.Go(func() { b.rep.run(workers) })
 	work.Go(func() { b.fol.run(workers) })
-	keeper := netup.Keeper{Log: b.log, Save: func(l *netup.Lease) { b.lease = l }}
-	work.Go(func() { _ = keeper.Keep(workers, b.lease) }) // ends with its context, and with nothing else
+	keeper := netup.Keeper{Log: b.log, Save: func(l *netup.Lease) { b.lease.Store(l) }}
+	work.Go(func() { _ = keeper.Keep(workers, b.lease.Load()) }) // ends with its context, and with nothing else
 	ready, err := b.pursue(ctx)
 	stopWorkers()
 	work.Wait()
@@ -149,6 +150,7 @@ func (b *boot) coldplug() {
 func (b *boot) identify(ctx context.Context) error {
 	var wg sync.WaitGroup
 	var disks []disk.Disk
+	var lease *netup.Lease
 	var diskErr, netErr error
 	wg.Go(func() {
 		<-b.drivers
@@ -157,7 +159,7 @@ func (b *boot) identify(ctx context.Context) error {
 	})
 	wg.Go(func() {
 		finder := netup.Finder{MAC: b.cmd.MAC, Log: b.log, Drivers: b.drivers, Rescan: b.coldplug}
-		b.lease, netErr = finder.Find(ctx)
+		lease, netErr = finder.Find(ctx)
 		b.log.Debug("network found", "at", sinceBoot())
 	})
 	wg.Wait()
@@ -167,10 +169,11 @@ func (b *boot) identify(ctx context.Context) error {
 	if netErr != nil {
 		return netErr
 	}
+	b.lease.Store(lease)
 	if diskErr != nil {
 		b.log.Warn("the disks cannot be listed", "error", diskErr)
 	}
-	if conf := b.lease.ResolvConf(); conf != "" { // troupe.server may be a name
+	if conf := b.lease.Load().ResolvConf(); conf != "" { // troupe.server may be a name
 		if err := errors.Join(os.MkdirAll("/etc", 0o755), os.WriteFile("/etc/resolv.conf", []byte(conf), 0o644)); err != nil {
 			b.log.Warn("resolv.conf cannot be written", "error", err)
 		}
@@ -179,7 +182,7 @@ func (b *boot) identify(ctx context.Context) error {
 	b.inv.Disks = disk.Inventory(disks)
 	b.id = agentapi.Identity{MAC: b.cmd.MAC, UUID: b.inv.SMBIOS.UUID, Serial: b.inv.SMBIOS.Serial}
 	if b.id.MAC == "" {
-		b.id.MAC = b.lease.MAC
+		b.id.MAC = b.lease.Load().MAC
 	}
 	b.rep = newReporter(b.client, b.log, agentapi.Report{Identity: b.id, BootID: b.cmd.Boot, Agent: version.String()})
 	b.fol = newFollower(b.client, b.log, func() agentapi.Hello {
@@ -267,7 +270,7 @@ func (b *boot) show(a agentapi.Assignment) {
 	}
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageWait, Detail: strings.TrimSpace(string(a.State) + " " + a.Reason)})
 	b.log.Info("waiting; no disk is written to", "state", a.State, "why", why)
-	b.log.Info("this machine", "mac", b.id.MAC, "address", b.lease.Address.Addr(), "uuid", b.id.UUID, "serial", b.id.Serial,
+	b.log.Info("this machine", "mac", b.id.MAC, "address", b.lease.Load().Address.Addr(), "uuid", b.id.UUID, "serial", b.id.Serial,
 		"server", b.client.Server(), "host", a.Host)
 	b.log.Info("press Enter here for a shell")
 }

@@ -57,7 +57,7 @@ func (b *boot) leave(m *mounted) error {
 	err = keeper.change(func(s *RunState) {
 		*s = RunState{
 			Server: b.client.Server(), Identity: b.id, BootID: b.cmd.Boot, Kernel: b.cmd.Kernel, Inventory: b.inv,
-			Assignment: a, Marks: b.rep.pending(), Marked: b.rep.stages(), Lease: b.lease, CacheDir: cacheDir, NodeDelta: m.delta.ID,
+			Assignment: a, Marks: b.rep.pending(), Marked: b.rep.stages(), Lease: b.lease.Load(), CacheDir: cacheDir, NodeDelta: m.delta.ID,
 		}
 	})
 	if err != nil {

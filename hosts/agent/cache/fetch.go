@@ -23,6 +23,9 @@ var ErrNoSpace = errors.New("not enough space in the cache")
 // reserve stays free for the node deltas, in bytes.
 const reserve = 64 << 20
 
+// syncEvery is how many bytes of a transfer a power cut may lose: until then they are only in memory.
+const syncEvery = 32 << 20
+
 // A Source has images.
 type Source interface {
 	// Blob opens the bytes that d names from offset on, or from the start: the second result says which.
@@ -263,6 +266,7 @@ func (t *transfer) receive(ctx context.Context, file *os.File, h *digest.Hash, h
 		}
 	}
 	buf := make([]byte, 256<<10)
+	var unsynced int64
 	for {
 		n, rerr := body.Read(buf)
 		if n > 0 {
@@ -278,6 +282,12 @@ func (t *transfer) receive(ctx context.Context, file *os.File, h *digest.Hash, h
 			}
 			_, _ = h.Write(buf[:n]) // a hash never returns an error
 			t.say(have)
+			if unsynced += int64(n); unsynced >= syncEvery {
+				unsynced = 0
+				if err := file.Sync(); err != nil {
+					return permanent{errors.Join(err, os.Remove(file.Name()))}
+				}
+			}
 		}
 		switch {
 		case rerr == nil:

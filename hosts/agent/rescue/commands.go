@@ -68,7 +68,11 @@ func showNetwork(out io.Writer, _ []string) error {
 		return err
 	}
 	for _, r := range routes {
-		fmt.Fprintln(out, r)
+		line := "direct"
+		if r.Gw != nil {
+			line = "via " + r.Gw.String()
+		}
+		fmt.Fprintf(out, "%s %s interface %d\n", r.Dst, line, r.LinkIndex)
 	}
 	return nil
 }

@@ -35,7 +35,12 @@ func coreutils() map[string]func() core.Command {
 // Shell reads commands from in until its end, or exit. With interactive set it shows prompts, and an interrupt
 // (SIGINT) ends the command that runs, not the shell.
 func Shell(ctx context.Context, in io.Reader, out, errOut io.Writer, interactive bool) error {
-	runner, err := interp.New(interp.StdIO(in, out, errOut), interp.ExecHandlers(handler))
+	// Commands read from the terminal, too. From anything else they would take the lines that are meant for the shell.
+	var stdin io.Reader
+	if f, ok := in.(*os.File); ok {
+		stdin = f
+	}
+	runner, err := interp.New(interp.StdIO(stdin, out, errOut), interp.ExecHandlers(handler))
 	if err != nil {
 		return fmt.Errorf("starting the shell: %w", err)
 	}

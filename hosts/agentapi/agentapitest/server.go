@@ -4,11 +4,13 @@ package agentapitest
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -95,8 +97,9 @@ func (s *Server) Marks() []agentapi.Mark {
 	return slices.Clone(s.marks)
 }
 
-// Wait waits until cond holds, and looks at it after each request and change. It returns ctx's error.
-func (s *Server) Wait(done <-chan struct{}, cond func() bool) error {
+// Wait waits until cond holds, and looks at it after each request and change. It returns an error when ctx
+// is done before that.
+func (s *Server) Wait(ctx context.Context, cond func() bool) error {
 	for {
 		s.mu.Lock()
 		ch := s.wait()
@@ -106,8 +109,8 @@ func (s *Server) Wait(done <-chan struct{}, cond func() bool) error {
 		}
 		select {
 		case <-ch:
-		case <-done:
-			return fmt.Errorf("the time is up, and the agent's last report was: %+v", s.last())
+		case <-ctx.Done():
+			return fmt.Errorf("%w; the agent's last report was: %+v", ctx.Err(), s.last())
 		}
 	}
 }
@@ -135,7 +138,7 @@ func (s *Server) wait() <-chan struct{} {
 }
 
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	switch hex, isBlob := cutPrefix(r.URL.Path, agentapi.PathBlobs); {
+	switch hex, isBlob := strings.CutPrefix(r.URL.Path, agentapi.PathBlobs); {
 	case isBlob:
 		s.serveBlob(w, r, hex)
 	case r.URL.Path == agentapi.PathHello && r.Method == http.MethodPost:
@@ -147,13 +150,6 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	default:
 		answer(w, http.StatusNotFound, agentapi.Error{Message: "no such page"})
 	}
-}
-
-func cutPrefix(s, prefix string) (string, bool) {
-	if len(s) < len(prefix) || s[:len(prefix)] != prefix {
-		return s, false
-	}
-	return s[len(prefix):], true
 }
 
 func answer(w http.ResponseWriter, status int, v any) {
