@@ -93,7 +93,7 @@ func (o *eventOptions) goOn(cmd *cobra.Command, c *api.Client) error {
 		return failed != nil
 	})
 	if cmd.Context().Err() != nil {
-		return nil // interrupted: that is how it ends
+		return nil //nolint:nilerr // interrupted: that is how it ends
 	}
 	if failed != nil {
 		return failed

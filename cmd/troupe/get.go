@@ -126,6 +126,7 @@ func writeEntries(w io.Writer, hosts []api.Host, role string) error {
 func writeHosts(w io.Writer, hosts []api.Host, now time.Time) error {
 	t := table{header: []string{"NAME", "ROLE", "STATE", "STAGE", "GENERATION", "RELEASE", "TARGET", "UPTIME", "LAST-SEEN"}}
 	const state = 2
+	t.shrink = state
 	t.colour = func(column int, text string) string {
 		if column != state {
 			return text
@@ -258,6 +259,7 @@ func newGetImagesCommand(use, what string) *cobra.Command {
 func writeImages(w io.Writer, all []api.Image, now time.Time) error {
 	t := table{header: []string{"NAME", "KIND", "RECIPE", "STATE", "SIZE", "TOOK", "BUILT", "USED"}}
 	const phase = 3
+	t.shrink = phase
 	t.colour = func(column int, text string) string {
 		if column != phase {
 			return text

@@ -59,7 +59,7 @@ func expand(s string, most int) ([]string, error) {
 		return nil, err
 	}
 	var names []string
-	for _, r := range strings.Split(set, ",") {
+	for r := range strings.SplitSeq(set, ",") {
 		numbers, err := numbersOf(r, most/len(tails)-len(names)/len(tails))
 		if err != nil {
 			return nil, err
@@ -90,7 +90,7 @@ func numbersOf(r string, most int) ([]string, error) {
 	if b < a {
 		return nil, fmt.Errorf("the range %q ends before it begins", r)
 	}
-	if b-a >= uint64(max(most, 0)) {
+	if most < 1 || b-a > uint64(most)-1 { //nolint:gosec // it is not negative
 		return nil, fmt.Errorf("more than %d names", maxHostlist)
 	}
 	numbers := make([]string, 0, b-a+1)

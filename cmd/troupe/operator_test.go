@@ -119,8 +119,14 @@ func TestHostlist(t *testing.T) {
 		{"n[08-10]", "n08 n09 n10"},
 		{"r[1-2]n[1,3],x", "r1n1 r1n3 r2n1 r2n3 x"},
 		{"n[1-2]-ib", "n1-ib n2-ib"},
-		{"n[1", "error"}, {"n1]", "error"}, {"n[]", "error"}, {"n[a]", "error"}, {"n[3-1]", "error"},
-		{"n[1-999999]", "error"}, {"a[1-999]b[1-999]", "error"}, {"n[1-2147483649]", "error"},
+		{"n[1", "error"},
+		{"n1]", "error"},
+		{"n[]", "error"},
+		{"n[a]", "error"},
+		{"n[3-1]", "error"},
+		{"n[1-999999]", "error"},
+		{"a[1-999]b[1-999]", "error"},
+		{"n[1-2147483649]", "error"},
 		{"52:54:00:77:00:01", "52:54:00:77:00:01"},
 	} {
 		names, err := hostlist([]string{tt.in})

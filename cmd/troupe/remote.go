@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/url"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -27,10 +28,8 @@ func (r *remote) flags(cmd *cobra.Command, outputs ...string) {
 	if len(outputs) > 0 {
 		cmd.Flags().StringVarP(&r.output, "output", "o", outputs[0], strings.Join(outputs, ", "))
 		check := func(*cobra.Command, []string) error {
-			for _, o := range outputs {
-				if r.output == o {
-					return nil
-				}
+			if slices.Contains(outputs, r.output) {
+				return nil
 			}
 			return fmt.Errorf("flag -o %q: want one of %s", r.output, strings.Join(outputs, ", "))
 		}

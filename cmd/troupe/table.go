@@ -19,6 +19,7 @@ import (
 type table struct {
 	header []string
 	rows   [][]string
+	shrink int                                  // the column whose cells are cut where the terminal is too narrow; 0: none
 	colour func(column int, text string) string // of a cell, on a terminal; nil: none
 }
 
@@ -34,22 +35,14 @@ func (t *table) write(w io.Writer, empty string) error {
 	if len(t.header) > 0 {
 		rows = append([][]string{t.header}, rows...)
 	}
-	widths := make([]int, 0, 12)
-	for _, row := range rows {
-		for i, cell := range row {
-			if i == len(widths) {
-				widths = append(widths, 0)
-			}
-			widths[i] = max(widths[i], utf8.RuneCountInString(plain(cell)))
-		}
-	}
+	widths := t.fit(widthsOf(rows), w)
 	colours := t.colour != nil && isTerminal(w) && os.Getenv("NO_COLOR") == ""
 	var b strings.Builder
 	for i, row := range rows {
 		var line strings.Builder
 		for col, cell := range row {
-			text := plain(cell)
-			pad := strings.Repeat(" ", widths[col]-utf8.RuneCountInString(text)+3)
+			text := cut(plain(cell), widths[col])
+			pad := strings.Repeat(" ", widths[col]-utf8.RuneCountInString(text)+columnGap)
 			if colours && (i > 0 || len(t.header) == 0) {
 				text = t.colour(col, text)
 			}
@@ -59,6 +52,45 @@ func (t *table) write(w io.Writer, empty string) error {
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// columnGap is between two columns, minColumn what is left of one that shrinks.
+const (
+	columnGap = 3
+	minColumn = 16
+)
+
+func widthsOf(rows [][]string) []int {
+	var widths []int
+	for _, row := range rows {
+		for i, cell := range row {
+			if i == len(widths) {
+				widths = append(widths, 0)
+			}
+			widths[i] = max(widths[i], utf8.RuneCountInString(plain(cell)))
+		}
+	}
+	return widths
+}
+
+// fit takes from the column that shrinks what the terminal w is too narrow for.
+func (t *table) fit(widths []int, w io.Writer) []int {
+	f, ok := w.(*os.File)
+	if !ok || t.shrink == 0 || t.shrink >= len(widths) {
+		return widths
+	}
+	have, _, err := term.GetSize(int(f.Fd()))
+	if err != nil { // it is no terminal
+		return widths
+	}
+	over := columnGap*(len(widths)-1) - have
+	for _, width := range widths {
+		over += width
+	}
+	if over > 0 {
+		widths[t.shrink] = max(min(minColumn, widths[t.shrink]), widths[t.shrink]-over)
+	}
+	return widths
 }
 
 // plain is s in one line without control characters.

@@ -58,8 +58,18 @@ func TestOpenAPISchemas(t *testing.T) {
 	doc := readOpenAPI(t)
 	s := schemas{docs: readComments(t), out: map[string]any{}}
 	for _, v := range []any{
-		Status{}, Host{}, HostDetail{}, Role{}, Image{}, ImageDetail{}, Release{}, Change{}, PlanRequest{}, Error{},
-		state.Event{}, plan.Plan{},
+		Status{},
+		Host{},
+		HostDetail{},
+		Role{},
+		Image{},
+		ImageDetail{},
+		Release{},
+		Change{},
+		PlanRequest{},
+		Error{},
+		state.Event{},
+		plan.Plan{},
 	} {
 		s.of(reflect.TypeOf(v))
 	}
@@ -91,6 +101,7 @@ func TestOpenAPISchemas(t *testing.T) {
 
 // checkRefs wants every reference in the document to lead somewhere.
 func checkRefs(t *testing.T, v any, components map[string]any) {
+	t.Helper()
 	switch v := v.(type) {
 	case map[string]any:
 		if ref, ok := v["$ref"].(string); ok {

@@ -75,7 +75,7 @@ func serve(t *testing.T, f *apitest.Fleet) *site {
 // A browser is a tab of Chromium, and what its console complained of.
 type browser struct {
 	t   *testing.T
-	ctx context.Context
+	ctx context.Context //nolint:containedctx // it is what chromedp has for a tab
 
 	mu         sync.Mutex
 	complaints []string
