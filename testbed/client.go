@@ -182,6 +182,8 @@ func (c *Client) HTTP() *http.Client {
 func (c *Client) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, "nsenter", c.enter(append([]string{name}, args...))...)
 	cmd.Env = append(os.Environ(), c.Env()...)
+	// It is not in the lab's process namespace: where this program dies without a word, it shall not hold the network.
+	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	return cmd
 }
 

@@ -176,7 +176,13 @@ func (s *supervisor) close() error {
 		errs = append(errs, m.power(context.Background(), Off))
 	}
 	errs = append(errs, s.server.stop(unix.SIGTERM, serveGrace))
-	errs = append(errs, s.control.Close(), s.uplink.Close())
+	// Whoever asked for the end is to hear that it was understood.
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if err := s.control.Shutdown(ctx); err != nil {
+		errs = append(errs, err, s.control.Close())
+	}
+	errs = append(errs, s.uplink.Close())
 	s.tunnels.close()
 	s.serving.Wait()
 	return errors.Join(errs...)

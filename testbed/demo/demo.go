@@ -72,7 +72,7 @@ func Run(ctx context.Context, opts Options) (err error) {
 			return err
 		}
 		// Nobody asked for what is in there; the part that is worth reading has been printed by then.
-		defer func() { err = errors.Join(err, testbed.Remove(opts.Dir)) }()
+		defer func() { err = errors.Join(err, removeAll(opts.Dir)) }()
 	}
 	d := &demo{opts: opts, print: newPrinter(opts.Out), boots: map[string]result{}, bootIDs: map[string]string{}}
 	if err := d.up(ctx); err != nil {
@@ -163,4 +163,12 @@ func (d *demo) steps(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// removeAll removes a directory of our own, whether a lab got as far as being in it or not.
+func removeAll(dir string) error {
+	if testbed.Remove(dir) == nil {
+		return nil
+	}
+	return os.RemoveAll(dir)
 }

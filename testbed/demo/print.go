@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"text/tabwriter"
 	"time"
 
 	"github.com/troupe-dev/troupe/reconciler/api"
@@ -104,13 +103,9 @@ func (p *printer) table(boots map[string]result, switches []result) {
 	for _, h := range hosts {
 		all = append(all, boots[h.name])
 	}
-	t := tabwriter.NewWriter(p.w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprint(t, "time\timage bytes\t \n")
+	fmt.Fprintf(p.w, "%9s  %12s\n", "time", "image bytes")
 	for _, r := range slices.Concat(all, switches) {
-		fmt.Fprintf(t, "%s\t%d\t  %s\n", seconds(r.took), r.bytes, r.what)
-	}
-	if err := t.Flush(); err != nil {
-		return // as in line
+		fmt.Fprintf(p.w, "%9s  %12d  %s\n", seconds(r.took), r.bytes, r.what)
 	}
 	fmt.Fprintln(p.w)
 }
