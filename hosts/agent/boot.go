@@ -112,7 +112,7 @@ func (b *boot) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return b.leave(ready)
+	return b.leave(ctx, ready)
 }
 
 // loadDrivers loads the modules for the devices, and then those for file systems, in the background.

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/u-root/u-root/pkg/mount"
 
@@ -34,9 +36,12 @@ func initOf(root string) (string, error) {
 	return "", fmt.Errorf("the root has no init: neither /sbin/init nor /lib/systemd/systemd")
 }
 
+// lastWord is how long the server may take for the last report of the first life.
+const lastWord = 500 * time.Millisecond
+
 // leave ends the first life: it leaves what the second one needs in /run, and lets the system's init take over. It
 // returns only with an error, and after that error nothing can be done but to reboot.
-func (b *boot) leave(m *mounted) error {
+func (b *boot) leave(ctx context.Context, m *mounted) error {
 	a := m.assignment
 	init, err := initOf(newRoot)
 	if err != nil {
@@ -53,6 +58,8 @@ func (b *boot) leave(m *mounted) error {
 		return err
 	}
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageSwitch, Detail: init})
+	// The service would tell it, too, but only if the system comes up: where it does not, this is the last word.
+	flush(ctx, b.rep, lastWord)
 	keeper := stateKeeper{path: filepath.Join(runDir, stateFile)}
 	err = keeper.change(func(s *RunState) {
 		*s = RunState{

@@ -268,6 +268,7 @@ func (s *service) whileCurrent(ctx context.Context, f func(context.Context) erro
 
 // prepare does all that comes before the reboot into an assignment.
 func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision) error {
+	s.rep.forget(agentapi.StageStage, agentapi.StageReboot) // an earlier assignment may have come as far
 	why := "no host of the fleet is this machine any more"
 	if d == discover {
 		if err := s.confirm(ctx); err != nil {
@@ -285,10 +286,7 @@ func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision
 	s.rep.fail(nil)
 	s.rep.mark(agentapi.Mark{Stage: agentapi.StageReboot, Detail: why})
 	flush(ctx, s.rep, 5*time.Second)
-	if ctx.Err() != nil { // the last moment to hear of a newer one
-		s.rep.forget(agentapi.StageReboot)
-	}
-	return ctx.Err()
+	return ctx.Err() // the last moment to hear of a newer one
 }
 
 // confirm asks a second time whether the machine is in no fleet.
@@ -334,7 +332,6 @@ func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
 	if err != nil {
 		return err
 	}
-	s.rep.forget(agentapi.StageStage)
 	s.rep.mark(agentapi.Mark{Stage: agentapi.StageStage, Detail: a.Release.ID.Short(), Bytes: s.staged.take(a.Release.ID)})
 	return nil
 }
