@@ -96,10 +96,23 @@ func (b *boots) id(mac string) string {
 func (b *boots) at(mac, stage string, now time.Time) *state.Boot {
 	cur := b.current[mac]
 	if cur == nil || beginsBoot(cur, stage, now) {
-		cur = &state.Boot{ID: newBootID(now), MAC: mac, Started: now}
-		b.current[mac] = cur
+		next := &state.Boot{ID: newBootID(now), MAC: mac, Started: now, Bytes: stagedBytes(cur)}
+		b.current[mac], cur = next, next
 	}
 	return cur
+}
+
+// stagedBytes are the image bytes that were fetched in the background during a boot: they are the next one's.
+func stagedBytes(cur *state.Boot) int64 {
+	var n int64
+	if cur != nil {
+		for _, m := range cur.Marks {
+			if m.Stage == string(agentapi.StageStage) {
+				n += m.Bytes
+			}
+		}
+	}
+	return n
 }
 
 // beginsBoot says whether a stage that netboot saw belongs to a boot after cur.
@@ -131,7 +144,9 @@ func isAgentStage(stage string) bool {
 
 // addMark appends m, or counts it into the mark before where it only repeats that: a loop of retries is one mark.
 func addMark(boot *state.Boot, m state.Mark) {
-	boot.Bytes += m.Bytes
+	if m.Stage != string(agentapi.StageStage) {
+		boot.Bytes += m.Bytes
+	}
 	if n := len(boot.Marks); n > 0 {
 		last := &boot.Marks[n-1]
 		if last.Stage == m.Stage && last.Detail == m.Detail && last.Error == m.Error && m.Bytes == 0 {

@@ -160,3 +160,28 @@ func TestOldBootsAreDropped(t *testing.T) {
 		t.Errorf("after a restart the current boot is %v, want the newest", got)
 	}
 }
+
+func TestStagedBytesCountForTheNextBoot(t *testing.T) {
+	b := newBoots(openStore(t), slog.New(slog.DiscardHandler))
+	b.observe(seen(netboot.StageOffer, 0))
+	first := b.id(testMAC)
+	report := agentapi.Report{
+		Identity: agentapi.Identity{MAC: testMAC}, BootID: first, Uptime: time.Hour,
+		Marks: []agentapi.Mark{{Stage: agentapi.StageFetch, At: time.Second, Bytes: 1000}, {Stage: agentapi.StageStage, At: time.Minute, Bytes: 20}},
+	}
+	if err := b.report(t.Context(), "n1", report, testStart.Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	b.observe(seen(netboot.StageOffer, 4000))
+	b.flush(t.Context())
+	all, err := state.Boots.List(t.Context(), b.store)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := all[testMAC+"/"+first].Bytes; got != 1000 {
+		t.Errorf("the first boot has %d bytes, want the 1000 that it fetched for itself", got)
+	}
+	if got := b.current[testMAC].Bytes; got != 20 {
+		t.Errorf("the second boot has %d bytes, want the 20 that were staged for it", got)
+	}
+}

@@ -14,9 +14,17 @@ import (
 	"github.com/troupe-dev/troupe/netboot"
 )
 
-// consoleArgs put the kernel's messages on the screen and on the first serial port; the last one named is the OS's
-// console, and a port that does not exist is left out by the kernel. A role's own arguments come after them.
-var consoleArgs = []string{"console=tty0", "console=ttyS0,115200"}
+// kernelArgs are those of every machine; a role's own come after them.
+var kernelArgs = []string{
+	// The screen and the first serial port; the last one named is the OS's console, and a port that does not exist is
+	// left out by the kernel.
+	"console=tty0", "console=ttyS0,115200",
+	// A machine that panics boots again, after the time it takes to read why.
+	"panic=10",
+	// Without this the kernel counts timer interrupts, and stops for good where it finds too few: seen in a virtual
+	// machine on a busy host. The boards for which it counts are of about the year 2000.
+	"no_timer_check",
+}
 
 // A director answers netboot from the newest view.
 type director struct {
@@ -59,7 +67,7 @@ func (d *director) Boot(_ context.Context, m netboot.Machine) (netboot.Boot, err
 func (d *director) kernel(boot *netboot.Boot, kernel, modules digest.Digest, args []string) {
 	boot.Kernel = kernel
 	boot.Initrds = []digest.Digest{d.agent, modules}
-	boot.Args = append(boot.Args, consoleArgs...)
+	boot.Args = append(boot.Args, kernelArgs...)
 	boot.Args = append(boot.Args, "troupe.kernel="+kernel.String())
 	boot.Args = append(boot.Args, args...)
 }

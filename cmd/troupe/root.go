@@ -34,7 +34,7 @@ Every flag can also be given as an environment variable: --data as TROUPE_DATA.`
 	root.SetOut(std.out)
 	root.SetErr(std.err)
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(newServeCommand(), newLabCommand(), newVersionCommand(), newVetCommand(), newEvalCommand())
+	root.AddCommand(newServeCommand(), newLabCommand(), newDemoCommand(), newVersionCommand(), newVetCommand(), newEvalCommand())
 	root.AddCommand(newStatusCommand(), newGetCommand(), newDescribeCommand(), newEventsCommand(), newPlanCommand(), newLogsCommand(), newImageCommand())
 	return root
 }

@@ -144,7 +144,7 @@ type Boot struct {
 	Host    string    `json:"host,omitempty"`
 	Started time.Time `json:"started"`
 	Marks   []Mark    `json:"marks"`
-	Bytes   int64     `json:"bytes"` // image bytes fetched during this boot, staging for it in the boot before included
+	Bytes   int64     `json:"bytes"` // image bytes fetched for this boot: during it, and staged during the one before
 	Healthy time.Time `json:"healthy,omitzero"`
 	Error   string    `json:"error,omitempty"` // the last thing that went wrong
 }
