@@ -47,7 +47,11 @@ func (b *boot) activate(ctx context.Context, a agentapi.Assignment) (*mounted, e
 		r.Fetch = nil
 		r.Cached = cached(b.cache)
 	})
+	if b.fetched > 0 { // again: for a newer assignment, or because an image was broken
+		b.rep.forget(agentapi.StageFetch)
+	}
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageFetch, Bytes: b.fetched})
+	b.fetched = 0
 	m, err := b.mount(a)
 	if errors.Is(err, rootfs.ErrImage) {
 		return nil, errors.Join(err, b.dropBroken(blobs))

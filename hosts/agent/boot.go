@@ -45,7 +45,7 @@ type boot struct {
 	drivers   chan struct{} // closed once the drivers were loaded
 	copied    chan error    // has room for one: how copyProgram ended
 	fsReady   chan struct{} // closed once fsModules were tried
-	fetched   int64         // image bytes, in this boot
+	fetched   int64         // image bytes since the last mark of it
 	force     func() error  // reboots; replaced in tests
 	endShells func()        // nobody sits at the console any more
 	panics    string        // what the kernel was to do after a panic before we said

@@ -75,6 +75,9 @@ const (
 	tailSize = 1 << 20
 	sample   = 4096
 	samples  = 64
+	// quickHead and quickTail have all of magics.
+	quickHead = 1<<20 + 4096
+	quickTail = 256 << 10
 )
 
 // copies are where formats keep copies of their superblock beyond the head: the first btrfs mirror, and the first
@@ -86,13 +89,19 @@ var copies = []int64{64 << 20, 8193 << 10, 16384 * 2048, 32768 * 4096, 256 << 30
 // evenly over the rest are all zero. It only reads.
 func Identify(r io.ReaderAt, size int64) (string, error) {
 	p := probe{r: r, size: size}
-	head := p.read(0, min(headSize, size))
-	tail := p.read(max(0, size-tailSize), min(tailSize, size))
+	// What has a name is found in little: a machine with its cache need not read more at each boot.
+	head := p.read(0, min(quickHead, size))
+	tail := p.read(max(0, size-quickTail), min(quickTail, size))
 	if p.err != nil {
 		return "", p.err
 	}
 	if kind := named(head, tail, size); kind != "" {
 		return kind, nil
+	}
+	head = p.read(0, min(headSize, size))
+	tail = p.read(max(0, size-tailSize), min(tailSize, size))
+	if p.err != nil {
+		return "", p.err
 	}
 	if !zero(head) || !zero(tail) {
 		return Unknown, nil
