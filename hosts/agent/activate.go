@@ -39,14 +39,14 @@ func (b *boot) activate(ctx context.Context, a agentapi.Assignment) (*mounted, e
 	blobs := []agentapi.Blob{a.Release.Base, a.Release.Delta}
 	n, err := b.cache.Fetch(ctx, cache.Fetch{Source: b.client, Blobs: blobs, Report: b.progress(a.Release.ID), Retry: b.retrying})
 	b.fetched += n
-	if err != nil {
-		return nil, err
-	}
-	b.rep.fail(nil)
 	b.rep.update(false, func(r *agentapi.Report) {
 		r.Fetch = nil
 		r.Cached = cached(b.cache)
 	})
+	if err != nil {
+		return nil, err
+	}
+	b.rep.fail(nil)
 	if b.fetched > 0 { // again: for a newer assignment, or because an image was broken
 		b.rep.forget(agentapi.StageFetch)
 	}
@@ -54,7 +54,7 @@ func (b *boot) activate(ctx context.Context, a agentapi.Assignment) (*mounted, e
 	b.fetched = 0
 	m, err := b.mount(a)
 	if errors.Is(err, rootfs.ErrImage) {
-		return nil, errors.Join(err, b.dropBroken(blobs))
+		return nil, b.dropBroken(blobs, err)
 	}
 	return m, err
 }
@@ -156,23 +156,29 @@ func (b *boot) progress(id digest.Digest) func(done, total int64) {
 	}
 }
 
-func (b *boot) retrying(err error, _ time.Duration) { b.rep.fail(err) }
+func (b *boot) retrying(err error, _ time.Duration) { b.rep.fail(mending{err}) }
 
-// dropBroken hashes images that did not mount, and takes those out of the cache that are not what they were.
-func (b *boot) dropBroken(blobs []agentapi.Blob) error {
+// dropBroken hashes images that did not mount, and takes those out of the cache that are not what they were. It returns
+// why they did not mount: where one was broken, the next try fetches it and gets further.
+func (b *boot) dropBroken(blobs []agentapi.Blob, why error) error {
+	dropped := false
 	for _, blob := range blobs {
 		ok, err := b.cache.Verify(blob.Digest)
 		if err != nil {
-			return err
+			return errors.Join(why, err)
 		}
 		if !ok {
 			b.log.Error("an image in the cache is broken and is fetched again", "digest", blob.Digest.Short())
 			if err := b.cache.RemoveImage(blob.Digest); err != nil {
-				return err
+				return errors.Join(why, err)
 			}
+			dropped = true
 		}
 	}
-	return nil
+	if dropped {
+		return mending{why}
+	}
+	return why
 }
 
 // mount joins the images and the node delta, and seeds the latter where it is new.

@@ -5,11 +5,13 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/http"
 	"net/http/httptest"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -378,6 +380,40 @@ func TestServiceReportsWhyItCannotMoveOn(t *testing.T) {
 	n.wait("recovery", func(r agentapi.Report) bool { return r.Error == "" && r.Running.Generation == 3 && r.Staged == "" })
 	if len(reboots) > 0 {
 		t.Error("it rebooted")
+	}
+	if strings.Contains(n.stages(), "failed") {
+		t.Errorf("stages %q: an image that is not there yet is no failure", n.stages())
+	}
+}
+
+func TestServiceTellsARetryAndNoFailure(t *testing.T) {
+	var s agentapitest.Server
+	var healed atomic.Bool
+	s.Blob = func(w http.ResponseWriter, _ *http.Request, _ digest.Digest, content []byte) bool {
+		if healed.Load() {
+			return false
+		}
+		_, _ = w.Write(content[:2])
+		w.(http.Flusher).Flush()
+		panic(http.ErrAbortHandler) // as a server that is killed
+	}
+	a := assigned(&s, "web", 1)
+	a.Checks = passing
+	n := newNode(t, a, &s)
+	reboots, _ := n.start()
+	n.wait("health", healthy)
+	next := assigned(&s, "idle", 2)
+	s.Assign(next)
+	n.wait("word of the retry", func(r agentapi.Report) bool {
+		return strings.Contains(r.Error, "fetching image "+next.Release.Base.Digest.Short()) && strings.HasSuffix(r.Error, "; trying again") &&
+			r.Fetch != nil && r.Fetch.Done > 0
+	})
+	healed.Store(true)
+	n.wait("staging", func(r agentapi.Report) bool { return r.Staged == next.Release.ID && r.Error == "" && r.Fetch == nil })
+	<-reboots
+	n.wait("the last mark", func(agentapi.Report) bool { return strings.HasSuffix(n.stages(), "reboot") })
+	if got, want := n.stages(), "switch-root service healthy stage reboot"; got != want {
+		t.Errorf("stages %q, want %q", got, want)
 	}
 }
 

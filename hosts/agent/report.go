@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"maps"
 	"slices"
@@ -45,8 +46,10 @@ type reporter struct {
 }
 
 func newReporter(c *agentapi.Client, log *slog.Logger, base agentapi.Report) *reporter {
-	return &reporter{client: c, log: log, report: base, marked: map[agentapi.Stage]bool{},
-		kick: make(chan struct{}, 1), sending: make(chan struct{}, 1)}
+	return &reporter{
+		client: c, log: log, report: base, marked: map[agentapi.Stage]bool{},
+		kick: make(chan struct{}, 1), sending: make(chan struct{}, 1),
+	}
 }
 
 // mark notes that a stage was reached, once per boot and stage.
@@ -84,11 +87,22 @@ func (r *reporter) update(now bool, change func(*agentapi.Report)) {
 	}
 }
 
-// fail reports what keeps the node from its assignment; nil says that nothing does any more.
+// mending is an error that the next try may well get past without anybody's help: it is told, but nothing has failed.
+type mending struct{ error }
+
+func (m mending) Unwrap() error { return m.error }
+
+// fail reports what keeps the node from its assignment; nil says that nothing does any more. What needs somebody's
+// help is a stage of the boot, too.
 func (r *reporter) fail(err error) {
 	text := ""
+	var m mending
+	goesOn := err == nil || errors.As(err, &m)
 	if err != nil {
 		text = err.Error()
+		if goesOn {
+			text += "; trying again"
+		}
 	}
 	r.mu.Lock()
 	changed := r.report.Error != text
@@ -97,7 +111,7 @@ func (r *reporter) fail(err error) {
 		delete(r.marked, agentapi.StageFailed)
 	}
 	r.mu.Unlock()
-	if err != nil && changed {
+	if !goesOn && changed {
 		r.mark(agentapi.Mark{Stage: agentapi.StageFailed, Detail: text})
 	}
 	if changed {

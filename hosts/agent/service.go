@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -78,7 +79,7 @@ func newService(statePath string, log *slog.Logger) (*service, error) {
 func (s *service) saveMarks(marks []agentapi.Mark) {
 	err := s.state.change(func(st *RunState) {
 		for _, m := range marks {
-			if !contains(st.Marked, m.Stage) {
+			if !slices.Contains(st.Marked, m.Stage) {
 				st.Marked = append(st.Marked, m.Stage)
 			}
 		}
@@ -87,15 +88,6 @@ func (s *service) saveMarks(marks []agentapi.Mark) {
 	if err != nil {
 		s.log.Warn("the marks cannot be kept", "error", err)
 	}
-}
-
-func contains(list []agentapi.Stage, s agentapi.Stage) bool {
-	for _, x := range list {
-		if x == s {
-			return true
-		}
-	}
-	return false
 }
 
 func (s *service) hello() agentapi.Hello {
@@ -296,7 +288,7 @@ func (s *service) confirm(ctx context.Context) error {
 	}
 	a, err := s.client.Assignment(ctx, s.state.get().Identity.MAC, "", 0)
 	if err != nil {
-		return fmt.Errorf("asking again whether this machine is in no fleet: %w", err)
+		return mending{fmt.Errorf("asking again whether this machine is in no fleet: %w", err)}
 	}
 	if a.State != agentapi.Unclaimed {
 		s.fol.set(a)
@@ -317,7 +309,7 @@ func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
 			})
 			s.rep.fail(nil)
 		},
-		Retry: func(err error, _ time.Duration) { s.rep.fail(err) },
+		Retry: func(err error, _ time.Duration) { s.rep.fail(mending{err}) },
 	}
 	s.log.Info("fetching a release in the background", "release", a.Release.ID.Short(), "generation", a.Generation)
 	n, err := inBackground(func() (int64, error) { return s.cache.Fetch(ctx, f) })

@@ -85,11 +85,11 @@ type SMBIOS struct {
 type State string
 
 const (
-	// Unclaimed: no host declares this machine. Report the inventory, write nothing, wait.
+	// Unclaimed says that no host declares this machine. Report the inventory, write nothing, wait.
 	Unclaimed State = "unclaimed"
-	// Waiting: a host declares it, but its release is not there yet (Reason says why). Wait; a running role goes on.
+	// Waiting says that a host declares it, but its release is not there yet (Reason says why). Wait; a running role goes on.
 	Waiting State = "waiting"
-	// Assigned: run Release.
+	// Assigned says to run Release.
 	Assigned State = "assigned"
 )
 
@@ -185,7 +185,7 @@ const (
 	StageHealthy Stage = "healthy"     // every check passed
 	StageStage   Stage = "stage"       // another release was fetched in the background
 	StageReboot  Stage = "reboot"      // the node reboots to activate a release
-	StageFailed  Stage = "failed"      // the boot cannot go on: Detail says why
+	StageFailed  Stage = "failed"      // it cannot go on without somebody's help: Detail says why
 )
 
 // A Mark is one stage reached, in the agent's own time.
@@ -210,7 +210,9 @@ type Report struct {
 	Staged digest.Digest   `json:"staged,omitempty"`
 	Fetch  *Progress       `json:"fetch,omitempty"`  // a transfer under way
 	Cached []digest.Digest `json:"cached,omitempty"` // whole, verified images in the cache
-	Error  string          `json:"error,omitempty"`  // what keeps the node from its assignment; "" when nothing does
+	// Error is what keeps the node from its assignment, "" when nothing does. It may be something that the node expects to
+	// get past by trying again; where it does not, StageFailed is marked, too.
+	Error string `json:"error,omitempty"`
 }
 
 // Running is what a node runs.

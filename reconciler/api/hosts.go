@@ -148,8 +148,8 @@ type sighting struct {
 func (r *Records) sightings() map[string]sighting {
 	all := make(map[string]sighting, len(r.Machines))
 	for mac, n := range r.Nodes {
-		s := sighting{stage: n.Stage, last: n.LastSeen, err: n.Error, node: n}
-		s.booting = isBooting(n.Stage) || n.Running == nil
+		s := sighting{stage: r.reached(n), last: n.LastSeen, err: n.Error, node: n}
+		s.booting = isBooting(s.stage) || n.Running == nil
 		all[mac] = s
 	}
 	for mac, b := range r.Boots {
@@ -166,6 +166,26 @@ func (r *Records) sightings() map[string]sighting {
 		}
 	}
 	return all
+}
+
+// reached is the last stage that a node came to. A node that failed and has no error any more went on from there: what
+// it came to before is as far as it is known to be.
+func (r *Records) reached(n state.Node) string {
+	const failed = string(agentapi.StageFailed)
+	if n.Stage != failed || n.Error != "" {
+		return n.Stage
+	}
+	if b, ok := r.Boots[n.MAC]; ok && b.ID == n.BootID {
+		for _, m := range slices.Backward(b.Marks) {
+			if m.Stage != failed {
+				return m.Stage
+			}
+		}
+	}
+	if n.Running != nil {
+		return string(agentapi.StageService)
+	}
+	return string(agentapi.StageAgent)
 }
 
 // see takes over what is known of the machine.
@@ -198,11 +218,9 @@ func (r *Records) stateOf(a state.Assignment, want wanted, s sighting) (HostStat
 	}
 	switch {
 	case s.stage == string(agentapi.StageFailed):
-		return HostFailed, cmp.Or(s.err, "its boot failed")
+		return HostFailed, s.err
 	case s.stage == string(agentapi.StageReboot):
 		return HostRebooting, ""
-	case s.err != "":
-		return HostFailed, s.err
 	case s.booting && s.stage != string(agentapi.StageWait):
 		return HostBooting, bootDetail(s)
 	case want.missing != "":
@@ -222,22 +240,31 @@ func stateRunning(a state.Assignment, s sighting) (HostState, string) {
 	switch {
 	case n.Running.Host != a.Host || n.Running.Release != a.Release || n.Running.Node != a.Node:
 		if n.Staged != "" && n.Staged == a.Release {
-			return HostRebooting, "staged"
+			return HostRebooting, join("staged", s.err)
 		}
-		return HostStaging, percent(n.Fetch)
+		return HostStaging, join(percent(n.Fetch), s.err)
 	case health.Healthy:
-		return HostHealthy, ""
+		return HostHealthy, s.err
 	case s.stage == string(agentapi.StageService) && len(health.Failing) == 0:
 		return HostBooting, s.stage
 	}
 	return HostUnhealthy, strings.Join(health.Failing, "; ")
 }
 
+// bootDetail is how far a boot came, and what it is trying to get past.
 func bootDetail(s sighting) string {
 	if p := percent(s.node.Fetch); p != "" {
-		return string(agentapi.StageFetch) + " " + p
+		return join(string(agentapi.StageFetch)+" "+p, s.err)
 	}
-	return s.stage
+	return join(s.stage, s.err)
+}
+
+// join writes what there is of how far something came and what keeps it.
+func join(far, why string) string {
+	if far == "" || why == "" {
+		return far + why
+	}
+	return far + ": " + why
 }
 
 // percent is how far a transfer came, "" where there is none.

@@ -84,7 +84,27 @@ func TestHostStateOne(t *testing.T) {
 		{"staged", node(func(n *state.Node) { n.Running.Release, n.Staged = digest.Of(nil), n.Running.Release }), "rebooting (staged)"},
 		{"service, checks not run yet", node(func(n *state.Node) { n.Stage, n.Running.Health = "service", agentapi.Health{} }), "booting (service)"},
 		{"a check fails", node(func(n *state.Node) { n.Running.Health = agentapi.Health{Failing: []string{"a", "b"}} }), "unhealthy (a; b)"},
-		{"an error of the node", node(func(n *state.Node) { n.Error = "cache full" }), "failed (cache full)"},
+		{"needs help", node(func(n *state.Node) { n.Stage, n.Error = "failed", "cache full" }), "failed (cache full)"},
+		{"went on after a failure", node(func(n *state.Node) { n.Stage = "failed" }), "healthy"},
+		{"tries again", node(func(n *state.Node) {
+			n.Running.Release, n.Error = digest.Of(nil), "fetching image ab: EOF; trying again"
+		}), "staging (fetching image ab: EOF; trying again)"},
+		{"tries again in its boot", node(func(n *state.Node) {
+			n.Stage, n.Running, n.Error = "cache", nil, "fetching image ab: EOF; trying again"
+			n.Fetch = &agentapi.Progress{Done: 45, Total: 100}
+		}), "booting (fetch 45%: fetching image ab: EOF; trying again)"},
+		{"went on in its boot", func(f *apitest.Fleet) {
+			n := f.Nodes[mac]
+			n.Stage, n.Running = "failed", nil
+			f.Nodes[mac] = n
+			for key, b := range f.Boots {
+				if b.ID == n.BootID {
+					b.Marks = []state.Mark{{Stage: "agent-up", Time: now}, {Stage: "cache", Time: now}, {Stage: "failed", Time: now}}
+					f.Boots[key] = b
+				}
+			}
+		}, "booting (cache)"},
+		{"went on in a boot that is not recorded", node(func(n *state.Node) { n.Stage, n.Running, n.BootID = "failed", nil, "x" }), "booting (agent-up)"},
 		{"silent", node(func(n *state.Node) { n.LastSeen = now.Add(-31 * time.Second) }), "lost (not seen for 31 s)"},
 		{"silent in its boot", node(func(n *state.Node) {
 			n.Stage, n.Running, n.LastSeen = "fetch", nil, now.Add(-4*time.Minute)

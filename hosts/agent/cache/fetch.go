@@ -199,7 +199,7 @@ func (t *transfer) run(ctx context.Context) error {
 		d := tries.Next()
 		t.c.log.Warn("an image did not come whole, trying again", "digest", t.blob.Digest.Short(), "error", err, "in", d)
 		if t.f.Retry != nil {
-			t.f.Retry(err, d)
+			t.f.Retry(fmt.Errorf("fetching image %s: %w", t.blob.Digest.Short(), err), d)
 		}
 		if err := backoff.Sleep(ctx, d); err != nil {
 			return fmt.Errorf("fetching image %s: %w", t.blob.Digest.Short(), err)
