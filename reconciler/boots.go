@@ -266,12 +266,17 @@ func (b *boots) run(ctx context.Context) error {
 		case <-b.wake:
 			b.flush(ctx)
 		case <-ctx.Done():
-			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-			defer cancel()
-			b.flush(last)
+			b.flushLast(ctx)
 			return nil
 		}
 	}
+}
+
+// flushLast flushes after ctx has ended.
+func (b *boots) flushLast(ctx context.Context) {
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	b.flush(last)
 }
 
 func (b *boots) flush(ctx context.Context) {

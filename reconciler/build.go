@@ -10,7 +10,9 @@ import (
 
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/build"
+	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/backoff"
+	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/reconciler/plan"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
@@ -30,10 +32,19 @@ type Builder interface {
 	Delta(ctx context.Context, r images.DeltaRecipe, b images.Base, p build.Progress) (images.Delta, error)
 }
 
+// Blobs tells whether the store has some bytes, whole. Bytes that it does not have are store.ErrNotFound.
+type Blobs interface {
+	Stat(ctx context.Context, d digest.Digest) (images.Blob, error)
+}
+
+// checkEvery is how often the store is asked whether it still has what the records say was built.
+const checkEvery = time.Hour
+
 // builds is the controller that builds what the fleet in force needs and nobody has built yet: each recipe once, at most
 // limit at a time. A build that was under way when an earlier process died is simply not there, and is started again.
 type builds struct {
 	builder Builder
+	blobs   Blobs
 	store   *state.Store
 	plan    func(ctx context.Context) (plan.Plan, plan.Observed, error)
 	events  *recorder
@@ -52,12 +63,17 @@ type builds struct {
 func (b *builds) run(ctx context.Context) error {
 	defer b.wait.Wait()
 	changed := b.store.Watch(ctx, state.Sources.Prefix(), state.Bases.Prefix(), state.Deltas.Prefix())
+	check := time.NewTicker(checkEvery)
+	defer check.Stop()
+	b.checked(ctx)
 	var retry <-chan time.Time
 	for {
 		select {
 		case <-changed:
 		case <-b.wake:
 		case <-retry:
+		case <-check.C:
+			b.checked(ctx)
 		case <-ctx.Done():
 			return nil
 		}
@@ -71,6 +87,66 @@ func (b *builds) run(ctx context.Context) error {
 			retry = time.After(next.Sub(b.now()))
 		}
 	}
+}
+
+// checked forgets what was built and is no longer in the store, lost or rotten: then it is missing, and is built again.
+func (b *builds) checked(ctx context.Context) {
+	if err := b.check(ctx); err != nil && ctx.Err() == nil {
+		b.log.Error("checking what was built against the store", "error", err)
+	}
+}
+
+func (b *builds) check(ctx context.Context) error {
+	bases, err := state.Bases.List(ctx, b.store)
+	if err != nil {
+		return err
+	}
+	for id, base := range bases {
+		whole, err := b.have(ctx, base.Image, base.Kernel, base.Modules)
+		if err == nil && !whole {
+			b.lost(ctx, "base", id)
+			err = state.Bases.Delete(ctx, b.store, id)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	deltas, err := state.Deltas.List(ctx, b.store)
+	if err != nil {
+		return err
+	}
+	for id, delta := range deltas {
+		whole, err := b.have(ctx, delta.Image)
+		if err == nil && !whole {
+			b.lost(ctx, "delta", id)
+			err = state.Deltas.Delete(ctx, b.store, id)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *builds) lost(ctx context.Context, kind, id string) {
+	b.events.note(ctx, state.Event{
+		Kind: "build", Subject: digest.Digest(id).Short(), Warning: true,
+		Message: "the " + kind + " is no longer in the store, or no longer what its digest says; it is built again where it is needed",
+	})
+}
+
+// have says whether the store has all of these.
+func (b *builds) have(ctx context.Context, all ...images.Blob) (bool, error) {
+	for _, blob := range all {
+		_, err := b.blobs.Stat(ctx, blob.Digest)
+		if errors.Is(err, store.ErrNotFound) {
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+	}
+	return true, nil
 }
 
 func (b *builds) poke() {
@@ -151,7 +227,7 @@ func (b *builds) recorded(ctx context.Context, want plan.Build, obs plan.Observe
 	if err != nil {
 		return err
 	}
-	defer out.Close()
+	defer func() { _ = out.Close() }() // an artifact is worth more than its log
 	result, err := b.build(ctx, want, obs, &progress{file: out, ctx: ctx, builds: b, rec: rec})
 	if ctx.Err() != nil {
 		return ctx.Err()

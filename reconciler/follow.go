@@ -12,6 +12,16 @@ import (
 	"github.com/troupe-dev/troupe/reconciler/source"
 	"github.com/troupe-dev/troupe/reconciler/state"
 	"github.com/troupe-dev/troupe/schema"
+	"github.com/troupe-dev/troupe/schema/load"
+)
+
+const (
+	// lookEvery is how often the source record is looked after while nothing changes.
+	lookEvery = time.Minute
+	// A commit that could not be evaluated is tried again after retryEvery; one that took too long or too much memory,
+	// which may have been a busy server's fault, after retryLimit, since each try costs as much again.
+	retryEvery = time.Minute
+	retryLimit = 10 * time.Minute
 )
 
 // maxProblems bounds how many problems of a commit are recorded; the record says how many there were.
@@ -62,15 +72,21 @@ func (f *follow) run(ctx context.Context) error {
 	watched := make(chan error, 1)
 	go func() { watched <- f.repo.Watch(ctx, f.poke) }()
 	f.poke()
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
 	for {
 		select {
 		case <-f.wake:
 			if err := f.step(ctx); err != nil && ctx.Err() == nil {
 				f.log.Error("following the fleet's repo", "error", err)
 			}
+		case <-look.C:
+			if err := f.look(ctx); err != nil && ctx.Err() == nil {
+				f.log.Error("looking after the fleet's repo", "error", err)
+			}
 		case err := <-watched:
 			if ctx.Err() != nil {
-				return nil
+				return nil //nolint:nilerr // the watch ended because ctx did
 			}
 			return fmt.Errorf("watching the fleet's repo: %w", err)
 		}
@@ -83,6 +99,23 @@ func (f *follow) record(ctx context.Context) (state.Source, error) {
 		return rec, err
 	}
 	return rec, nil
+}
+
+// look keeps the record true while nothing changes in the repo: when it last answered, and whether a commit that was
+// refused for want of time or memory is to be tried again.
+func (f *follow) look(ctx context.Context) error {
+	rec, err := f.record(ctx)
+	if err != nil {
+		return err
+	}
+	if !rec.Retry.IsZero() && !f.now().Before(rec.Retry) {
+		return f.step(ctx)
+	}
+	if at := f.repo.Answered(); rec.FetchError == "" && at.Sub(rec.Fetched) >= lookEvery {
+		rec.Fetched = at
+		return f.put(ctx, rec)
+	}
+	return nil
 }
 
 // resume loads the commit that was in force.
@@ -134,10 +167,11 @@ func (f *follow) step(ctx context.Context) error {
 			Message: "the branch was rewritten (force-push): the new head does not descend from the commit before",
 		})
 	}
-	if before.Attempted != nil && before.Attempted.Hash == rev.Commit.Hash && len(before.Problems) > 0 {
+	again := !before.Retry.IsZero() && !f.now().Before(before.Retry)
+	if before.Attempted != nil && before.Attempted.Hash == rev.Commit.Hash && len(before.Problems) > 0 && !again {
 		return f.put(ctx, rec) // it was refused, and is still the same
 	}
-	rec.Attempted, rec.Problems = &rev.Commit, nil
+	rec.Attempted, rec.Problems, rec.Retry = &rev.Commit, nil, time.Time{}
 	if unusable {
 		return f.refuse(ctx, rec, schema.Problems{{Message: err.Error()}})
 	}
@@ -163,12 +197,11 @@ func (f *follow) unreachable(ctx context.Context, rec state.Source, err error) e
 // attempt loads a commit and brings it into force, or records why not.
 func (f *follow) attempt(ctx context.Context, rec state.Source, rev source.Revision) error {
 	fleet, err := f.loader.Load(ctx, rev.Tree)
-	var old *schema.Fleet
-	if cur := f.fleet.Load(); cur != nil {
-		old = cur.fleet
-	}
 	if err == nil {
-		err = schema.Emptied(old, fleet)
+		err = f.emptied(ctx, fleet)
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
 	}
 	if err != nil {
 		return f.refuse(ctx, rec, err)
@@ -182,21 +215,45 @@ func (f *follow) attempt(ctx context.Context, rec state.Source, rev source.Revis
 	return nil
 }
 
-// refuse records what is wrong with the attempted commit. An error that is none of the commit's is returned, and the
-// commit tried again at the next look.
+// emptied says no to a fleet that has lost all of its hosts and does not say that it is meant. Where the fleet before
+// could not be loaded at this start, its assignments tell of its hosts.
+func (f *follow) emptied(ctx context.Context, fleet *schema.Fleet) error {
+	if cur := f.fleet.Load(); cur != nil {
+		return schema.Emptied(cur.fleet, fleet)
+	}
+	assigned, err := state.Assignments.List(ctx, f.store)
+	if err != nil {
+		return err
+	}
+	old := &schema.Fleet{Hosts: make(map[string]schema.Host, len(assigned))}
+	for name := range assigned {
+		old.Hosts[name] = schema.Host{Name: name}
+	}
+	return schema.Emptied(old, fleet)
+}
+
+// refuse records what is wrong with the attempted commit. What may not be the commit's fault is tried again later.
 func (f *follow) refuse(ctx context.Context, rec state.Source, err error) error {
 	var problems schema.Problems
-	if !errors.As(err, &problems) {
-		return fmt.Errorf("loading commit %s: %w", short(rec.Attempted.Hash), err)
+	switch {
+	case !errors.As(err, &problems):
+		problems = schema.Problems{{Message: "not evaluated, tried again soon: " + err.Error()}}
+		rec.Retry = f.now().Add(retryEvery)
+	case errors.Is(err, load.ErrLimit):
+		rec.Retry = f.now().Add(retryLimit)
 	}
 	n := len(problems)
 	if n > maxProblems {
 		problems = append(problems[:maxProblems:maxProblems], schema.Problem{Message: fmt.Sprintf("and %d more", n-maxProblems)})
 	}
 	rec.Problems = problems
+	count := "a problem"
+	if n > 1 {
+		count = fmt.Sprintf("%d problems, the first", n)
+	}
 	f.events.note(ctx, state.Event{
 		Kind: "commit", Subject: short(rec.Attempted.Hash), Warning: true,
-		Message: fmt.Sprintf("refused, %d problems; the fleet stays as it is. First: %s", n, problems[0]),
+		Message: fmt.Sprintf("refused, the fleet stays as it is; %s: %s", count, problems[0]),
 	})
 	return f.put(ctx, rec)
 }

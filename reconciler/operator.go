@@ -2,6 +2,7 @@ package reconciler
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 
@@ -9,6 +10,7 @@ import (
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/reconciler/api"
 	"github.com/troupe-dev/troupe/reconciler/plan"
+	"github.com/troupe-dev/troupe/reconciler/source"
 	"github.com/troupe-dev/troupe/reconciler/state"
 	"github.com/troupe-dev/troupe/schema"
 )
@@ -42,6 +44,9 @@ func (p planner) Plan(ctx context.Context, fleet *schema.Fleet) (plan.Plan, erro
 
 func (p planner) PlanRevision(ctx context.Context, revision string) (plan.Plan, error) {
 	rev, err := p.r.cfg.Repo.Revision(ctx, revision)
+	if errors.Is(err, source.ErrNoRevision) {
+		return plan.Plan{}, fmt.Errorf("%w: %w", state.ErrNotFound, err)
+	}
 	if err != nil {
 		return plan.Plan{}, err
 	}

@@ -81,14 +81,14 @@ func New(cfg Config) *Reconciler {
 		changed: r.fleetChanged, wake: make(chan struct{}, 1),
 	}
 	r.builds = &builds{
-		builder: cfg.Builder, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log,
+		builder: cfg.Builder, blobs: cfg.Blobs, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log,
 		now: time.Now, limit: cfg.Jobs, running: map[images.RecipeID]bool{}, wake: make(chan struct{}, 1),
 	}
 	r.assign = &assign{store: cfg.Store, plan: r.plan, events: r.events, now: time.Now, wake: make(chan struct{}, 1)}
 	return r
 }
 
-// Director, Addresses and the like are what netboot asks; all answer from memory.
+// Director tells netboot what a machine boots. Like all that netboot asks for here, it answers from memory.
 func (r *Reconciler) Director() netboot.Director {
 	return &director{views: r.views, boots: r.boots, agent: r.cfg.Agent}
 }
@@ -149,11 +149,11 @@ func (r *Reconciler) keep(ctx context.Context, name string, run func(context.Con
 	for {
 		err := caught(ctx, run)
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // the controller ended because ctx did
 		}
 		r.log.Error("a controller ended and is started again", "controller", name, "error", err)
 		if wait.Wait(ctx) != nil {
-			return nil
+			return nil //nolint:nilerr // what the controller ended with is logged
 		}
 	}
 }

@@ -26,7 +26,7 @@ func (r *Reconciler) runViews(ctx context.Context) error {
 		v, err := r.readView(ctx)
 		if err != nil {
 			if ctx.Err() != nil {
-				return nil
+				return nil //nolint:nilerr // the read ended because ctx did
 			}
 			return err
 		}

@@ -23,8 +23,8 @@ import (
 const (
 	MaxFiles    = 200_000
 	MaxDepth    = 64
-	MaxFileSize = 4 << 20 // bytes; a bigger file is listed, and opening it is an error
-	maxName     = 255     // bytes
+	MaxFileSize = 16 << 20 // bytes; a bigger file is listed, and opening it is an error
+	maxName     = 255      // bytes
 )
 
 var (

@@ -4,17 +4,17 @@
 // Each kind of record has one writer; anybody may read and watch.
 //
 //	kind        key                     writer            what
-//	source      source                  source            what Git says, what is in force, what is wrong
+//	source      source/fleet            follow            what Git says, what is in force, what is wrong
 //	assignment  assignments/<host>      assign            what each declared host shall run, and its generation
-//	build       builds/<recipe>         build             each recipe that was ever built, or is being built
-//	base        bases/<recipe>          build             what came out of it
-//	delta       deltas/<recipe>         build             what came out of it
-//	release     releases/<release>      build             what a node runs, by digest
-//	machine     machines/<mac>          observe           what a machine is made of, when it was seen
-//	node        nodes/<mac>             observe           what it runs and how it is: changes often
-//	boot        boots/<mac>/<boot>      observe           the timeline of one boot; the last few of each machine
+//	release     releases/<release>      assign            what a node runs, by digest
+//	build       builds/<recipe>         builds            each recipe that was ever built, or is being built
+//	base        bases/<recipe>          builds            what came out of it
+//	delta       deltas/<recipe>         builds            what came out of it
+//	machine     machines/<mac>          agents            what a machine is made of, when it was first seen
+//	node        nodes/<mac>             agents            what it runs and how it is: changes often
+//	boot        boots/<mac>/<boot>      boots             the timeline of one boot; the last few of each machine
 //	lease       leases/<mac>            dhcp              an address of the dynamic range
-//	event       events/<time>-<n>       the recorder      what happened, for people; the last few thousand
+//	event       events/<time>-<n>       the recorder      what happened, for people; the last two thousand
 package state
 
 import (
@@ -45,6 +45,7 @@ type Source struct {
 	AppliedAt time.Time        `json:"appliedAt,omitzero"`  // when it came into force
 	Attempted *Commit          `json:"attempted,omitempty"` // the newest seen; equal to Applied when it is good
 	Problems  []schema.Problem `json:"problems,omitempty"`  // why Attempted is not in force
+	Retry     time.Time        `json:"retry,omitzero"`      // when Attempted is tried again; zero: not before another commit
 	// FetchError says why the repo cannot be followed now: unreachable, branch deleted, …; "" when it can.
 	FetchError string    `json:"fetchError,omitempty"`
 	Fetched    time.Time `json:"fetched,omitzero"` // the last time that the repo answered
@@ -74,7 +75,7 @@ type Assignment struct {
 // BuildPhase is where a build is.
 type BuildPhase string
 
-// The phases of a build. A build that was under way when the server died is found Running with no process: it is
+// The phases of a build. BuildQueued is never written down: it is that of a recipe that has no record yet. A build that was under way when the server died is found Running with no process: it is
 // started again.
 const (
 	BuildQueued  BuildPhase = "queued"
@@ -169,7 +170,7 @@ type Lease struct {
 // An Event is something that happened, for people.
 type Event struct {
 	Time    time.Time `json:"time"`
-	Kind    string    `json:"kind"`    // "commit", "build", "assignment", "boot", "node", "dhcp"
+	Kind    string    `json:"kind"`    // "source", "commit", "build", "release", "assignment", "machine" or "node"
 	Subject string    `json:"subject"` // host, MAC, commit or image
 	Message string    `json:"message"`
 	Warning bool      `json:"warning,omitempty"` // somebody should look

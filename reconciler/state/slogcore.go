@@ -29,7 +29,7 @@ func (c slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
 	if e.Level > zapcore.WarnLevel {
 		level = slog.LevelWarn
 	}
-	c.log.LogAttrs(context.Background(), level, "etcd: "+e.Message, attrs(fields)...)
+	c.log.LogAttrs(context.Background(), level, "etcd: "+e.Message, attrs(fields)...) //nolint:sloglint // it is etcd's
 	return nil
 }
 

@@ -148,6 +148,7 @@ func TestAcknowledgedRecordsSurviveKill(t *testing.T) {
 }
 
 func writeUntilKilled(t *testing.T, dir string) {
+	t.Helper()
 	s := open(t, dir)
 	for i := range 100000 {
 		if err := Leases.Put(t.Context(), s, string(rune('a'+i%26))+strings.Repeat("x", i/26), Lease{}); err != nil {

@@ -1,0 +1,252 @@
+package reconciler
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/images/build"
+	"github.com/troupe-dev/troupe/images/store"
+	"github.com/troupe-dev/troupe/reconciler/plan"
+	"github.com/troupe-dev/troupe/reconciler/state"
+)
+
+// A testBuilder makes small blobs in a real store. Its errors, and a gate that builds wait at, are set by tests.
+type testBuilder struct {
+	blobs *store.Store
+
+	mu    sync.Mutex
+	err   error
+	built []string
+	gate  chan struct{} // nil: builds wait for nothing
+}
+
+func (b *testBuilder) begin(ctx context.Context, what string, p build.Progress) error {
+	p.Step("packages")
+	fmt.Fprintln(p, "unpacking", what)
+	b.mu.Lock()
+	b.built = append(b.built, what)
+	err, gate := b.err, b.gate
+	b.mu.Unlock()
+	if gate != nil {
+		select {
+		case <-gate:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return err
+}
+
+func (b *testBuilder) put(ctx context.Context, text string) images.Blob {
+	blob, err := b.blobs.Put(ctx, strings.NewReader(text))
+	if err != nil {
+		panic(err)
+	}
+	return blob
+}
+
+func (b *testBuilder) Base(ctx context.Context, r images.BaseRecipe, p build.Progress) (images.Base, error) {
+	if err := b.begin(ctx, "base", p); err != nil {
+		return images.Base{}, err
+	}
+	return images.Base{Recipe: r.ID(), Image: b.put(ctx, "image"), Kernel: b.put(ctx, "kernel"), Modules: b.put(ctx, "modules")}, nil
+}
+
+func (b *testBuilder) Delta(ctx context.Context, r images.DeltaRecipe, base images.Base, p build.Progress) (images.Delta, error) {
+	if err := b.begin(ctx, "delta", p); err != nil {
+		return images.Delta{}, err
+	}
+	return images.Delta{Recipe: r.ID(), Base: base.Image, Image: b.put(ctx, "delta")}, nil
+}
+
+func (b *testBuilder) set(err error, gate chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.err, b.gate = err, gate
+}
+
+func (b *testBuilder) log() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return strings.Join(b.built, " ")
+}
+
+// newTestBuilds is the builds controller over testFleet, with real stores.
+func newTestBuilds(t *testing.T) (*builds, *testBuilder) {
+	t.Helper()
+	blobs, err := store.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = blobs.Close() })
+	s := openStore(t)
+	log := slog.New(slog.DiscardHandler)
+	builder := &testBuilder{blobs: blobs}
+	r := &Reconciler{cfg: Config{Store: s}, follow: &follow{}}
+	r.follow.fleet.Store(&inForce{fleet: testFleet(), commit: state.Commit{Hash: "c1"}})
+	return &builds{
+		builder: builder, blobs: blobs, store: s, plan: r.plan, events: &recorder{store: s, log: log}, logs: logs{t.TempDir()},
+		log: log, now: time.Now, limit: 2, running: map[images.RecipeID]bool{}, wake: make(chan struct{}, 1),
+	}, builder
+}
+
+// start runs the controller until stop is called.
+func start(t *testing.T, b *builds) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- b.run(ctx) }()
+	return func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// awaitBuilds waits until the records of builds are as wanted.
+func awaitBuilds(t *testing.T, b *builds, want func(map[string]state.Build) bool) map[string]state.Build {
+	t.Helper()
+	for range b.store.Watch(t.Context(), state.Builds.Prefix(), state.Bases.Prefix(), state.Deltas.Prefix()) {
+		all, err := state.Builds.List(t.Context(), b.store)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want(all) {
+			return all
+		}
+	}
+	t.Fatal("the builds never came to be as wanted")
+	return nil
+}
+
+func phases(want ...state.BuildPhase) func(map[string]state.Build) bool {
+	return func(all map[string]state.Build) bool {
+		if len(all) != len(want) {
+			return false
+		}
+		for _, phase := range want {
+			n := 0
+			for _, b := range all {
+				if b.Phase == phase {
+					n++
+				}
+			}
+			if n == 0 {
+				return false
+			}
+		}
+		return true
+	}
+}
+
+func allDone(all map[string]state.Build) bool {
+	for _, b := range all {
+		if b.Phase != state.BuildDone {
+			return false
+		}
+	}
+	return len(all) == 2
+}
+
+func TestEachRecipeIsBuiltOnceBaseFirst(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	stop := start(t, b)
+	all := awaitBuilds(t, b, allDone)
+	for range 3 {
+		b.poke()
+	}
+	stop()
+	if got := builder.log(); got != "base delta" {
+		t.Errorf("built %q, want the base and then the delta, once each", got)
+	}
+	for id, rec := range all {
+		if rec.Attempts != 1 || rec.Result == "" || len(rec.Parts) == 0 {
+			t.Errorf("build %s: %+v", id, rec)
+		}
+		r, err := b.logs.follow(t.Context(), rec.Recipe, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := io.ReadAll(r)
+		_ = r.Close()
+		if err != nil || !strings.Contains(string(text), "==> packages\nunpacking "+rec.Kind) {
+			t.Errorf("log of the %s: %q, %v", rec.Kind, text, err)
+		}
+	}
+}
+
+func TestFailedBuildSaysWhyAndIsTriedAgain(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	builder.set(&build.StepError{Step: "packages", Tail: []string{"E: Unable to locate package nginxx"}, Err: errors.New("exit status 100")}, nil)
+	stop := start(t, b)
+	defer stop()
+	all := awaitBuilds(t, b, phases(state.BuildFailed))
+	var rec state.Build
+	for _, rec = range all {
+		if rec.Step != "packages" || len(rec.Tail) != 1 || rec.Retry.Sub(rec.Finished) != firstRetry {
+			t.Errorf("record of the failed build: %+v", rec)
+		}
+	}
+	builder.set(nil, nil)
+	if err := b.retry(t.Context(), rec.Recipe); err != nil {
+		t.Fatal(err)
+	}
+	all = awaitBuilds(t, b, allDone)
+	if got := all[rec.Recipe.String()].Attempts; got != 2 {
+		t.Errorf("%d attempts, want 2", got)
+	}
+}
+
+func TestBuildUnderWayWhenTheServerEndsIsStartedAgain(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	builder.set(nil, make(chan struct{})) // which nobody opens
+	stop := start(t, b)
+	awaitBuilds(t, b, phases(state.BuildRunning))
+	stop()
+	builder.set(nil, nil)
+	stop = start(t, b)
+	defer stop()
+	awaitBuilds(t, b, allDone)
+	if got := builder.log(); got != "base base delta" {
+		t.Errorf("built %q, want the base twice", got)
+	}
+}
+
+func TestLostBlobIsBuiltAgain(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	stop := start(t, b)
+	awaitBuilds(t, b, allDone)
+	stop()
+	p, obs, err := b.plan(t.Context())
+	if err != nil || len(p.Builds) != 0 {
+		t.Fatalf("after the builds: %d left, %v", len(p.Builds), err)
+	}
+	for _, d := range obs.Deltas {
+		if err := os.Remove(builder.blobs.Path(d.Image.Digest)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop = start(t, b)
+	defer stop()
+	awaitBuilds(t, b, func(all map[string]state.Build) bool {
+		for _, rec := range all {
+			if rec.Kind == string(plan.KindDelta) && rec.Attempts == 2 && rec.Phase == state.BuildDone {
+				return true
+			}
+		}
+		return false
+	})
+	if got := builder.log(); got != "base delta delta" {
+		t.Errorf("built %q, want the delta twice: its blob was gone", got)
+	}
+}
