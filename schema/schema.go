@@ -222,7 +222,7 @@ func (p Problem) String() string {
 }
 
 // Problems are all that is wrong with a fleet. As an error it prints one problem a line.
-type Problems []Problem
+type Problems []Problem //nolint:errname // it is first what was found, and then an error
 
 func (ps Problems) Error() string {
 	lines := make([]string, len(ps))

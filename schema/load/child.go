@@ -187,10 +187,10 @@ func (r *childRun) refuse(lim limits, format string) error {
 	slices.Sort(dirs)
 	what := "the fleet"
 	switch {
-	case len(dirs) > 0 && !(len(dirs) == 1 && dirs[0] == "."):
-		what = strings.Join(dirs, ", ")
-	case len(dirs) == 1:
+	case len(dirs) == 1 && dirs[0] == ".":
 		what = "the fleet's root directory"
+	case len(dirs) > 0:
+		what = strings.Join(dirs, ", ")
 	}
 	text := fmt.Sprintf(format, what) + "; " + lim.String() +
 		"; look for a comprehension over a very long list, structs or strings that double again and again, or one that refers to itself"

@@ -36,7 +36,7 @@ func limitProcess(memory int64) error {
 		return fmt.Errorf("limiting the evaluator's memory: %w", err)
 	}
 	// Much of the address space that a Go program has is only reserved, so the limit counts from there.
-	space := uint64(size + memory)
+	space := uint64(size + memory) //nolint:gosec // neither is negative
 	if err := unix.Setrlimit(unix.RLIMIT_AS, &unix.Rlimit{Cur: space, Max: space}); err != nil {
 		return fmt.Errorf("limiting the evaluator's memory: %w", err)
 	}
