@@ -19,12 +19,9 @@ import (
 // dhcp.ModeProxy; and a packet socket for router solicitations. The whole process must be in the interface's network
 // namespace. The interface needs an IPv4 address by the time that machines ask, not before.
 func Listen(ctx context.Context, iface string, mode dhcp.Mode) (Sockets, error) {
-	ports := []uint16{dhcp.ServerPort}
-	if mode == dhcp.ModeProxy {
-		ports = append(ports, dhcp.PXEPort)
-	}
+	ports := map[dhcp.Mode][]uint16{dhcp.ModeServer: {dhcp.ServerPort}, dhcp.ModeProxy: {dhcp.ServerPort, dhcp.PXEPort}}
 	var s Sockets
-	for _, port := range ports {
+	for _, port := range ports[mode] {
 		c, err := dhcp.Listen(ctx, iface, port)
 		if err != nil {
 			return Sockets{}, errors.Join(err, s.Close())

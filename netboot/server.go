@@ -31,7 +31,7 @@ type Server struct {
 	Blobs    Blobs    // required
 	Observer Observer // nil: nobody hears
 
-	Mode      dhcp.Mode       // server, or proxy beside a foreign one
+	Mode      dhcp.Mode       // server, proxy beside a foreign one, or off
 	Addresses dhcp.Addresses  // required in dhcp.ModeServer
 	Leases    dhcp.LeaseStore // nil: leases are forgotten when the program ends
 
@@ -74,13 +74,15 @@ func (s Sockets) Close() error {
 // stops the others and returns why. It closes the sockets. It may be called once.
 func (s *Server) Serve(ctx context.Context, socks Sockets) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error {
-		d := &dhcp.Server{
-			Mode: s.Mode, Addresses: s.Addresses, Leases: s.Leases, URL: s.URL, HTTPPort: s.HTTPPort,
-			HasFile: s.loaders().Has, Observe: s.offered, Booting: s.booting.put, Log: s.Log,
-		}
-		return d.Serve(ctx, socks.DHCP...)
-	})
+	if s.Mode != dhcp.ModeOff {
+		g.Go(func() error {
+			d := &dhcp.Server{
+				Mode: s.Mode, Addresses: s.Addresses, Leases: s.Leases, URL: s.URL, HTTPPort: s.HTTPPort,
+				HasFile: s.loaders().Has, Observe: s.offered, Booting: s.booting.put, Log: s.Log,
+			}
+			return d.Serve(ctx, socks.DHCP...)
+		})
+	}
 	g.Go(func() error {
 		t := &tftp.Server{Open: s.loaders().Open, Observe: s.loaded, Log: s.Log}
 		return t.Serve(ctx, socks.TFTP)

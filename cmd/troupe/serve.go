@@ -205,13 +205,13 @@ func putAgent(ctx context.Context, blobs *store.Store, name string) (digest.Dige
 
 func closeLogged(log *slog.Logger, what string, closer func() error) {
 	if err := closer(); err != nil {
-		log.Error("closing "+what, "error", err)
+		log.Error("closing", "what", what, "error", err)
 	}
 }
 
 // netboot is the server that machines boot from. Its HTTP part is served on l.
 func (o serveOptions) netboot(l net.Listener, log *slog.Logger, rec *reconciler.Reconciler) (*netboot.Server, error) {
-	mode, ok := map[string]dhcp.Mode{"server": dhcp.ModeServer, "proxy": dhcp.ModeProxy, "off": dhcp.ModeServer}[o.dhcp]
+	mode, ok := map[string]dhcp.Mode{"server": dhcp.ModeServer, "proxy": dhcp.ModeProxy, "off": dhcp.ModeOff}[o.dhcp]
 	if !ok {
 		return nil, fmt.Errorf("--dhcp %s: want server, proxy or off", o.dhcp)
 	}
@@ -234,12 +234,6 @@ func (o serveOptions) serveBoot(ctx context.Context, boot *netboot.Server) error
 	socks, err := netboot.Listen(ctx, o.iface, boot.Mode)
 	if err != nil {
 		return fmt.Errorf("opening the ports of DHCP and TFTP on %s: %w", o.iface, err)
-	}
-	if o.dhcp == "off" {
-		for _, t := range socks.DHCP {
-			_ = t.Close()
-		}
-		socks.DHCP = nil
 	}
 	return boot.Serve(ctx, socks)
 }

@@ -34,6 +34,7 @@ type Mode uint8
 const (
 	ModeServer Mode = iota // gives out addresses and boot options
 	ModeProxy              // gives boot options alone, beside a DHCP server that gives the addresses
+	ModeOff                // answers nobody: another server does all of DHCP
 )
 
 // The ports of RFC 2131 section 4.1, and the one of PXE boot servers.
@@ -116,8 +117,11 @@ type Transport interface {
 // Each Transport has a goroutine that receives. It gives each packet to the worker that its MAC hashes to, so that the
 // packets of one machine are answered in their order, one at a time.
 func (s *Server) Serve(ctx context.Context, ts ...Transport) error {
-	if s.Mode == ModeServer && s.Addresses == nil {
+	switch {
+	case s.Mode == ModeServer && s.Addresses == nil:
 		return errors.New("dhcp: no Addresses to give out")
+	case s.Mode == ModeOff:
+		return errors.New("dhcp: a server that is off serves nobody")
 	}
 	r, err := newResponder(ctx, s)
 	if err != nil {
@@ -158,7 +162,7 @@ func (r *responder) receive(ctx context.Context, t Transport, queues []chan job)
 		p, err := t.Receive(buf)
 		switch {
 		case ctx.Err() != nil:
-			return nil
+			return nil //nolint:nilerr // the socket was closed because ctx ended
 		case errors.Is(err, net.ErrClosed):
 			return fmt.Errorf("receiving DHCP packets: %w", err)
 		case err != nil:
