@@ -47,7 +47,7 @@ func release() Release {
 
 // The ids of what a fleet built must not change under it: a new id builds every image again and reboots every machine.
 func TestGolden(t *testing.T) {
-	const wantBytes = "000000000000001474726f7570652062617365207265636970652031" +
+	const wantBytes = "000000000000001474726f7570652062617365207265636970652032" +
 		"0000000000000008626f6f6b776f726d" +
 		"000000000000001c687474703a2f2f6465622e64656269616e2e6f72672f64656269616e" +
 		"000000000000000100000000000000046d61696e" +
@@ -58,7 +58,7 @@ func TestGolden(t *testing.T) {
 		t.Errorf("canonical bytes of a base recipe:\n got %s\nwant %s", got, wantBytes)
 	}
 	for _, c := range []struct{ name, got, want string }{
-		{"base", baseRecipe().ID().Hex(), "e76fb47e49628111a257b9c2245d8a9021a5d5672d1ab1c9a102f10bc900fc05"},
+		{"base", baseRecipe().ID().Hex(), "d0eae663d803b74f5394c564f5740b66c056722a1c8af48baba032d507e73ed0"},
 		{"delta", deltaRecipe().ID().Hex(), "359c80e5006ad8687f2655ffaa45f647f66c44fac74d67b5b7f9ca0687b1c77a"},
 		{"empty delta", DeltaRecipe{Base: digest.Of([]byte("base"))}.ID().Hex(), "85a2d5747eb07954220c6e601948aec6a2d6c4717eaf5d6c82544b876488b481"},
 		{"release", release().ID().Hex(), "0d8e0bad3c1471e23de8d8972c6f7a79e04110576630235e9cd269b9e1e31d30"},

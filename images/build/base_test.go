@@ -1,6 +1,7 @@
 package build
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"errors"
@@ -112,6 +113,8 @@ func checkBaseTree(t *testing.T, base images.Base, list string) {
 		" " + modules + "/modules.dep \"kernel/",
 		" " + modules + "/kernel/fs/erofs/erofs.ko ",
 		" " + modules + "/kernel/fs/overlayfs/overlay.ko ",
+		" etc/systemd/system/timers.target.wants/fstrim.timer -> ",
+		" usr/lib/systemd/system/e2scrub_reap.service ", // not enabled, but there for a role that wants it
 	} {
 		if !strings.Contains(list, want) {
 			t.Errorf("not in the base: %q", want)
@@ -119,7 +122,9 @@ func checkBaseTree(t *testing.T, base images.Base, list string) {
 	}
 	checkLacks(t, list, "dev/", "boot/", ".troupe", "var/lib/apt/lists/", "etc/resolv.conf", "etc/hostname", "usr/share/man/man1/",
 		"var/cache/apt/", "var/log/dpkg.log", "usr/share/initramfs-tools/hook-functions",
-		"etc/systemd/system/timers.target.wants/apt-daily")
+		"etc/systemd/system/timers.target.wants/apt-daily", "etc/systemd/system/timers.target.wants/dpkg-db-backup",
+		"etc/systemd/system/timers.target.wants/e2scrub", "etc/systemd/system/multi-user.target.wants/e2scrub",
+		"etc/systemd/system/default.target.wants/e2scrub")
 	if strings.Contains(list, "later than epoch") {
 		t.Error("a file has a time after the epoch")
 	}
@@ -423,6 +428,7 @@ func TestKilledBuild(t *testing.T) {
 }
 
 func buildUntilKilled(t *testing.T, dir string) {
+	t.Helper()
 	s, err := store.Open(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -480,6 +486,63 @@ func TestBaseRefuses(t *testing.T) {
 		}
 	}
 	nothingLeft(t, b)
+}
+
+func TestBaseTreeLeavesIdleUnitsOut(t *testing.T) {
+	b := newBuilder(t)
+	var stream bytes.Buffer
+	tw := tar.NewWriter(&stream)
+	add := func(h tar.Header, content string) {
+		h.Size = int64(len(content))
+		if err := tw.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tw.Write([]byte(content)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, d := range []string{"", "boot", "etc", "etc/systemd", "etc/systemd/system", "sbin", "var", "var/lib", "var/lib/dpkg",
+		"etc/systemd/system/default.target.wants", "etc/systemd/system/multi-user.target.wants", "etc/systemd/system/timers.target.wants"} {
+		add(tar.Header{Typeflag: tar.TypeDir, Name: "./" + d + "/", Mode: 0o755}, "")
+	}
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "./boot/vmlinuz-6", Mode: 0o644}, "kernel")
+	add(tar.Header{Typeflag: tar.TypeReg, Name: "./var/lib/dpkg/status", Mode: 0o644}, "Package: a\n")
+	for name, to := range map[string]string{
+		"sbin/init": "/lib/systemd/systemd",
+		"etc/systemd/system/default.target.wants/e2scrub_reap.service":    "/lib/systemd/system/e2scrub_reap.service",
+		"etc/systemd/system/multi-user.target.wants/e2scrub_reap.service": "/lib/systemd/system/e2scrub_reap.service",
+		"etc/systemd/system/multi-user.target.wants/web.service":          "/lib/systemd/system/web.service",
+		"etc/systemd/system/timers.target.wants/apt-daily.timer":          "/lib/systemd/system/apt-daily.timer",
+		"etc/systemd/system/timers.target.wants/fstrim.timer":             "/lib/systemd/system/fstrim.timer",
+		"etc/systemd/system/e2scrub_reap.service":                         "/dev/null", // masked, which is no link that enables
+	} {
+		add(tar.Header{Typeflag: tar.TypeSymlink, Name: "./" + name, Linkname: to, Mode: 0o777}, "")
+	}
+	if err := tw.Close(); err != nil {
+		t.Fatal(err)
+	}
+	w, err := b.newImage(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.abort()
+	tree := &baseTree{store: b.Store, w: w, s: newSteps(&recorder{})}
+	if err := tree.read(t.Context(), &stream); err != nil {
+		t.Fatal(err)
+	}
+	image, err := w.commit()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{
+		"Lrwxrwxrwx 0:0 etc/systemd/system/e2scrub_reap.service -> /dev/null\n",
+		"Lrwxrwxrwx 0:0 etc/systemd/system/multi-user.target.wants/web.service -> /lib/systemd/system/web.service\n",
+		"Lrwxrwxrwx 0:0 etc/systemd/system/timers.target.wants/fstrim.timer -> /lib/systemd/system/fstrim.timer\n",
+		"Lrwxrwxrwx 0:0 sbin/init -> /lib/systemd/systemd\n",
+	}
+	if diff := cmp.Diff(want, links(listing(t, b, image))); diff != "" {
+		t.Errorf("links (-want +got):\n%s", diff)
+	}
 }
 
 func TestSources(t *testing.T) {

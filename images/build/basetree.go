@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"path"
-	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -74,7 +73,7 @@ func (t *baseTree) take(ctx context.Context, name string, h *tar.Header, r io.Re
 		t.sshKeys = true
 		return nil
 	case name == ".troupe", name == "etc/hostname", name == "etc/resolv.conf",
-		isTransient(name, h.Typeflag == tar.TypeDir), slices.Contains(idle, name):
+		isTransient(name, h.Typeflag == tar.TypeDir), isIdle(name):
 		return nil
 	case name == "var/lib/dpkg/status":
 		if err := keep(&t.status, name, r); err != nil {
@@ -117,7 +116,7 @@ func (t *baseTree) takeKernel(ctx context.Context, version string, r io.Reader) 
 // entryOf is the entry of a tar header with the content r.
 func (t *baseTree) entryOf(h *tar.Header, r io.Reader) (entry, error) {
 	e := entry{
-		mode: uint32(h.Mode) & 0o7777, uid: uint32(h.Uid), gid: uint32(h.Gid), mtime: h.ModTime,
+		mode: uint32(h.Mode) & 0o7777, uid: uint32(h.Uid), gid: uint32(h.Gid), mtime: h.ModTime, //nolint:gosec // the kernel that mmdebstrap asked has 32 bits for each
 		open: func() (io.ReadCloser, error) { return io.NopCloser(r), nil },
 	}
 	for k, v := range h.PAXRecords {
@@ -146,7 +145,7 @@ func (t *baseTree) entryOf(h *tar.Header, r io.Reader) (entry, error) {
 		if h.Typeflag == tar.TypeBlock {
 			e.mode = e.mode&^unix.S_IFMT | unix.S_IFBLK
 		}
-		e.rdev = uint32(unix.Mkdev(uint32(h.Devmajor), uint32(h.Devminor)))
+		e.rdev = uint32(unix.Mkdev(uint32(h.Devmajor), uint32(h.Devminor))) //nolint:gosec // so many bits the kernel has
 	default:
 		return entry{}, fmt.Errorf("it is of a kind that is not known, %q", h.Typeflag)
 	}

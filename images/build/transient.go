@@ -56,14 +56,24 @@ func isTransient(name string, dir bool) bool {
 	})
 }
 
-// idle are the links by which packages of every base enable units that have nothing to do on a node: it never installs
-// anything, and its file systems lie on no LVM. A role may enable them.
+// idle are units that packages of every base enable and that have nothing to do on a node, but cost its boot time or its
+// role disk and processor later: a node never installs anything, its root is read-only images, and its one file system
+// that can be written lies on no LVM. They are there, only not enabled: a role may enable them.
+//
+// What is cheap or may be wanted stays: fstrim.timer trims the cache's disk, systemd-pstore.service keeps what a crashed
+// kernel said.
 var idle = []string{
-	"etc/systemd/system/multi-user.target.wants/e2scrub_reap.service",
-	"etc/systemd/system/timers.target.wants/apt-daily-upgrade.timer",
-	"etc/systemd/system/timers.target.wants/apt-daily.timer",
-	"etc/systemd/system/timers.target.wants/dpkg-db-backup.timer",
-	"etc/systemd/system/timers.target.wants/e2scrub_all.timer",
+	"apt-daily-upgrade.timer", "apt-daily.timer", // fetch and install upgrades
+	"dpkg-db-backup.timer", // copies dpkg's database, which does not change
+	"e2scrub_all.timer",    // checks ext4 in snapshots of LVM
+	"e2scrub_reap.service", // removes such snapshots, and multi-user.target waits until it looked for them
+}
+
+// isIdle says whether name is a link that enables a unit of idle, whatever target wants it in this release of Debian.
+func isIdle(name string) bool {
+	dir, unit := path.Split(name)
+	ok, _ := path.Match("etc/systemd/system/*.wants/", dir) // the pattern is a constant
+	return ok && slices.Contains(idle, unit)
 }
 
 // sshKeyDropIn has sshd make the host keys that an image must not have, since all its machines would share them. They
