@@ -37,7 +37,9 @@ func (b *boot) activate(ctx context.Context, a agentapi.Assignment) (*mounted, e
 		return nil, err
 	}
 	blobs := []agentapi.Blob{a.Release.Base, a.Release.Delta}
-	n, err := b.cache.Fetch(ctx, cache.Fetch{Source: b.client, Blobs: blobs, Report: b.progress(a.Release.ID), Retry: b.retrying})
+	n, err := b.cache.Fetch(ctx, cache.Fetch{
+		Source: b.client, Blobs: blobs, Deltas: []string{deltaID(a)}, Report: b.progress(a.Release.ID), Retry: b.retrying,
+	})
 	b.fetched += n
 	b.rep.update(false, func(r *agentapi.Report) {
 		r.Fetch = nil
@@ -181,9 +183,12 @@ func (b *boot) dropBroken(blobs []agentapi.Blob, why error) error {
 	return why
 }
 
+// deltaID names the node delta of an assignment.
+func deltaID(a agentapi.Assignment) string { return cache.DeltaID(a.Host, a.Release.ID, a.Node.Digest) }
+
 // mount joins the images and the node delta, and seeds the latter where it is new.
 func (b *boot) mount(a agentapi.Assignment) (*mounted, error) {
-	d, err := b.cache.Delta(cache.DeltaID(a.Host, a.Release.ID, a.Node.Digest))
+	d, err := b.cache.Delta(deltaID(a))
 	if err != nil {
 		return nil, err
 	}

@@ -104,11 +104,21 @@ func (s *service) run(ctx context.Context) error {
 	s.rep.mark(agentapi.Mark{Stage: agentapi.StageService})
 	wg.Go(func() { s.rep.run(ctx) })
 	wg.Go(func() { s.fol.run(ctx) })
+	wg.Go(s.trimDeltas)
 	if l := s.state.get().Lease; l != nil {
 		k := netup.Keeper{Log: s.log, Save: s.saveLease}
 		wg.Go(func() { _ = k.Keep(ctx, l) }) // ends with its context, and with nothing else
 	}
 	return s.pursue(ctx)
+}
+
+// trimDeltas leaves as many node deltas as are kept. It is here, and not in the first life, since a boot does not wait
+// for the removal of a hundred thousand files.
+func (s *service) trimDeltas() {
+	_, err := inBackground(func() (int64, error) { return 0, s.cache.TrimDeltas(s.state.get().NodeDelta) })
+	if err != nil {
+		s.log.Warn("old node deltas cannot be removed", "error", err)
+	}
 }
 
 func (s *service) saveLease(l *netup.Lease) {
@@ -299,10 +309,12 @@ func (s *service) confirm(ctx context.Context) error {
 
 // stage brings what a release needs into the cache, beside the one that runs.
 func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
-	now := s.state.get().Assignment
+	st := s.state.get()
+	now := st.Assignment.Release
 	f := cache.Fetch{
 		Source: s.client, Blobs: []agentapi.Blob{a.Release.Base, a.Release.Delta},
-		Keep: []digest.Digest{now.Release.Base.Digest, now.Release.Delta.Digest},
+		Keep:   []digest.Digest{now.Base.Digest, now.Delta.Digest},
+		Deltas: []string{st.NodeDelta, deltaID(a)},
 		Report: func(done, total int64) {
 			s.rep.update(false, func(r *agentapi.Report) {
 				r.Fetch = &agentapi.Progress{Release: a.Release.ID, Done: done, Total: total}

@@ -4,7 +4,8 @@
 //	                       file with such a name is whole and was right: a warm boot does not hash it again
 //	images/tmp/HEX         a transfer that is not finished; what is there is hashed again before it goes on
 //	deltas/ID/upper, work  a node delta: the two directories of overlayfs
-//	deltas/ID/seeded       the delta has what it shall start with; without this file it is made anew
+//	deltas/ID/seeded       the delta has what it shall start with; without this file it is made anew. The 16 deltas
+//	                       that were used last are kept, and fewer where an image needs the room
 //	state.json             what this node runs and ran: see State
 //
 // Every step is on the disk before the next begins, so that a power cut leaves the old state or the new one.
@@ -18,6 +19,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"sync"
 	"time"
@@ -36,6 +38,8 @@ type Cache struct {
 	mu    sync.Mutex
 	state State
 
+	evicting sync.Mutex // held while room is made
+
 	free  func() (int64, error) // bytes; replaced in tests
 	stall time.Duration         // how long a transfer may stand still
 }
@@ -44,6 +48,8 @@ type Cache struct {
 type State struct {
 	Current  Use `json:"current,omitzero"`  // switched to last
 	Previous Use `json:"previous,omitzero"` // the one before it that was another release
+	// Uses are the last ones of each node delta, newest first. The slice is shared and never changed.
+	Uses []Use `json:"uses,omitempty"`
 	// KernelTries counts the reboots in a row that were to get the kernel Kernel; a server that keeps sending
 	// another one must not make a machine boot for ever.
 	Kernel      digest.Digest `json:"kernel,omitempty"`
@@ -135,7 +141,7 @@ func (c *Cache) SetState(change func(*State)) error {
 	defer c.mu.Unlock()
 	s := c.state
 	change(&s)
-	if s == c.state {
+	if reflect.DeepEqual(s, c.state) {
 		return nil
 	}
 	b, err := json.MarshalIndent(s, "", "\t")
@@ -156,6 +162,11 @@ func (c *Cache) Switched(u Use) error {
 			s.Previous = s.Current
 		}
 		s.Current = u
+		if u.NodeDelta == "" {
+			return
+		}
+		others := slices.DeleteFunc(slices.Clone(s.Uses), func(o Use) bool { return o.NodeDelta == u.NodeDelta })
+		s.Uses = append([]Use{u}, others[:min(len(others), maxDeltas-1)]...)
 	})
 }
 

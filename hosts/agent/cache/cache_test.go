@@ -3,6 +3,7 @@ package cache
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"io"
 	"log/slog"
@@ -11,6 +12,8 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -149,10 +152,10 @@ func TestFetchThroughAServerThatMisbehaves(t *testing.T) {
 			return try == 1
 		}, 0},
 		{"answers another range", func(try int, w http.ResponseWriter, r *http.Request) bool {
-			switch {
-			case try == 1:
+			switch try {
+			case 1:
 				_, _ = w.Write(content[:1000])
-			case try == 2:
+			case 2:
 				w.Header().Set("Content-Range", "bytes 0-999999/1000000")
 				w.WriteHeader(http.StatusPartialContent)
 				_, _ = w.Write(content)
@@ -252,7 +255,7 @@ func (s *slow) Blob(ctx context.Context, _ digest.Digest, offset int64) (io.Read
 	return io.NopCloser(io.MultiReader(bytes.NewReader(rest[:s.after]), blocked{ctx})), offset, nil
 }
 
-type blocked struct{ ctx context.Context }
+type blocked struct{ ctx context.Context } //nolint:containedctx // a Reader is given none
 
 func (b blocked) Read([]byte) (int, error) {
 	<-b.ctx.Done()
@@ -367,6 +370,143 @@ func TestFetchEvictsOnlyWhenThereIsNoRoom(t *testing.T) {
 	}
 }
 
+// use seeds the node delta of a release and switches to it.
+func use(t *testing.T, c *Cache, id string, base, delta agentapi.Blob) Use {
+	t.Helper()
+	u := Use{Release: digest.Of([]byte(id)), Base: base.Digest, Delta: delta.Digest, NodeDelta: id}
+	d, err := c.Delta(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d.Fresh {
+		if err := os.WriteFile(filepath.Join(d.Upper, "data"), []byte("of "+id), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Seeded(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := c.Switched(u); err != nil {
+		t.Fatal(err)
+	}
+	return u
+}
+
+func deltasIn(t *testing.T, c *Cache) string {
+	t.Helper()
+	entries, err := os.ReadDir(c.path("deltas"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return strings.Join(names, " ")
+}
+
+// TestFetchEvictsNodeDeltas takes the room away step by step, and looks at what goes for it.
+func TestFetchEvictsNodeDeltas(t *testing.T) {
+	var s agentapitest.Server
+	client := serve(t, &s)
+	c := open(t, t.TempDir())
+	var blobs []agentapi.Blob
+	for i := range 6 {
+		blobs = append(blobs, s.Add(randomBytes(1<<20, uint64(20+i))))
+	}
+	base, old, previous, current, next, gone := blobs[0], blobs[1], blobs[2], blobs[3], blobs[4], blobs[5]
+	for _, b := range blobs[:4] {
+		if _, err := c.Fetch(t.Context(), Fetch{Source: client, Blobs: []agentapi.Blob{b}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	use(t, c, "a1", base, gone)                                     // its image is no longer here
+	use(t, c, "a0", base, gone)                                     // nor is this one's, which was used later
+	use(t, c, "b0", base, old)                                      // goes with its image
+	use(t, c, "ee", base, gone)                                     // shall run next
+	use(t, c, "c1", base, current)                                  // of other files of the same host
+	use(t, c, "c0", base, previous)                                 // ran before
+	use(t, c, "d0", base, current)                                  // runs
+	if err := os.Mkdir(c.path("deltas", "f0"), 0o700); err != nil { // a boot that ended before it switched
+		t.Fatal(err)
+	}
+	lacks := 0 // units of room
+	c.free = func() (int64, error) {
+		images, err := c.List()
+		return reserve + int64(4-len(images)+8-len(strings.Fields(deltasIn(t, c)))+1-lacks)<<20, err
+	}
+	for i, want := range []string{
+		"old previous current; a0 a1 b0 c0 c1 d0 ee f0",
+		"previous current; a0 a1 b0 c0 c1 d0 ee f0",
+		"previous current; a0 a1 b0 c0 c1 d0 ee",
+		"previous current; a0 b0 c0 c1 d0 ee",
+		"previous current; b0 c0 c1 d0 ee",
+		"previous current; c0 c1 d0 ee",
+		"current; c0 c1 d0 ee",
+		"current; c1 d0 ee",
+		"current; d0 ee",
+	} {
+		lacks = i
+		f := Fetch{Deltas: []string{"ee"}, Blobs: []agentapi.Blob{base, next}}
+		if err := c.makeRoom([]agentapi.Blob{next}, f); err != nil {
+			t.Fatal(err)
+		}
+		var left []string
+		for name, b := range map[string]agentapi.Blob{"old": old, "previous": previous, "current": current} {
+			if c.Has(b.Digest, b.Size) {
+				left = append(left, name)
+			}
+		}
+		order := []string{"old", "previous", "current"}
+		slices.SortFunc(left, func(a, b string) int { return slices.Index(order, a) - slices.Index(order, b) })
+		if got := strings.Join(left, " ") + "; " + deltasIn(t, c); got != want {
+			t.Errorf("with %d MiB too few there are %q, want %q", lacks, got, want)
+		}
+	}
+	lacks++
+	err := c.makeRoom([]agentapi.Blob{next}, Fetch{Deltas: []string{"ee"}, Blobs: []agentapi.Blob{base, next}})
+	if !errors.Is(err, ErrNoSpace) || deltasIn(t, c) != "d0 ee" {
+		t.Errorf("with nothing to evict: %v, and there are %s", err, deltasIn(t, c))
+	}
+}
+
+func TestTrimDeltasKeepsTheLastOnesUsed(t *testing.T) {
+	dir := t.TempDir()
+	c := open(t, dir)
+	b := agentapi.Blob{Digest: digest.Of([]byte("b"))}
+	id := func(i int) string { return hex.EncodeToString([]byte{byte(i)}) }
+	var want []string
+	for i := range maxDeltas + 10 {
+		use(t, c, id(i), b, b)
+		if i > 10 && i != 15 {
+			want = append(want, id(i))
+		}
+	}
+	use(t, c, id(3), b, b) // went back to an old one
+	use(t, c, id(maxDeltas+9), b, b)
+	want = append([]string{id(2), id(3)}, want...)
+	if err := c.removeDelta(id(15)); err != nil {
+		t.Fatal(err)
+	}
+	c = open(t, dir)
+	if n := len(c.State().Uses); n != maxDeltas {
+		t.Errorf("%d uses are remembered, want %d", n, maxDeltas)
+	}
+	if err := c.TrimDeltas(id(2)); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(strings.Join(want, " "), deltasIn(t, c)); diff != "" {
+		t.Errorf("node deltas (-want +got):\n%s", diff)
+	}
+	d, err := c.Delta(id(3))
+	if err != nil || d.Fresh {
+		t.Errorf("a delta that was kept: %+v, %v", d, err)
+	}
+	if d, err = c.Delta(id(15)); err != nil || !d.Fresh {
+		t.Errorf("a delta that was removed: %+v, %v", d, err)
+	}
+}
+
 func TestStateSurvivesAndIsNotNeeded(t *testing.T) {
 	dir := t.TempDir()
 	c := open(t, dir)
@@ -377,7 +517,7 @@ func TestStateSurvivesAndIsNotNeeded(t *testing.T) {
 		}
 	}
 	// Digests are checked when they are read: these are no digests, so the state must be begun anew, not refuse to boot.
-	if got := open(t, dir).State(); got != (State{}) {
+	if got := open(t, dir).State(); !reflect.DeepEqual(got, State{}) {
 		t.Errorf("a state with malformed digests was read: %+v", got)
 	}
 	one.Release, two.Release = digest.Of([]byte("1")), digest.Of([]byte("2"))
@@ -386,13 +526,13 @@ func TestStateSurvivesAndIsNotNeeded(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if diff := cmp.Diff(State{Current: two, Previous: one}, open(t, dir).State()); diff != "" {
+	if diff := cmp.Diff(State{Current: two, Previous: one, Uses: []Use{two, one}}, open(t, dir).State()); diff != "" {
 		t.Errorf("state (-want +got):\n%s", diff)
 	}
 	if err := os.WriteFile(filepath.Join(dir, "state.json"), []byte(`{"current":`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if got := open(t, dir).State(); got != (State{}) {
+	if got := open(t, dir).State(); !reflect.DeepEqual(got, State{}) {
 		t.Errorf("after damage: %+v", got)
 	}
 }

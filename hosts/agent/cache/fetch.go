@@ -17,12 +17,6 @@ import (
 	"github.com/troupe-dev/troupe/internal/digest"
 )
 
-// ErrNoSpace is in the chain of the error that says that an image does not fit, even with all evicted that may be.
-var ErrNoSpace = errors.New("not enough space in the cache")
-
-// reserve stays free for the node deltas, in bytes.
-const reserve = 64 << 20
-
 // syncEvery is how many bytes of a transfer a power cut may lose: until then they are only in memory.
 const syncEvery = 32 << 20
 
@@ -37,6 +31,7 @@ type Fetch struct {
 	Source Source
 	Blobs  []agentapi.Blob
 	Keep   []digest.Digest                   // images that are in use, never evicted; Blobs are none the less
+	Deltas []string                          // IDs of the node deltas that are in use or will be next, never evicted
 	Report func(done, total int64)           // of all Blobs, in bytes, several times a second at most; may be nil
 	Retry  func(err error, in time.Duration) // is told of each failed try; may be nil
 }
@@ -76,92 +71,6 @@ func (c *Cache) Fetch(ctx context.Context, f Fetch) (int64, error) {
 		done += b.Size
 	}
 	return net, nil
-}
-
-// makeRoom evicts the images that nobody uses, oldest first, until missing fits.
-func (c *Cache) makeRoom(missing []agentapi.Blob, f Fetch) error {
-	c.sweepTmp(missing)
-	need := int64(reserve)
-	keep := slices.Clone(f.Keep)
-	for _, b := range missing {
-		need += b.Size - c.partial(b.Digest)
-	}
-	for _, b := range f.Blobs {
-		keep = append(keep, b.Digest)
-	}
-	st := c.State()
-	keep = append(keep, st.Current.Base, st.Current.Delta)
-	previous := []digest.Digest{st.Previous.Base, st.Previous.Delta} // what a rollback wants goes last
-	free, err := c.free()
-	if err != nil {
-		return err
-	}
-	for free < need {
-		victim, err := c.oldest(slices.Concat(keep, previous))
-		if err == nil && victim == "" {
-			victim, err = c.oldest(keep)
-		}
-		if err != nil {
-			return err
-		}
-		if victim == "" {
-			return fmt.Errorf("%w: %d MiB are needed, %d MiB are free, and nothing can be evicted", ErrNoSpace, need>>20, free>>20)
-		}
-		c.log.Info("evicting an image", "digest", victim.Short())
-		if err := os.Remove(c.Path(victim)); err != nil {
-			return fmt.Errorf("evicting an image: %w", err)
-		}
-		if err := atomicfile.SyncDir(c.path("images/sha256")); err != nil {
-			return fmt.Errorf("evicting an image: %w", err)
-		}
-		if free, err = c.free(); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// sweepTmp removes transfers of images that nobody wants any more.
-func (c *Cache) sweepTmp(wanted []agentapi.Blob) {
-	entries, err := os.ReadDir(c.path("images/tmp"))
-	if err != nil {
-		return // the transfer itself will say what is wrong with it
-	}
-	for _, e := range entries {
-		if !slices.ContainsFunc(wanted, func(b agentapi.Blob) bool { return b.Digest.Hex() == e.Name() }) {
-			if err := os.Remove(c.path("images/tmp", e.Name())); err != nil {
-				c.log.Warn("an old transfer cannot be removed", "error", err)
-			}
-		}
-	}
-}
-
-func (c *Cache) partial(d digest.Digest) int64 {
-	fi, err := os.Stat(c.path("images/tmp", d.Hex()))
-	if err != nil {
-		return 0
-	}
-	return fi.Size()
-}
-
-// oldest is the image outside keep that was fetched first; "" where there is none.
-func (c *Cache) oldest(keep []digest.Digest) (digest.Digest, error) {
-	all, err := c.List()
-	if err != nil {
-		return "", err
-	}
-	var found digest.Digest
-	var at time.Time
-	for _, d := range all {
-		fi, err := os.Stat(c.Path(d))
-		if err != nil || slices.Contains(keep, d) {
-			continue
-		}
-		if found == "" || fi.ModTime().Before(at) {
-			found, at = d, fi.ModTime()
-		}
-	}
-	return found, nil
 }
 
 // A transfer brings one image.

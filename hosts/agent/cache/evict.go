@@ -1,0 +1,220 @@
+package cache
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/internal/atomicfile"
+	"github.com/troupe-dev/troupe/internal/digest"
+)
+
+// ErrNoSpace is in the chain of the error that says that an image does not fit, even with all evicted that may be.
+var ErrNoSpace = errors.New("not enough space in the cache")
+
+// reserve stays free for the node deltas, in bytes.
+const reserve = 64 << 20
+
+// maxDeltas is how many node deltas are kept, however much room there is: the last ones that were used.
+const maxDeltas = 16
+
+// An eviction is what may not go to make room for a fetch.
+type eviction struct {
+	needed   []digest.Digest // images of what runs and of what shall run
+	previous []digest.Digest // images that a rollback wants
+	deltas   []string        // IDs of node deltas of what runs and of what shall run
+}
+
+// makeRoom evicts what nobody uses until missing fits.
+func (c *Cache) makeRoom(missing []agentapi.Blob, f Fetch) error {
+	c.evicting.Lock()
+	defer c.evicting.Unlock()
+	c.sweepTmp(missing)
+	need := int64(reserve)
+	for _, b := range missing {
+		need += b.Size - c.partial(b.Digest)
+	}
+	st := c.State()
+	e := eviction{
+		needed:   append(slices.Clone(f.Keep), st.Current.Base, st.Current.Delta),
+		previous: []digest.Digest{st.Previous.Base, st.Previous.Delta},
+		deltas:   append(slices.Clone(f.Deltas), st.Current.NodeDelta),
+	}
+	for _, b := range f.Blobs {
+		e.needed = append(e.needed, b.Digest)
+	}
+	for {
+		free, err := c.free()
+		if err != nil {
+			return err
+		}
+		if free >= need {
+			return nil
+		}
+		gone, err := c.evict(e)
+		if err != nil {
+			return err
+		}
+		if !gone {
+			return fmt.Errorf("%w: %d MiB are needed, %d MiB are free, and nothing can be evicted", ErrNoSpace, need>>20, free>>20)
+		}
+	}
+}
+
+// evict removes one image or node delta, and is false where there is none that may go. Images that can be had again go
+// before what only this node has, and of that what belongs to no image here before what a change back would find:
+//
+//  1. images that nobody needs, oldest first
+//  2. node deltas whose images are gone, least recently used first
+//  3. the previous release's images
+//  4. any other node delta, least recently used first
+func (c *Cache) evict(e eviction) (bool, error) {
+	isOrphan := func(u Use) bool { return !c.Has(u.Base, -1) || !c.Has(u.Delta, -1) }
+	for _, step := range []func() (bool, error){
+		func() (bool, error) { return c.evictImage(slices.Concat(e.needed, e.previous)) },
+		func() (bool, error) { return c.evictDelta(e.deltas, isOrphan) },
+		func() (bool, error) { return c.evictImage(e.needed) },
+		func() (bool, error) { return c.evictDelta(e.deltas, func(Use) bool { return true }) },
+	} {
+		if gone, err := step(); gone || err != nil {
+			return gone, err
+		}
+	}
+	return false, nil
+}
+
+// evictImage removes the oldest image outside keep.
+func (c *Cache) evictImage(keep []digest.Digest) (bool, error) {
+	victim, err := c.oldest(keep)
+	if err != nil || victim == "" {
+		return false, err
+	}
+	c.log.Info("evicting an image", "digest", victim.Short())
+	if err := os.Remove(c.Path(victim)); err != nil {
+		return false, fmt.Errorf("evicting an image: %w", err)
+	}
+	if err := atomicfile.SyncDir(c.path("images/sha256")); err != nil {
+		return false, fmt.Errorf("evicting an image: %w", err)
+	}
+	return true, nil
+}
+
+// oldest is the image outside keep that was fetched first; "" where there is none.
+func (c *Cache) oldest(keep []digest.Digest) (digest.Digest, error) {
+	all, err := c.List()
+	if err != nil {
+		return "", err
+	}
+	var found digest.Digest
+	var at time.Time
+	for _, d := range all {
+		fi, err := os.Stat(c.Path(d))
+		if err != nil || slices.Contains(keep, d) {
+			continue
+		}
+		if found == "" || fi.ModTime().Before(at) {
+			found, at = d, fi.ModTime()
+		}
+	}
+	return found, nil
+}
+
+// evictDelta removes the least recently used node delta outside keep that may go.
+func (c *Cache) evictDelta(keep []string, mayGo func(Use) bool) (bool, error) {
+	all, err := c.deltas()
+	if err != nil {
+		return false, err
+	}
+	for _, u := range all {
+		if !slices.Contains(keep, u.NodeDelta) && mayGo(u) {
+			c.log.Info("removing a node delta", "id", u.NodeDelta, "role", u.Role, "generation", u.Generation)
+			return true, c.removeDelta(u.NodeDelta)
+		}
+	}
+	return false, nil
+}
+
+// deltas are the node deltas on the disk, least recently used first. One that the state does not know was used before
+// all that it knows, or never.
+func (c *Cache) deltas() ([]Use, error) {
+	entries, err := os.ReadDir(c.path("deltas"))
+	if err != nil {
+		return nil, fmt.Errorf("listing the node deltas: %w", err)
+	}
+	known := c.State().Uses
+	isThere := map[string]bool{}
+	var all []Use
+	for _, e := range entries {
+		isThere[e.Name()] = true
+		if !slices.ContainsFunc(known, func(u Use) bool { return u.NodeDelta == e.Name() }) {
+			all = append(all, Use{NodeDelta: e.Name()})
+		}
+	}
+	for _, u := range slices.Backward(known) {
+		if isThere[u.NodeDelta] {
+			all = append(all, u)
+		}
+	}
+	return all, nil
+}
+
+// removeDelta takes the mark away first: a removal that a power cut breaks off leaves nothing that looks whole.
+func (c *Cache) removeDelta(id string) error {
+	dir := c.path("deltas", id)
+	err := os.Remove(c.path("deltas", id, "seeded"))
+	if err == nil {
+		err = atomicfile.SyncDir(dir)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("removing node delta %s: %w", id, err)
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("removing node delta %s: %w", id, err)
+	}
+	return nil
+}
+
+// TrimDeltas removes the least recently used node deltas that are too many, but never those of keep, nor the one that
+// was switched to last.
+func (c *Cache) TrimDeltas(keep ...string) error {
+	c.evicting.Lock()
+	defer c.evicting.Unlock()
+	keep = append(slices.Clone(keep), c.State().Current.NodeDelta)
+	for {
+		all, err := c.deltas()
+		if err != nil || len(all) <= maxDeltas {
+			return err
+		}
+		gone, err := c.evictDelta(keep, func(Use) bool { return true })
+		if err != nil || !gone {
+			return err
+		}
+	}
+}
+
+// sweepTmp removes transfers of images that nobody wants any more.
+func (c *Cache) sweepTmp(wanted []agentapi.Blob) {
+	entries, err := os.ReadDir(c.path("images/tmp"))
+	if err != nil {
+		return // the transfer itself will say what is wrong with it
+	}
+	for _, e := range entries {
+		if !slices.ContainsFunc(wanted, func(b agentapi.Blob) bool { return b.Digest.Hex() == e.Name() }) {
+			if err := os.Remove(c.path("images/tmp", e.Name())); err != nil {
+				c.log.Warn("an old transfer cannot be removed", "error", err)
+			}
+		}
+	}
+}
+
+func (c *Cache) partial(d digest.Digest) int64 {
+	fi, err := os.Stat(c.path("images/tmp", d.Hex()))
+	if err != nil {
+		return 0
+	}
+	return fi.Size()
+}
