@@ -162,7 +162,10 @@ func (r *childRun) died(lim limits, err error, stderr string) error {
 	if !errors.As(err, &exit) {
 		return fmt.Errorf("evaluating the fleet: %w", err)
 	}
-	memory := []string{"out of memory", "cannot allocate memory", "cannot map pages", "failed to create new OS thread"}
+	memory := []string{
+		"out of memory", "cannot allocate memory", "cannot map pages", "failed to create new OS thread",
+		"ThreadSanitizer failed to allocate", // of a program built with -race
+	}
 	saysMemory := slices.ContainsFunc(memory, func(s string) bool { return strings.Contains(stderr, s) })
 	status, _ := exit.Sys().(syscall.WaitStatus)
 	switch {
