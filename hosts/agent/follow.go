@@ -67,7 +67,7 @@ func (f *follower) reply(r agentapi.ReportReply) {
 
 // greet says hello until the server answers, and returns only then or with ctx's error.
 func (f *follower) greet(ctx context.Context) error {
-	tries := backoff.Backoff{First: 500 * time.Millisecond, Limit: 15 * time.Second}
+	tries := agentapi.Retry()
 	for {
 		a, err := f.client.Hello(ctx, f.hello())
 		if err == nil {
@@ -87,7 +87,7 @@ func (f *follower) greet(ctx context.Context) error {
 
 // run asks until ctx is done.
 func (f *follower) run(ctx context.Context) {
-	tries := backoff.Backoff{First: 500 * time.Millisecond, Limit: 15 * time.Second}
+	tries := agentapi.Retry()
 	for ctx.Err() == nil {
 		err := f.ask(ctx)
 		if err == nil {

@@ -140,9 +140,9 @@ func (r *reporter) pending() []agentapi.Mark {
 	return slices.Clone(r.report.Marks)
 }
 
-// run reports until ctx is done. While the server is away it is asked less and less often.
+// run reports until ctx is done.
 func (r *reporter) run(ctx context.Context) {
-	tries := backoff.Backoff{First: time.Second, Limit: 20 * time.Second}
+	tries := agentapi.Retry()
 	for {
 		wait := heartbeat
 		err := r.send(ctx)

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/troupe-dev/troupe/internal/backoff"
 	"github.com/troupe-dev/troupe/internal/digest"
 )
 
@@ -29,6 +30,12 @@ const maxAnswer = 16 << 20
 
 // callTimeout is how long one answer may take, beyond the time that a long poll asks for.
 const callTimeout = 15 * time.Second
+
+// Retry is how a Client's user waits for a server that is away or answers that it is not ready: never for longer than
+// 5 s, so that a restart of the server costs a boot little. A node that runs reports as often anyway.
+func Retry() backoff.Backoff {
+	return backoff.Backoff{First: 500 * time.Millisecond, Limit: 5 * time.Second}
+}
 
 // A Client speaks for one machine to one server. It does not try again: that is for its user, who knows how long.
 type Client struct {
@@ -106,7 +113,7 @@ func (c *Client) call(ctx context.Context, method, path string, in, out any, lim
 	if in != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
-	resp, err := c.http.Do(req)
+	resp, err := c.http.Do(req) //nolint:bodyclose // drain closes it
 	if err != nil {
 		return err // *url.Error: it has method, URL and cause
 	}

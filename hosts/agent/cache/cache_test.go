@@ -286,6 +286,38 @@ func TestFetchGivesUpAStalledTransfer(t *testing.T) {
 	})
 }
 
+// away is a Source that cannot be reached until some time.
+type away struct {
+	content []byte
+	until   time.Time
+	asked   []time.Time
+}
+
+func (a *away) Blob(_ context.Context, _ digest.Digest, offset int64) (io.ReadCloser, int64, error) {
+	a.asked = append(a.asked, time.Now())
+	if time.Now().Before(a.until) {
+		return nil, 0, errors.New("connection refused")
+	}
+	return io.NopCloser(bytes.NewReader(a.content[offset:])), offset, nil
+}
+
+func TestFetchAsksAgainSoonAfterTheServerIsBack(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		content := randomBytes(1000, 6)
+		src := &away{content: content, until: time.Now().Add(3 * time.Minute)}
+		_, err := open(t, dir).Fetch(t.Context(), Fetch{Source: src, Blobs: []agentapi.Blob{{Digest: digest.Of(content), Size: 1000}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range len(src.asked) - 1 {
+			if gap := src.asked[i+1].Sub(src.asked[i]); gap > 5*time.Second {
+				t.Errorf("try %d came %v after the one before", i+1, gap)
+			}
+		}
+	})
+}
+
 func TestFetchEndsWithItsContextAndKeepsWhatItHas(t *testing.T) {
 	content := randomBytes(500_000, 6)
 	ctx, cancel := context.WithCancel(t.Context())

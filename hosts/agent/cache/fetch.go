@@ -89,7 +89,7 @@ type permanent struct{ error }
 func (p permanent) Unwrap() error { return p.error }
 
 func (t *transfer) run(ctx context.Context) error {
-	tries := backoff.Backoff{First: 500 * time.Millisecond, Limit: 30 * time.Second}
+	tries := agentapi.Retry()
 	for {
 		before := t.net
 		err := t.try(ctx)
