@@ -36,8 +36,10 @@ func TestParseCmdline(t *testing.T) {
 	}
 	want := Cmdline{
 		Server: "http://10.77.0.1:8080", MAC: "52:54:00:77:00:0a", Boot: "b7", Kernel: kernel,
-		Args: []string{"BOOT_IMAGE=x", "quiet", "troupe.server=http://10.77.0.1:8080/", "troupe.mac=52:54:00:77:00:0A", "troupe.boot=b7",
-			"troupe.kernel=" + string(kernel), "foo=a b", "console=ttyS0"},
+		Args: []string{
+			"BOOT_IMAGE=x", "quiet", "troupe.server=http://10.77.0.1:8080/", "troupe.mac=52:54:00:77:00:0A", "troupe.boot=b7",
+			"troupe.kernel=" + string(kernel), "foo=a b", "console=ttyS0",
+		},
 	}
 	if diff := cmp.Diff(want, c); diff != "" {
 		t.Errorf("command line (-want +got):\n%s", diff)
@@ -486,7 +488,9 @@ func TestRightKernelBacksOff(t *testing.T) {
 		t.Fatal(err)
 	}
 	k1, k2 := digest.Of([]byte("1")), digest.Of([]byte("2"))
-	b := &boot{log: nothing, cache: c, client: client, cmd: Cmdline{Kernel: k1, Args: []string{"quiet"}}, rep: newReporter(client, nothing, agentapi.Report{})}
+	// What the server gives every machine, and a role does not ask for, is no reason to boot again; nor is its lack.
+	args := []string{"console=tty0", "console=ttyS0,115200", "panic=10", "no_timer_check", "troupe.kernel=" + k1.String(), "quiet"}
+	b := &boot{log: nothing, cache: c, client: client, cmd: Cmdline{Kernel: k1, Args: args}, rep: newReporter(client, nothing, agentapi.Report{})}
 	var reboots []string
 	b.force = func() error {
 		reboots = append(reboots, "reboot")
@@ -523,6 +527,9 @@ func TestRightKernelBacksOff(t *testing.T) {
 		{agentapi.Release{Kernel: k1, KernelArgs: []string{"debug"}}, "reboot"},
 		{agentapi.Release{Kernel: k1, KernelArgs: []string{"debug"}}, "wait"},
 		{agentapi.Release{}, "go on"},
+		{agentapi.Release{Kernel: k1, KernelArgs: []string{"panic=10"}}, "go on"},          // the role's own, given once
+		{agentapi.Release{Kernel: k1, KernelArgs: []string{"console=ttyS0"}}, "reboot"},    // another one
+		{agentapi.Release{Kernel: k1, KernelArgs: []string{"quiet", "panic=10"}}, "go on"}, // in another order
 	} {
 		if got := try(step.r); got != step.want {
 			t.Errorf("step %d: %s, want %s", i, got, step.want)
