@@ -31,7 +31,7 @@ Where standard input is a terminal the lab then stays up until Ctrl-C.`,
 			in, isFile := cmd.InOrStdin().(*os.File)
 			opts.Stay = isFile && term.IsTerminal(int(in.Fd()))
 			opts.Out = cmd.OutOrStdout()
-			var logTo io.Writer = io.Discard
+			logTo := io.Discard
 			if verbose {
 				logTo = cmd.ErrOrStderr()
 			}

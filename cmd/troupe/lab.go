@@ -154,12 +154,15 @@ func (o labOptions) up(cmd *cobra.Command, dir string) error {
 		return err
 	}
 	out := cmd.OutOrStdout()
-	fmt.Fprintf(out, "lab %s: network %s, %s (%s)\n", dir, status.Router.Masked(), status.Accel, status.Why)
+	text := fmt.Sprintf("lab %s: network %s, %s (%s)\n", dir, status.Router.Masked(), status.Accel, status.Why)
 	if o.fleet != "" {
-		fmt.Fprintf(out, "repo: %s (a working copy: %s)\n", repo, filepath.Join(dir, "fleet"))
+		text += fmt.Sprintf("repo: %s (a working copy: %s)\n", repo, filepath.Join(dir, "fleet"))
 	}
 	if status.Page != "" {
-		fmt.Fprintf(out, "page: %s\n", status.Page)
+		text += fmt.Sprintf("page: %s\n", status.Page)
+	}
+	if _, err := io.WriteString(out, text); err != nil {
+		return err
 	}
 	return printNodes(out, status.Nodes)
 }
@@ -183,7 +186,7 @@ func (o labOptions) findFleet(ctx context.Context, dir string) (*schema.Fleet, s
 		if err != nil {
 			return nil, "", err
 		}
-		defer os.RemoveAll(tmp)
+		defer func() { _ = os.RemoveAll(tmp) }()
 		repo := o.repo
 		if _, err := os.Stat(repo); err == nil {
 			if repo, err = filepath.Abs(repo); err != nil {
@@ -258,7 +261,7 @@ func startSupervisor(ctx context.Context, spec labSpec) error {
 		return err
 	}
 	defer word.Close()
-	cmd := exec.Command(self, "lab", "supervise")
+	cmd := exec.Command(self, "lab", "supervise") //nolint:noctx // the lab outlives the command that starts it
 	cmd.Stdin, cmd.Stderr, cmd.ExtraFiles = bytes.NewReader(in), log, []*os.File{wordW}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	err = cmd.Start()
@@ -293,7 +296,7 @@ func newLabSuperviseCommand() *cobra.Command {
 				return errors.Join(err, word.Close())
 			})
 			if err != nil {
-				fmt.Fprintln(word, err) // closed already where the lab was up
+				_, _ = fmt.Fprintln(word, err) // closed already where the lab was up
 			}
 			return err
 		},

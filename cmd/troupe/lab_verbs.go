@@ -96,7 +96,10 @@ func printLab(w io.Writer, s testbed.Status, output string) error {
 	case s.Serve.Ended != "":
 		serve = "ended: " + s.Serve.Ended
 	}
-	fmt.Fprintf(w, "network %s  accelerator %s (%s)\nserver %s  page %s\n", s.Router.Masked(), s.Accel, s.Why, serve, s.Page)
+	_, err := fmt.Fprintf(w, "network %s  accelerator %s (%s)\nserver %s  page %s\n", s.Router.Masked(), s.Accel, s.Why, serve, s.Page)
+	if err != nil {
+		return err
+	}
 	return printNodes(w, s.Nodes)
 }
 
@@ -256,7 +259,7 @@ func attachConsole(ctx context.Context, lab *testbed.Client, node string, from i
 		typeInto(conn, in)
 	}()
 	_, err = io.Copy(out, conn)
-	fmt.Fprintf(out, "\r\nleft the console of %s\r\n", node)
+	_, _ = fmt.Fprintf(out, "\r\nleft the console of %s\r\n", node)
 	if errors.Is(err, net.ErrClosed) {
 		return nil
 	}

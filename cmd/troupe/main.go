@@ -53,10 +53,10 @@ func run(ctx context.Context, args []string, std streams) int {
 		return exitOK
 	case errors.As(err, &exit):
 		if exit.err != nil {
-			fmt.Fprintln(std.err, exit.err)
+			_, _ = fmt.Fprintln(std.err, exit.err)
 		}
 		return exit.status
 	}
-	fmt.Fprintln(std.err, "troupe:", err)
+	_, _ = fmt.Fprintln(std.err, "troupe:", err)
 	return exitFailed
 }
