@@ -74,7 +74,7 @@ func probeGuest(ctx context.Context, accel string, boot []byte, limit time.Durat
 	if err != nil {
 		return err
 	}
-	defer os.Remove(image.Name())
+	defer func() { _ = os.Remove(image.Name()) }()
 	defer image.Close()
 	if _, err := image.Write(boot); err != nil {
 		return err

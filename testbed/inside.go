@@ -103,15 +103,15 @@ func supervise(dir string, ready *os.File) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	s, err := newSupervisor(dir, log)
 	if err == nil {
-		err = s.open()
+		err = s.open(ctx)
 	}
 	if err != nil {
-		fmt.Fprintln(ready, err)
+		_, _ = fmt.Fprintln(ready, err)
 		return err
 	}
 	if len(s.rec.Serve.Args) > 0 {
 		if err := s.server.start(s.rec.Serve.Args); err != nil {
-			fmt.Fprintln(ready, err)
+			_, _ = fmt.Fprintln(ready, err)
 			return errors.Join(err, s.close())
 		}
 	}
@@ -138,14 +138,15 @@ func mountOwn() error {
 }
 
 // open makes all of the inner half but the machines' power and the server.
-func (s *supervisor) open() error {
+func (s *supervisor) open(ctx context.Context) error {
 	if err := mountOwn(); err != nil {
 		return err
 	}
 	if err := makeNetwork(s.rec.Router, s.taps()); err != nil {
 		return err
 	}
-	proxy, err := net.Listen("tcp", uplinkAddr)
+	var lc net.ListenConfig
+	proxy, err := lc.Listen(ctx, "tcp", uplinkAddr)
 	if err != nil {
 		return fmt.Errorf("uplink: %w", err)
 	}
@@ -155,7 +156,7 @@ func (s *supervisor) open() error {
 		return dialUnix(ctx, filepath.Join(s.dir, uplinkSock))
 	}}
 	s.serving.Go(s.uplink.serve)
-	control, err := listenUnix(filepath.Join(s.dir, controlSock))
+	control, err := listenUnix(ctx, filepath.Join(s.dir, controlSock))
 	if err != nil {
 		return errors.Join(err, s.close())
 	}

@@ -91,14 +91,14 @@ func Start(ctx context.Context, cfg Config) (lab *Lab, err error) {
 		}
 	}
 	l.Client = &Client{dir: cfg.Dir, rec: rec}
-	if err := l.openUplink(cfg.Dir); err != nil {
+	if err := l.openUplink(ctx, cfg.Dir); err != nil {
 		return nil, err
 	}
-	if err := l.startInner(ctx, &l.Client.rec); err != nil {
+	if err := l.startInner(ctx, &l.rec); err != nil {
 		return nil, err
 	}
 	if cfg.Page != "" {
-		if err := l.openPage(cfg.Page); err != nil {
+		if err := l.openPage(ctx, cfg.Page); err != nil {
 			return nil, err
 		}
 	}
@@ -223,8 +223,8 @@ func (l *Lab) awaitReady(ctx context.Context, ready *os.File) error {
 }
 
 // openUplink serves the proxy that the inner half reaches by a socket.
-func (l *Lab) openUplink(dir string) error {
-	sock, err := listenUnix(filepath.Join(dir, uplinkSock))
+func (l *Lab) openUplink(ctx context.Context, dir string) error {
+	sock, err := listenUnix(ctx, filepath.Join(dir, uplinkSock))
 	if err != nil {
 		return err
 	}
@@ -235,8 +235,9 @@ func (l *Lab) openUplink(dir string) error {
 }
 
 // openPage relays connections to addr on the host to the server's page.
-func (l *Lab) openPage(addr string) error {
-	listener, err := net.Listen("tcp", addr)
+func (l *Lab) openPage(ctx context.Context, addr string) error {
+	var lc net.ListenConfig
+	listener, err := lc.Listen(ctx, "tcp", addr)
 	if err != nil {
 		return fmt.Errorf("page: %w", err)
 	}

@@ -153,7 +153,7 @@ func TestKilledLabLeavesNothing(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer unix.Close(fd)
+		t.Cleanup(func() { _ = unix.Close(fd) })
 		watched = append(watched, fd)
 	}
 	if len(watched) < 3 { // init, supervisor, QEMU

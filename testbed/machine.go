@@ -140,7 +140,7 @@ func (m *machine) on(ctx context.Context) error {
 		return err
 	}
 	defer theirs.Close()
-	cmd := exec.Command(qemuBinary, qemuArgs(m.spec, m.tap, m.accel)...)
+	cmd := exec.Command(qemuBinary, qemuArgs(m.spec, m.tap, m.accel)...) //nolint:noctx // it outlives the request: off ends it
 	// Names of sockets must be short; so must those in qemuArgs.
 	cmd.Dir, cmd.Stdout, cmd.Stderr = m.dir, out, out
 	cmd.ExtraFiles = []*os.File{theirs} // descriptor 3: see qemuArgs
@@ -293,7 +293,7 @@ func (m *machine) event(e qmp.Event) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.resets++
-	m.log.Info("reset", "byGuest", data.Guest)
+	m.log.Info("reset", "by_guest", data.Guest)
 }
 
 func (m *machine) consoleSize() int64 {

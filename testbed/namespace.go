@@ -21,7 +21,7 @@ const idRange = 65536
 
 // insideCommand is the inner half, in namespaces of its own.
 func insideCommand(binary, dir string, userns bool) *exec.Cmd {
-	cmd := exec.Command(binary, "lab", "inside", dir)
+	cmd := exec.Command(binary, "lab", "inside", dir) //nolint:noctx // the lab outlives its start: Close ends it
 	cmd.SysProcAttr = &unix.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID,
 		// A terminal's Ctrl-C is for the outer half, which then ends the inner one in order.
@@ -142,7 +142,7 @@ func Remove(dir string) error {
 func removeInside(dir string) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	cmd := exec.Command("sh", "-c", `read -r go && exec rm -rf -- "$1"`, "sh", dir)
+	cmd := exec.Command("sh", "-c", `read -r go && exec rm -rf -- "$1"`, "sh", dir) //nolint:noctx // it ends with what it removes, or with its input
 	cmd.SysProcAttr = &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER}
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out

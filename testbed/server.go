@@ -53,7 +53,7 @@ func (s *server) start(args []string) error {
 		return err
 	}
 	defer out.Close()
-	cmd := exec.Command(s.binary, s.args...)
+	cmd := exec.Command(s.binary, s.args...) //nolint:noctx // it outlives the request: stop ends it
 	cmd.Stdout, cmd.Stderr, cmd.Env = out, out, s.env
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("starting the server: %w", err)

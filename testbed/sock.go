@@ -14,7 +14,7 @@ import (
 // sockets are reached by a descriptor of their directory: through /proc/self/fd every name is short.
 
 // listenUnix listens on the socket at path, which it makes anew.
-func listenUnix(path string) (net.Listener, error) {
+func listenUnix(ctx context.Context, path string) (net.Listener, error) {
 	dir, short, err := shortPath(path)
 	if err != nil {
 		return nil, err
@@ -23,7 +23,8 @@ func listenUnix(path string) (net.Listener, error) {
 		dir.Close()
 		return nil, err
 	}
-	l, err := net.Listen("unix", short)
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "unix", short)
 	if err != nil {
 		dir.Close()
 		return nil, fmt.Errorf("listening on socket %q: %w", path, err)

@@ -17,15 +17,20 @@ import (
 // An uplink is an HTTP proxy (RFC 9110 sections 3.7 and 9.3.6) on the host's network. The lab's server fetches packages and repos through
 // it; machines cannot reach it. Where the host itself needs a proxy, by the usual variables, the uplink uses that one.
 type uplink struct {
-	log     *slog.Logger
-	server  http.Server
-	forward httputil.ReverseProxy
-	proxy   func(*http.Request) (*url.URL, error)
-	tunnels connSet // they are not the server's connections any more
+	log       *slog.Logger
+	server    http.Server
+	forward   httputil.ReverseProxy
+	transport *http.Transport // of forward
+	proxy     func(*http.Request) (*url.URL, error)
+	tunnels   connSet // they are not the server's connections any more
 }
 
 func newUplink(log *slog.Logger) *uplink {
 	u := &uplink{log: log, proxy: http.ProxyFromEnvironment}
+	u.transport = &http.Transport{
+		Proxy: u.proxy, DisableCompression: true,
+		DialContext: (&net.Dialer{Timeout: 30 * time.Second}).DialContext,
+	}
 	u.forward = httputil.ReverseProxy{
 		Rewrite:       func(*httputil.ProxyRequest) {}, // the request names its target itself
 		FlushInterval: -1,
@@ -33,10 +38,7 @@ func newUplink(log *slog.Logger) *uplink {
 			log.Warn("uplink", "url", r.URL.Redacted(), "err", err)
 			http.Error(w, err.Error(), http.StatusBadGateway)
 		},
-		Transport: &http.Transport{
-			Proxy: u.proxy, DisableCompression: true,
-			DialContext: (&net.Dialer{Timeout: 30 * time.Second}).DialContext,
-		},
+		Transport: u.transport,
 	}
 	u.server = http.Server{Handler: http.HandlerFunc(u.handle), ReadHeaderTimeout: time.Minute}
 	return u
@@ -54,7 +56,7 @@ func (u *uplink) serve(l net.Listener) {
 func (u *uplink) Close() error {
 	err := u.server.Close()
 	u.tunnels.close()
-	u.forward.Transport.(*http.Transport).CloseIdleConnections()
+	u.transport.CloseIdleConnections()
 	return err
 }
 
@@ -122,7 +124,7 @@ func connect(ctx context.Context, c net.Conn, addr string, header http.Header) (
 	if err == nil {
 		in := bufio.NewReader(c)
 		var resp *http.Response
-		if resp, err = http.ReadResponse(in, req); err == nil {
+		if resp, err = http.ReadResponse(in, req); err == nil { //nolint:bodyclose // behind it is the tunnel, and c is closed
 			if resp.StatusCode == http.StatusOK {
 				return &tunnelConn{Conn: c, in: in}, nil
 			}
@@ -163,5 +165,5 @@ func (t *tunnelConn) CloseWrite() error {
 	if half, ok := t.Conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
 	}
-	return t.Conn.Close()
+	return t.Close()
 }

@@ -95,6 +95,7 @@ func TestFirstFleet(t *testing.T) {
 
 // within makes f report to a subtest.
 func (f *fleet) within(t *testing.T) *fleet {
+	t.Helper()
 	g := *f
 	g.t = t
 	return &g
