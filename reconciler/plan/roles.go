@@ -168,7 +168,7 @@ func (e canonical) flag(b bool) canonical {
 
 func (e canonical) check(c agentapi.Check) canonical {
 	if e = e.flag(c.HTTP != nil); c.HTTP != nil {
-		e = e.num(uint64(c.HTTP.Port)).str(c.HTTP.Path).num(uint64(c.HTTP.Status))
+		e = e.num(uint64(c.HTTP.Port)).str(c.HTTP.Path).num(uint64(c.HTTP.Status)) //nolint:gosec // another number has other bytes either way
 	}
 	if e = e.flag(c.TCP != nil); c.TCP != nil {
 		e = e.num(uint64(c.TCP.Port))
@@ -177,5 +177,5 @@ func (e canonical) check(c agentapi.Check) canonical {
 	for _, arg := range c.Exec {
 		e = e.str(arg)
 	}
-	return e.num(uint64(c.Every)).num(uint64(c.Timeout))
+	return e.num(uint64(c.Every)).num(uint64(c.Timeout)) //nolint:gosec // as above
 }

@@ -36,7 +36,7 @@ func httpAuth(cfg Config, ep *transport.Endpoint) (*githttp.BasicAuth, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening the file of credentials: %w", err)
 	}
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close()
 	auth, err := findCredentials(io.LimitReader(f, 1<<20), ep)
 	if err != nil {
 		return nil, fmt.Errorf("reading credentials from %q: %w", cfg.Credentials, err)
@@ -156,7 +156,7 @@ func sshKeys(ctx context.Context, file string) (keys []ssh.Signer, release func(
 	}
 	home, err := os.UserHomeDir()
 	if err != nil {
-		return keys, release, nil // a service may have no home: then there are no default files
+		return keys, release, nil //nolint:nilerr // a service may have no home: then there are no default files
 	}
 	for _, name := range []string{"id_ed25519", "id_ecdsa", "id_rsa"} {
 		// A key that has a passphrase cannot be used without a person; the agent may have it.

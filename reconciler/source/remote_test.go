@@ -86,6 +86,7 @@ func follows(t *testing.T, work *gitRepo, cfg Config) *Repo {
 
 // served is a repository with one commit in a bare repository called fleet.git, and the directory that this lies in.
 func served(t *testing.T) (*gitRepo, string) {
+	t.Helper()
 	work := newGitRepo(t)
 	work.commit("fleet.cue", "one")
 	bare := work.bare()

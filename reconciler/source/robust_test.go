@@ -46,8 +46,13 @@ func TestBranchAndPath(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	for _, cfg := range []Config{
-		{Repo: work.dir, Path: "../x"}, {Repo: work.dir, Branch: "a..b"}, {Repo: work.dir, Branch: "a\nb"},
-		{Repo: ""}, {Repo: "ftp://example.com/x"}, {Repo: "https:///x"}, {Repo: "file://elsewhere/x"},
+		{Repo: work.dir, Path: "../x"},
+		{Repo: work.dir, Branch: "a..b"},
+		{Repo: work.dir, Branch: "a\nb"},
+		{Repo: ""},
+		{Repo: "ftp://example.com/x"},
+		{Repo: "https:///x"},
+		{Repo: "file://elsewhere/x"},
 	} {
 		cfg.Dir = t.TempDir()
 		if _, err := Open(cfg); err == nil {
@@ -170,6 +175,7 @@ func TestDamagedMirror(t *testing.T) {
 		}
 		return os.Truncate(name, min(keep, fi.Size()))
 	}
+	//nolint:thelper // only glob fails t, and it is a helper
 	for name, damage := range map[string]func(t *testing.T, dir string) error{
 		"a truncated pack": func(t *testing.T, dir string) error { return truncate(glob(t, dir, "objects/pack/*.pack"), 40) },
 		"an empty pack":    func(t *testing.T, dir string) error { return truncate(glob(t, dir, "objects/pack/*.pack"), 0) },
@@ -323,15 +329,13 @@ func TestKilled(t *testing.T) {
 // Many fetches do not leave many packs, and lose nothing that was ever in force.
 func TestCompact(t *testing.T) {
 	work := newGitRepo(t)
-	bare := ""
 	var hashes []string
 	var r *Repo
 	var early Revision
 	for i := range maxPacks + 10 {
 		hashes = append(hashes, work.commit("a", fmt.Sprint(i)))
 		if i == 0 {
-			bare = work.bare()
-			r = open(t, Config{Repo: bare})
+			r = open(t, Config{Repo: work.bare()})
 		}
 		work.git("push", "-q", "-f")
 		rev := fetch(t, r)

@@ -97,5 +97,5 @@ func (r *Repo) differs(now observation) bool {
 // less, so that many servers do not ask one remote at the same time.
 func pause(interval time.Duration, misses int) time.Duration {
 	d := backoff.Exponential(interval, max(interval, maxBackoff), max(misses, 1))
-	return d - d/10 + rand.N(d/5+1)
+	return d - d/10 + rand.N(d/5+1) //nolint:gosec // a wait is no secret
 }

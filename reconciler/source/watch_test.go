@@ -3,14 +3,13 @@ package source
 import (
 	"context"
 	"errors"
-	"os"
-	"path/filepath"
-	"testing"
-	"time"
-
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"sync/atomic"
+	"testing"
+	"time"
 )
 
 // watch runs Watch and returns its wake-ups, and a function that ends it.

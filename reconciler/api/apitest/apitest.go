@@ -138,7 +138,7 @@ func (f *Fleet) Release(role string) digest.Digest {
 func (f *Fleet) Declare(n int, role string) string {
 	name := fmt.Sprintf("n%d", n)
 	f.Schema.Hosts[name] = schema.Host{
-		Name: name, MAC: MAC(n), Address: netip.AddrFrom4([4]byte{10, 77, byte(n >> 8), byte(10 + n)}), Role: role,
+		Name: name, MAC: MAC(n), Address: netip.AddrFrom4([4]byte{10, 77, byte(n >> 8), byte(10 + n)}), Role: role, //nolint:gosec // a test has few hosts
 	}
 	f.Assign(name, role, 1, "new host")
 	return name
