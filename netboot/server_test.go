@@ -148,8 +148,8 @@ func TestBootFromROM(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer console.Close() //nolint:errcheck // it was only read
-	defer screen.Close()  //nolint:errcheck // QEMU has its own
+	defer console.Close()
+	defer screen.Close() // QEMU has its own
 	cmd := exec.Command("qemu-system-x86_64", "-m", "128", "-nographic", "-no-reboot", "-boot", "n",
 		"-netdev", "tap,id=n,ifname=tap0,script=no,downscript=no", "-device", "virtio-net-pci,netdev=n,mac="+mac)
 	cmd.Stdout, cmd.Stderr = screen, screen
@@ -233,7 +233,7 @@ func fetch(t *testing.T, path string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer resp.Body.Close() //nolint:errcheck // it was only read
+	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)
 	if err != nil {
 		t.Fatal(err)

@@ -80,7 +80,8 @@ func (c *Conn) Receive(buf []byte) (Packet, error) {
 	}
 	p := Packet{Data: buf[:n], Port: c.port, Local: c.addrs()}
 	if u, ok := from.(*net.UDPAddr); ok {
-		p.From = netip.AddrPortFrom(u.AddrPort().Addr().Unmap(), uint16(u.Port))
+		a := u.AddrPort()
+		p.From = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
 	}
 	if cm != nil {
 		p.To = addrOf(cm.Dst)

@@ -25,6 +25,7 @@ const (
 func frame(srcMAC, dstMAC net.HardwareAddr, src, dst netip.AddrPort, data []byte) []byte {
 	b := make([]byte, etherLen+ipLen+udpLen, etherLen+ipLen+udpLen+len(data))
 	b = append(b, data...)
+	length := uint16(udpLen + len(data)) //nolint:gosec // an answer of ours is far below 64 KiB
 
 	copy(b[0:6], dstMAC)
 	copy(b[6:12], srcMAC)
@@ -32,7 +33,7 @@ func frame(srcMAC, dstMAC net.HardwareAddr, src, dst netip.AddrPort, data []byte
 
 	ip := b[etherLen:]
 	ip[0] = 0x45
-	binary.BigEndian.PutUint16(ip[2:4], uint16(ipLen+udpLen+len(data)))
+	binary.BigEndian.PutUint16(ip[2:4], ipLen+length)
 	ip[8], ip[9] = ttl, protocolUDP
 	srcIP, dstIP := src.Addr().As4(), dst.Addr().As4()
 	copy(ip[12:16], srcIP[:])
@@ -42,8 +43,8 @@ func frame(srcMAC, dstMAC net.HardwareAddr, src, dst netip.AddrPort, data []byte
 	udp := ip[ipLen:]
 	binary.BigEndian.PutUint16(udp[0:2], src.Port())
 	binary.BigEndian.PutUint16(udp[2:4], dst.Port())
-	binary.BigEndian.PutUint16(udp[4:6], uint16(udpLen+len(data)))
-	pseudo := sum(protocolUDP+uint32(udpLen+len(data)), ip[12:20]) // RFC 768: addresses, protocol and length count too
+	binary.BigEndian.PutUint16(udp[4:6], length)
+	pseudo := sum(protocolUDP+uint32(length), ip[12:20]) // RFC 768: addresses, protocol and length count too
 	check := ^sum(uint32(pseudo), udp)
 	if check == 0 {
 		check = 0xffff // 0 means that there is none

@@ -123,7 +123,7 @@ func (q *quiet) put(level slog.Level, msg string, args []any) {
 		q.kept = 0
 	}
 	q.mu.Unlock()
-	q.log.Log(context.Background(), level, msg, args...)
+	q.log.Log(context.Background(), level, msg, args...) //nolint:sloglint // a literal of the caller
 }
 
 // clean is a name that a machine chose for itself, with nothing in it that could upset a terminal or a log, and short.

@@ -2,6 +2,7 @@ package dhcp
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -109,7 +110,8 @@ func (p *pool) free(a netip.Addr, mac string, now time.Time) bool {
 		return true
 	}
 	l, o := p.leases[other], p.offers[other]
-	return !(l.Address == a && now.Before(l.Expires)) && !(o.addr == a && now.Before(o.until))
+	leased, offered := l.Address == a && now.Before(l.Expires), o.addr == a && now.Before(o.until)
+	return !leased && !offered
 }
 
 // hold makes a mac's for offerHold. Whoever had it before loses it; free said that nobody has it now.
@@ -266,8 +268,9 @@ func startOf(mac string, size uint32) uint32 {
 }
 
 func nth(first netip.Addr, i uint32) netip.Addr {
-	v := number(first) + i
-	return netip.AddrFrom4([4]byte{byte(v >> 24), byte(v >> 16), byte(v >> 8), byte(v)})
+	var b [4]byte
+	binary.BigEndian.PutUint32(b[:], number(first)+i)
+	return netip.AddrFrom4(b)
 }
 
 func number(a netip.Addr) uint32 {

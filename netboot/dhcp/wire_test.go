@@ -254,7 +254,7 @@ func TestLossyNetwork(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close() //nolint:errcheck // the test is over
+	defer c.Close()
 	if _, err := c.Request(t.Context()); err != nil {
 		t.Error(err)
 	}
@@ -371,7 +371,7 @@ func startDnsmasq(t *testing.T, ns *nettest.NS) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer w.Close() //nolint:errcheck // dnsmasq has its own
+	defer w.Close() // dnsmasq has its own
 	cmd.Stderr, cmd.Stdout = w, w
 	ns.Start(t, cmd)
 	t.Cleanup(func() { _ = r.Close() })

@@ -200,7 +200,7 @@ func (h *Handler) file(w http.ResponseWriter, r *http.Request) {
 		h.openProblem(w, err, "boot loader "+name)
 		return
 	}
-	defer f.Close()                                   //nolint:errcheck // it was only read
+	defer f.Close()
 	w.Header().Set("Content-Type", "application/efi") // EDK2 goes by this, or by the name's ending
 	h.serve(w, r, f, Transfer{Name: name, Peer: peer(r)})
 }
@@ -216,7 +216,7 @@ func (h *Handler) blob(w http.ResponseWriter, r *http.Request) {
 		h.openProblem(w, err, "blob "+d.String())
 		return
 	}
-	defer f.Close() //nolint:errcheck // it was only read
+	defer f.Close()
 	w.Header().Set("Content-Type", "application/octet-stream")
 	w.Header().Set("ETag", `"`+d.String()+`"`)
 	w.Header().Set("Cache-Control", "public, max-age=31536000, immutable")
@@ -234,7 +234,7 @@ func (h *Handler) openProblem(w http.ResponseWriter, err error, what string) {
 		problem(w, http.StatusNotFound, "no "+what)
 		return
 	}
-	h.log().Error("opening "+what, "err", err)
+	h.log().Error("opening a file to send", "what", what, "err", err)
 	problem(w, http.StatusInternalServerError, what+" cannot be read")
 }
 

@@ -88,7 +88,7 @@ func (s *site) get(t *testing.T, path string, header ...string) (*http.Response,
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer resp.Body.Close() //nolint:errcheck // it was only read
+	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)
 	if err != nil {
 		t.Fatal(err)
@@ -291,7 +291,7 @@ func TestHTTP10(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close() //nolint:errcheck // it was only read
+	defer c.Close()
 	if _, err := io.WriteString(c, "GET /boot/ipxe?mac=02:00:00:00:00:01 HTTP/1.0\r\n\r\n"); err != nil {
 		t.Fatal(err)
 	}

@@ -128,7 +128,7 @@ func safe(a string) error {
 	case strings.Join(strings.Fields(a), " ") != a:
 		return errors.New("has white space at an end, or more than one space in a row")
 	}
-	for _, f := range strings.Fields(a) {
+	for f := range strings.FieldsSeq(a) {
 		if f == "||" || f == "&&" {
 			return fmt.Errorf("has %s, at which the boot loader would end the command", f)
 		}
@@ -155,7 +155,7 @@ func text(s string) string {
 		return c
 	}, strings.ReplaceAll(s, "${", "$ {"))
 	var words []string
-	for _, f := range strings.Fields(s) {
+	for f := range strings.FieldsSeq(s) {
 		if f != "||" && f != "&&" {
 			words = append(words, f)
 		}

@@ -153,7 +153,7 @@ func linkLocal(mac net.HardwareAddr) []byte {
 
 // checksum is that of RFC 4443 section 2.3: over the addresses, the length, the protocol and the message.
 func checksum(addrs, icmp []byte) uint16 {
-	sum := uint32(len(icmp)) + protocolICMP
+	sum := uint32(len(icmp)) + protocolICMP   //nolint:gosec // an advertisement has advLen bytes
 	for _, b := range [][]byte{addrs, icmp} { // both of even length
 		for ; len(b) >= 2; b = b[2:] {
 			sum += uint32(binary.BigEndian.Uint16(b))

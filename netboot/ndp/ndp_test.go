@@ -115,7 +115,7 @@ func TestKernelAsks(t *testing.T) {
 		raw, err = net.ListenIP("ip6:ipv6-icmp", &net.IPAddr{IP: net.IPv6unspecified})
 		return err
 	})
-	defer raw.Close() //nolint:errcheck // it was only read
+	defer raw.Close()
 	if err := raw.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
 		t.Fatal(err)
 	}

@@ -142,7 +142,7 @@ func (r *runner) transfer(name string, to io.ReaderFrom) (probe bool, n int64, e
 	if err != nil {
 		return false, 0, fmt.Errorf("opening %q: %w", name, err)
 	}
-	defer f.Close() //nolint:errcheck // it was only read
+	defer f.Close()
 	src := &source{ReadSeeker: f, stop: r.stop}
 	n, err = to.ReadFrom(src)
 	var timeout net.Error
