@@ -109,10 +109,10 @@ func (b *Builder) bootstrap(ctx context.Context, r images.BaseRecipe, scratch st
 // the machine's, which packages would write into their files; otherwise it makes the namespaces that it needs itself.
 func mmdebstrap(r images.BaseRecipe, hook string) *exec.Cmd {
 	if !isRoot() {
-		return exec.Command("mmdebstrap", mmdebstrapArgs(r, hook, "unshare")...)
+		return exec.Command("mmdebstrap", mmdebstrapArgs(r, hook, "unshare")...) //nolint:noctx // steps.run ends it
 	}
 	const script = `hostname localhost; exec "$0" "$@"`
-	return exec.Command("/bin/sh", append([]string{"-ec", script, "mmdebstrap"}, mmdebstrapArgs(r, hook, "root")...)...)
+	return exec.Command("/bin/sh", append([]string{"-ec", script, "mmdebstrap"}, mmdebstrapArgs(r, hook, "root")...)...) //nolint:noctx // steps.run ends it
 }
 
 func mmdebstrapArgs(r images.BaseRecipe, hook, mode string) []string {

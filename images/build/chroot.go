@@ -251,7 +251,7 @@ func (c *chroot) sh(ctx context.Context, command string, online bool) error {
 	if !online {
 		network, flags = "none", flags|syscall.CLONE_NEWNET
 	}
-	cmd := exec.Command("/bin/sh", "-c", chrootScript, "chroot", c.dir, network, command)
+	cmd := exec.Command("/bin/sh", "-c", chrootScript, "chroot", c.dir, network, command) //nolint:noctx // steps.run ends it
 	cmd.Env, cmd.Dir = environ(""), "/"
 	return c.s.run(ctx, cmd, flags)
 }
@@ -341,7 +341,7 @@ func diskEntry(full string) (entry, error) {
 		return entry{}, fmt.Errorf("reading %q: %w", full, err)
 	}
 	e := entry{
-		mode: st.Mode, uid: st.Uid, gid: st.Gid, rdev: uint32(st.Rdev), mtime: time.Unix(st.Mtim.Unix()),
+		mode: st.Mode, uid: st.Uid, gid: st.Gid, rdev: uint32(st.Rdev), mtime: time.Unix(st.Mtim.Unix()), //nolint:gosec // the kernel has 32 bits for a device
 	}
 	var err error
 	switch e.kind() {

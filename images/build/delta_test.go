@@ -75,6 +75,7 @@ urwxr-xr-x 0:0 usr/local/bin/tool ""
 
 // newBuilderOn is b with another scratch directory.
 func newBuilderOn(t *testing.T, b *Builder) *Builder {
+	t.Helper()
 	return &Builder{Store: b.Store, Dir: t.TempDir()}
 }
 

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-
 	"io/fs"
 	"os"
 	"os/exec"
@@ -229,6 +228,7 @@ func (r *recorder) Write(p []byte) (int, error) {
 
 // cancelAt is a context that ends when the recorder's build writes a line with text in it.
 func cancelAt(t *testing.T, text string) (context.Context, *recorder) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	t.Cleanup(cancel)
 	return ctx, &recorder{onLine: func(line string) {

@@ -71,7 +71,7 @@ func (b *Builder) newImage(ctx context.Context, scratch string) (*imageWriter, e
 		return nil, err
 	}
 	out := &stoppable{WriteSeeker: blob}
-	w := erofs.Create(out, erofs.WithTempDir(scratch), erofs.WithBuildTime(uint64(epoch.Unix()), 0))
+	w := erofs.Create(out, erofs.WithTempDir(scratch), erofs.WithBuildTime(uint64(epoch.Unix()), 0)) //nolint:gosec // it is after 1970
 	return &imageWriter{blob: blob, out: out, fs: w, seen: make(map[string]bool)}, nil
 }
 
@@ -96,7 +96,7 @@ func (w *imageWriter) create(name string, e entry) error {
 	case unix.S_IFREG:
 		return w.createFile(name, e)
 	}
-	return w.fs.Mknod(name, uint16(e.mode), e.rdev)
+	return w.fs.Mknod(name, uint16(e.mode), e.rdev) //nolint:gosec // kind and permissions are 16 bits: inode(7)
 }
 
 func (w *imageWriter) createFile(name string, e entry) error {

@@ -124,8 +124,10 @@ func (a *archive) compress(w io.Writer) (int64, error) {
 	}
 	cw := cpio.Newc.Writer(z)
 	var total int64
-	for i, name := range slices.Sorted(maps.Keys(a.entries)) {
-		n, err := writeEntry(cw, name, a.entries[name], i+1)
+	var ino uint64
+	for _, name := range slices.Sorted(maps.Keys(a.entries)) {
+		ino++
+		n, err := writeEntry(cw, name, a.entries[name], ino)
 		if err != nil {
 			return 0, errors.Join(err, z.Close())
 		}
@@ -137,7 +139,7 @@ func (a *archive) compress(w io.Writer) (int64, error) {
 	return total, z.Close()
 }
 
-func writeEntry(cw cpio.RecordWriter, name string, e entry, ino int) (int64, error) {
+func writeEntry(cw cpio.RecordWriter, name string, e entry, ino uint64) (int64, error) {
 	rec := e.rec
 	if e.load != nil {
 		b, err := e.load()
@@ -147,7 +149,7 @@ func writeEntry(cw cpio.RecordWriter, name string, e entry, ino int) (int64, err
 		rec = cpio.StaticRecord(b, rec.Info)
 	}
 	rec = cpio.MakeReproducible(rec)
-	rec.Ino = uint64(ino)
+	rec.Ino = ino
 	rec.NLink = 1
 	// The format has 32 bits for a size, and pkg/cpio stores the low ones of a greater one without an error.
 	if rec.FileSize > math.MaxUint32 {

@@ -2,6 +2,7 @@ package initramfs
 
 import (
 	"path"
+	"slices"
 	"strings"
 )
 
@@ -81,12 +82,7 @@ var needed = []string{"erofs", "ext4", "loop", "overlay"}
 
 // wanted says whether the module at rel, below kernel/ and without its suffix, is one to take.
 func wanted(rel string) bool {
-	for _, n := range takeNames {
-		if n == moduleName(path.Base(rel)) {
-			return true
-		}
-	}
-	return below(rel, takeDirs) && !below(rel, leaveOut)
+	return slices.Contains(takeNames, moduleName(path.Base(rel))) || below(rel, takeDirs) && !below(rel, leaveOut)
 }
 
 func below(rel string, dirs []string) bool {

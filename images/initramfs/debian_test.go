@@ -134,8 +134,10 @@ func modules(root fs.FS, kver string) ([]byte, initramfs.Summary, error) {
 }
 
 func TestModulesOfDebian(t *testing.T) {
-	common := []string{"virtio_net", "virtio_blk", "virtio_scsi", "sd_mod", "erofs", "overlay", "loop", "dm_verity", "vfat", "iscsi_tcp",
-		"8021q", "bonding"}
+	common := []string{
+		"virtio_net", "virtio_blk", "virtio_scsi", "sd_mod", "erofs", "overlay", "loop", "dm_verity", "vfat", "iscsi_tcp",
+		"8021q", "bonding",
+	}
 	for meta, want := range map[string][]string{
 		cloud:   slices.Concat(common, []string{"ena", "gve", "hv_netvsc", "mana"}),
 		generic: slices.Concat(common, []string{"ahci", "nvme", "e1000e", "igb", "r8169", "tg3", "usb_storage", "usbhid", "xhci_pci", "i6300esb", "megaraid_sas", "crc32c_generic"}),

@@ -467,14 +467,17 @@ func FuzzList(f *testing.F) {
 }
 
 func xzOf(t testing.TB, b []byte) []byte {
+	t.Helper()
 	return squeeze(t, b, func(w io.Writer) (io.WriteCloser, error) { return xz.NewWriter(w) })
 }
 
 func zstdOf(t testing.TB, b []byte) []byte {
+	t.Helper()
 	return squeeze(t, b, func(w io.Writer) (io.WriteCloser, error) { return zstd.NewWriter(w) })
 }
 
 func gzipOf(t testing.TB, b []byte) []byte {
+	t.Helper()
 	return squeeze(t, b, func(w io.Writer) (io.WriteCloser, error) { return gzip.NewWriter(w), nil })
 }
 

@@ -203,7 +203,7 @@ func readModinfo(ko []byte) (modinfo, error) {
 // parseModinfo takes "key=value" strings that each end in NUL; what it does not know, it leaves alone.
 func parseModinfo(b []byte) modinfo {
 	var mi modinfo
-	for _, kv := range strings.Split(string(b), "\x00") {
+	for kv := range strings.SplitSeq(string(b), "\x00") {
 		key, value, _ := strings.Cut(kv, "=")
 		// The values become lines of modules.dep and its like.
 		if value == "" || strings.ContainsAny(value, "\r\n") {
@@ -228,7 +228,7 @@ func parseModinfo(b []byte) modinfo {
 func softPre(line string) []string {
 	var names []string
 	pre := false
-	for _, w := range strings.Fields(line) {
+	for w := range strings.FieldsSeq(line) {
 		if strings.HasSuffix(w, ":") {
 			pre = w == "pre:"
 		} else if pre {

@@ -146,7 +146,7 @@ func identOf(fi fs.FileInfo) ident {
 	if !ok {
 		return ident{} // equals no file's: it will be hashed
 	}
-	return ident{dev: uint64(st.Dev), ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
+	return ident{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
 }
 
 // hashFile reads r to its end and reports whether its bytes are those that want names.

@@ -20,9 +20,16 @@ type Writer struct {
 	s *Store
 }
 
-func (w *Writer) Write(p []byte) (int, error)               { return w.f.Write(p) }
-func (w *Writer) WriteAt(p []byte, off int64) (int, error)  { return w.f.WriteAt(p, off) }
-func (w *Writer) ReadAt(p []byte, off int64) (int, error)   { return w.f.ReadAt(p, off) }
+// Write implements io.Writer.
+func (w *Writer) Write(p []byte) (int, error) { return w.f.Write(p) }
+
+// WriteAt implements io.WriterAt.
+func (w *Writer) WriteAt(p []byte, off int64) (int, error) { return w.f.WriteAt(p, off) }
+
+// ReadAt implements io.ReaderAt.
+func (w *Writer) ReadAt(p []byte, off int64) (int, error) { return w.f.ReadAt(p, off) }
+
+// Seek implements io.Seeker.
 func (w *Writer) Seek(off int64, whence int) (int64, error) { return w.f.Seek(off, whence) }
 
 // Truncate sets the size in bytes; where it grows the blob, the new part reads as zeros.

@@ -26,7 +26,7 @@ func (b *Backoff) Next() time.Duration {
 	}
 	b.tries++
 	d := Exponential(first, limit, b.tries)
-	return d/2 + rand.N(d/2+1)
+	return d/2 + rand.N(d/2+1) //nolint:gosec // a wait is no secret
 }
 
 // Exponential is the wait after so many failed tries, counted from 1, without a random part: first, twice that, four

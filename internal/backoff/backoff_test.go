@@ -10,8 +10,8 @@ import (
 
 func TestNextDoublesUpToTheLimit(t *testing.T) {
 	b := Backoff{First: 100 * time.Millisecond, Limit: time.Second}
-	for i, step := range []time.Duration{100, 200, 400, 800, 1000, 1000} {
-		step *= time.Millisecond
+	for i, ms := range []int{100, 200, 400, 800, 1000, 1000} {
+		step := time.Duration(ms) * time.Millisecond
 		if d := b.Next(); d < step/2 || d > step {
 			t.Errorf("try %d: waits %v, want between %v and %v", i, d, step/2, step)
 		}
