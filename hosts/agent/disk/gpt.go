@@ -63,8 +63,8 @@ func writeGPT(w writer, size, block int64, name string) error {
 	entries := make([]byte, gptEntries*gptEntrySize)
 	copy(entries, linuxData[:])
 	copy(entries[16:], guid(guids[16:]))
-	binary.LittleEndian.PutUint64(entries[32:], uint64(first))
-	binary.LittleEndian.PutUint64(entries[40:], uint64(last))
+	putBlock(entries[32:], first)
+	putBlock(entries[40:], last)
 	for i, u := range utf16.Encode([]rune(name)) {
 		if i < 36 {
 			binary.LittleEndian.PutUint16(entries[56+2*i:], u)
@@ -112,17 +112,22 @@ func (h gptHeader) bytes(my, other, entries int64) []byte {
 	copy(b, "EFI PART")
 	le.PutUint32(b[8:], 0x00010000)
 	le.PutUint32(b[12:], 92)
-	le.PutUint64(b[24:], uint64(my))
-	le.PutUint64(b[32:], uint64(other))
-	le.PutUint64(b[40:], uint64(2+h.entryBlocks))
-	le.PutUint64(b[48:], uint64(h.blocks-h.entryBlocks-2))
+	putBlock(b[24:], my)
+	putBlock(b[32:], other)
+	putBlock(b[40:], 2+h.entryBlocks)
+	putBlock(b[48:], h.blocks-h.entryBlocks-2)
 	copy(b[56:], h.guid)
-	le.PutUint64(b[72:], uint64(entries))
+	putBlock(b[72:], entries)
 	le.PutUint32(b[80:], gptEntries)
 	le.PutUint32(b[84:], gptEntrySize)
 	le.PutUint32(b[88:], h.crc)
 	le.PutUint32(b[16:], crc32.ChecksumIEEE(b[:92]))
 	return b
+}
+
+// putBlock writes the number of a block, which is never negative.
+func putBlock(b []byte, n int64) {
+	binary.LittleEndian.PutUint64(b, uint64(n)) //nolint:gosec // see above
 }
 
 func claimBlock(block int64) []byte {
@@ -169,7 +174,7 @@ func readTable(r io.ReaderAt, size, block, at int64) ([]Entry, error) {
 		return nil, errNoGPT
 	}
 	start, count, esize := le.Uint64(h[72:]), le.Uint32(h[80:]), le.Uint32(h[84:])
-	if count > 1024 || esize < 128 || esize > 4096 || start > uint64(size/block) {
+	if count > 1024 || esize < 128 || esize > 4096 || start > uint64(size/block) { //nolint:gosec // both are positive: see readGPT
 		return nil, errNoGPT
 	}
 	table := make([]byte, int(count)*int(esize))
@@ -191,7 +196,7 @@ func parseEntries(table []byte, esize int, size, block int64) []Entry {
 			continue
 		}
 		first, last := le.Uint64(e[32:]), le.Uint64(e[40:])
-		if last < first || last >= uint64(size/block) {
+		if last < first || last >= uint64(size/block) { //nolint:gosec // both are positive: see readGPT
 			continue
 		}
 		units := make([]uint16, 36)

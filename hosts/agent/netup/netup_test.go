@@ -85,8 +85,10 @@ func (w *wire) serve(args ...string) {
 	w.t.Helper()
 	w.stopServer()
 	log := filepath.Join(w.dir, "dnsmasq.log")
-	base := []string{"-t", fmt.Sprint(w.holder.Process.Pid), "-n", "dnsmasq", "--no-daemon", "--conf-file=/dev/null", "--port=0", "--interface=srv", "--bind-interfaces",
-		"--dhcp-authoritative", "--no-ping", "--log-dhcp", "--user=root", "--log-facility=" + log, "--dhcp-leasefile=" + filepath.Join(w.dir, "leases")}
+	base := []string{
+		"-t", fmt.Sprint(w.holder.Process.Pid), "-n", "dnsmasq", "--no-daemon", "--conf-file=/dev/null", "--port=0", "--interface=srv", "--bind-interfaces",
+		"--dhcp-authoritative", "--no-ping", "--log-dhcp", "--user=root", "--log-facility=" + log, "--dhcp-leasefile=" + filepath.Join(w.dir, "leases"),
+	}
 	w.server = exec.Command("nsenter", append(base, args...)...)
 	w.server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := w.server.Start(); err != nil {

@@ -70,7 +70,7 @@ func replace(dir int, name string, f File) error {
 	if err != nil {
 		return err
 	}
-	file := os.NewFile(uintptr(fd), name) //nolint:gosec // a descriptor that open returned
+	file := os.NewFile(uintptr(fd), name)
 	_, err = file.WriteString(f.Content)
 	// The owner comes before the mode: chown clears the set-user-ID bit.
 	err = errors.Join(err, unix.Fchown(fd, int(f.UID), int(f.GID)), unix.Fchmod(fd, f.Mode&0o7777), file.Close())
