@@ -86,7 +86,7 @@ func (f *follow) run(ctx context.Context) error {
 			}
 		case err := <-watched:
 			if ctx.Err() != nil {
-				return nil //nolint:nilerr // the watch ended because ctx did
+				return nil
 			}
 			return fmt.Errorf("watching the fleet's repo: %w", err)
 		}

@@ -501,8 +501,10 @@ func TestBaseTreeLeavesIdleUnitsOut(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, d := range []string{"", "boot", "etc", "etc/systemd", "etc/systemd/system", "sbin", "var", "var/lib", "var/lib/dpkg",
-		"etc/systemd/system/default.target.wants", "etc/systemd/system/multi-user.target.wants", "etc/systemd/system/timers.target.wants"} {
+	for _, d := range []string{
+		"", "boot", "etc", "etc/systemd", "etc/systemd/system", "sbin", "var", "var/lib", "var/lib/dpkg",
+		"etc/systemd/system/default.target.wants", "etc/systemd/system/multi-user.target.wants", "etc/systemd/system/timers.target.wants",
+	} {
 		add(tar.Header{Typeflag: tar.TypeDir, Name: "./" + d + "/", Mode: 0o755}, "")
 	}
 	add(tar.Header{Typeflag: tar.TypeReg, Name: "./boot/vmlinuz-6", Mode: 0o644}, "kernel")
