@@ -26,7 +26,8 @@ test: ## everything, the lab's tests in QEMU included
 	$(GO) test -race -short -p 2 -timeout 30m $$($(GO) list ./... | grep -v /testbed)
 
 lint: ## what go vet does not see
-	$(GO) run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.6.2 run ./...
+	@.ci/packages build
+	$(GO) run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.11.0 run ./...
 
 bench: ## a report, no verdict
 	@.ci/packages test
