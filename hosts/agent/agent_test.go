@@ -388,6 +388,93 @@ func TestServiceReportsWhyItCannotMoveOn(t *testing.T) {
 	}
 }
 
+// TestServiceDoesNotRebootForEver has a server that tells a boot another assignment than the system that it boots.
+func TestServiceDoesNotRebootForEver(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	a.Checks = passing
+	n := newNode(t, a, &s)
+	reboots, stop := n.start()
+	n.wait("health", healthy)
+	b := assigned(&s, "web", 2)
+	b.Node.Digest = digest.Of([]byte("other files"))
+	b.Checks = passing
+	s.Assign(b)
+	<-reboots
+	_ = stop()
+
+	reboots, stop = n.start() // still with a: that is what the boot was told
+	n.wait("word of it", func(r agentapi.Report) bool {
+		return strings.Contains(r.Error, "generation 2, role web: not reached, reboots in a row: 1; rebooting again in 1m0s")
+	})
+	n.wait("the stage", func(agentapi.Report) bool { return strings.HasSuffix(n.stages(), "stage failed") })
+	if len(reboots) > 0 {
+		t.Error("it rebooted at once")
+	}
+	c := assigned(&s, "web", 3)
+	c.Checks = passing
+	s.Assign(c) // back to what runs
+	n.wait("recovery", func(r agentapi.Report) bool { return r.Error == "" && r.Running.Generation == 3 })
+	_ = stop()
+	if got := n.goal(); got != 1 {
+		t.Errorf("%d reboots are in a row, want 1: it did not run for long", got)
+	}
+
+	s.Assign(b)
+	k, err := loadState(filepath.Join(n.dir, "run", stateFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.change(func(st *RunState) { st.Assignment = b }); err != nil { // the boot was told b at last
+		t.Fatal(err)
+	}
+	_, stop = n.start()
+	n.wait("the goal", func(r agentapi.Report) bool { return healthy(r) && r.Running.Generation == 2 })
+	_ = stop()
+	if got := n.goal(); got != 0 {
+		t.Errorf("%d reboots are in a row after they led to the goal", got)
+	}
+}
+
+// goal is how many reboots in a row the node remembers.
+func (n *node) goal() int {
+	n.t.Helper()
+	c, err := cache.Open(filepath.Join(n.dir, "cache"), nothing)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return c.State().GoalTries
+}
+
+func TestServiceForgetsRebootsOnceItSettled(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	n := newNode(t, a, &s)
+	svc, err := newService(filepath.Join(n.dir, "run", stateFile), nothing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := svc.cache.SetState(func(st *cache.State) { st.Goal, st.GoalTries = "elsewhere", 3 }); err != nil {
+		t.Fatal(err)
+	}
+	svc.settle = time.Millisecond
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- svc.run(ctx) }()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for svc.cache.State().GoalTries != 0 {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Fatal("it never forgets them")
+		}
+	}
+	cancel()
+	<-done
+}
+
 func TestServiceTellsARetryAndNoFailure(t *testing.T) {
 	var s agentapitest.Server
 	var healed atomic.Bool

@@ -112,7 +112,10 @@ func (b *boot) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return b.leave(ctx, ready)
+	err = b.leave(ctx, ready)
+	b.rep.fail(err)
+	flush(ctx, b.rep, 3*time.Second)
+	return err
 }
 
 // loadDrivers loads the modules for the devices, and then those for file systems, in the background.

@@ -32,6 +32,7 @@ type service struct {
 	rep    *reporter
 	fol    *follower
 	staged staged
+	settle time.Duration                                     // settleAfter; another one in tests
 	reboot func(ctx context.Context, log *slog.Logger) error // replaced in tests
 }
 
@@ -54,7 +55,7 @@ func newService(statePath string, log *slog.Logger) (*service, error) {
 	if err := check(st.Assignment); err != nil {
 		return nil, fmt.Errorf("what the boot left: %w", err)
 	}
-	s := &service{log: log, state: k, reboot: rebootSystem}
+	s := &service{log: log, state: k, reboot: rebootSystem, settle: settleAfter}
 	if s.client, err = agentapi.NewClient(st.Server, nil); err != nil {
 		return nil, err
 	}
@@ -102,6 +103,9 @@ func (s *service) run(ctx context.Context) error {
 	defer wg.Wait()
 	defer cancel()
 	s.rep.mark(agentapi.Mark{Stage: agentapi.StageService})
+	if s.cache.State().Goal == deltaID(s.state.get().Assignment) {
+		s.forgetGoal()
+	}
 	wg.Go(func() { s.rep.run(ctx) })
 	wg.Go(func() { s.fol.run(ctx) })
 	wg.Go(s.trimDeltas)
@@ -132,6 +136,7 @@ func (s *service) pursue(ctx context.Context) error {
 	stopChecks := s.startChecks(ctx)
 	defer func() { stopChecks() }()
 	tries := backoff.Backoff{First: 5 * time.Second, Limit: 2 * time.Minute}
+	isSettled := false
 	for {
 		select {
 		case <-s.fol.changed:
@@ -144,10 +149,16 @@ func (s *service) pursue(ctx context.Context) error {
 		case goOn:
 			s.rep.update(false, func(r *agentapi.Report) { r.Staged = "" })
 			s.rep.fail(nil)
+			if isSettled {
+				s.forgetGoal()
+			} else {
+				again = time.After(s.settle)
+			}
 		case adopt:
 			stopChecks()
 			s.adopt(a)
 			stopChecks = s.startChecks(ctx)
+			continue
 		case moveOn, discover:
 			err := s.whileCurrent(ctx, func(current context.Context) error { return s.prepare(current, a, d) })
 			if err == nil {
@@ -169,7 +180,9 @@ func (s *service) pursue(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-again:
+			isSettled = true
 		case <-s.fol.changed:
+			isSettled = false
 			tries.Reset()
 		}
 	}
@@ -271,7 +284,7 @@ func (s *service) whileCurrent(ctx context.Context, f func(context.Context) erro
 // prepare does all that comes before the reboot into an assignment.
 func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision) error {
 	s.rep.forget(agentapi.StageStage, agentapi.StageReboot) // an earlier assignment may have come as far
-	why := "no host of the fleet is this machine any more"
+	why, goal := "no host of the fleet is this machine any more", "discovery"
 	if d == discover {
 		if err := s.confirm(ctx); err != nil {
 			return err
@@ -283,12 +296,45 @@ func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision
 		if err := s.stage(ctx, a); err != nil {
 			return err
 		}
-		why = fmt.Sprintf("generation %d, role %s", a.Generation, a.Role)
+		why, goal = fmt.Sprintf("generation %d, role %s", a.Generation, a.Role), deltaID(a)
+	}
+	tries, err := s.awaitTurn(ctx, goal, why)
+	if err != nil {
+		return err
 	}
 	s.rep.fail(nil)
 	s.rep.mark(agentapi.Mark{Stage: agentapi.StageReboot, Detail: why})
 	flush(ctx, s.rep, 5*time.Second)
-	return ctx.Err() // the last moment to hear of a newer one
+	if ctx.Err() != nil { // the last moment to hear of a newer one
+		return ctx.Err()
+	}
+	// A reboot that cannot be counted could be the first of many.
+	return s.cache.SetState(func(st *cache.State) { st.Goal, st.GoalTries = goal, tries+1 })
+}
+
+// settleAfter is how long a node goes on as it is until its reboots before that are no longer in a row with the next
+// one. A server that tells the system something else than the boot does so at once.
+const settleAfter = 2 * time.Minute
+
+// awaitTurn waits before a reboot to a goal to which reboots before it did not lead, longer each time: the boot was told
+// something else than this life is. It returns how many those were.
+func (s *service) awaitTurn(ctx context.Context, goal, why string) (tries int, err error) {
+	if st := s.cache.State(); st.Goal == goal {
+		tries = st.GoalTries
+	}
+	if tries == 0 {
+		return 0, nil
+	}
+	wait := backoff.Exponential(time.Minute, 15*time.Minute, tries)
+	s.rep.fail(fmt.Errorf("%s: not reached, reboots in a row: %d; rebooting again in %v", why, tries, wait))
+	return tries, backoff.Sleep(ctx, wait)
+}
+
+// forgetGoal ends the row of reboots.
+func (s *service) forgetGoal() {
+	if err := s.cache.SetState(func(st *cache.State) { st.Goal, st.GoalTries = "", 0 }); err != nil {
+		s.log.Warn("the cache's state cannot be written", "error", err)
+	}
 }
 
 // confirm asks a second time whether the machine is in no fleet.

@@ -54,6 +54,10 @@ type State struct {
 	// another one must not make a machine boot for ever.
 	Kernel      digest.Digest `json:"kernel,omitempty"`
 	KernelTries int           `json:"kernelTries,omitempty"`
+	// GoalTries counts the reboots in a row that were to lead to Goal, a node delta's ID or another name: a server that
+	// tells a boot something else than the system that it boots must not make a machine boot for ever, either.
+	Goal      string `json:"goal,omitempty"`
+	GoalTries int    `json:"goalTries,omitempty"`
 }
 
 // Use is a release that a node switched to, with what it needs of the cache.
