@@ -1,6 +1,7 @@
 package reconciler
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,9 +11,7 @@ import (
 
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/build"
-	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/backoff"
-	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/reconciler/plan"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
@@ -23,8 +22,15 @@ const (
 	lastRetry  = time.Hour
 )
 
-// stepEvery bounds how often a running build's record is written for its steps.
-const stepEvery = 200 * time.Millisecond
+const (
+	// stepEvery bounds how often a running build's record is written for its steps.
+	stepEvery = 200 * time.Millisecond
+	// maxBuild ends a build that hangs: a mirror that sends nothing, a command that waits for input.
+	maxBuild = 2 * time.Hour
+)
+
+// errUnwanted ends a build that the fleet in force needs no longer.
+var errUnwanted = errors.New("stopped: the fleet in force needs it no longer")
 
 // A Builder makes artifacts of recipes.
 type Builder interface {
@@ -32,16 +38,10 @@ type Builder interface {
 	Delta(ctx context.Context, r images.DeltaRecipe, b images.Base, p build.Progress) (images.Delta, error)
 }
 
-// Blobs tells whether the store has some bytes, whole. Bytes that it does not have are store.ErrNotFound.
-type Blobs interface {
-	Stat(ctx context.Context, d digest.Digest) (images.Blob, error)
-}
-
-// checkEvery is how often the store is asked whether it still has what the records say was built.
-const checkEvery = time.Hour
-
 // builds is the controller that builds what the fleet in force needs and nobody has built yet: each recipe once, at most
-// limit at a time. A build that was under way when an earlier process died is simply not there, and is started again.
+// limit at a time. One goroutine, run's, decides; each build has one of its own, which writes the build's records and
+// then says on ended that it is over. So a plan that run makes after that sees those records, and no recipe is begun
+// twice.
 type builds struct {
 	builder Builder
 	blobs   Blobs
@@ -53,100 +53,114 @@ type builds struct {
 	now     func() time.Time
 	limit   int
 
-	mu      sync.Mutex
-	running map[images.RecipeID]bool
-	wake    chan struct{}
-	wait    sync.WaitGroup
+	wake   chan struct{}
+	hasten chan images.RecipeID // that operators want built now
+
+	// Owned by run:
+	running   map[images.RecipeID]context.CancelCauseFunc
+	notBefore map[images.RecipeID]time.Time // of builds whose records could not be written
+	urgent    map[images.RecipeID]bool      // hastened ones
+	ended     chan ended
+}
+
+// ended says that a build is over. err is of its records, not of the build.
+type ended struct {
+	recipe images.RecipeID
+	err    error
 }
 
 // run starts what is missing, until ctx ends; then it waits for the builds, which ctx ends, too.
 func (b *builds) run(ctx context.Context) error {
-	defer b.wait.Wait()
+	b.running, b.notBefore, b.urgent = map[images.RecipeID]context.CancelCauseFunc{}, map[images.RecipeID]time.Time{}, map[images.RecipeID]bool{}
+	b.ended = make(chan ended)
+	if err := b.settle(ctx); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx) // also where run panics: its builds end, and no second run meets them
+	lost := make(chan artifact)
+	var checking sync.WaitGroup
+	checking.Go(func() { b.check(ctx, lost) })
+	defer func() {
+		cancel()
+		for range b.running {
+			<-b.ended
+		}
+		checking.Wait()
+	}()
 	changed := b.store.Watch(ctx, state.Sources.Prefix(), state.Bases.Prefix(), state.Deltas.Prefix())
-	check := time.NewTicker(checkEvery)
-	defer check.Stop()
-	b.checked(ctx)
 	var retry <-chan time.Time
 	for {
 		select {
 		case <-changed:
 		case <-b.wake:
 		case <-retry:
-		case <-check.C:
-			b.checked(ctx)
+		case id := <-b.hasten:
+			b.urgent[id] = true
+		case e := <-b.ended:
+			b.over(e)
+		case a := <-lost:
+			b.forget(ctx, a)
 		case <-ctx.Done():
 			return nil
 		}
-		next, err := b.step(ctx)
-		if err != nil && ctx.Err() == nil && !errors.Is(err, errNoFleet) {
-			b.log.Error("starting builds", "error", err)
-			next = b.now().Add(firstRetry)
-		}
-		retry = nil
-		if !next.IsZero() {
-			retry = time.After(next.Sub(b.now()))
-		}
+		retry = b.next(ctx)
 	}
 }
 
-// checked forgets what was built and is no longer in the store, lost or rotten: then it is missing, and is built again.
-func (b *builds) checked(ctx context.Context) {
-	if err := b.check(ctx); err != nil && ctx.Err() == nil {
-		b.log.Error("checking what was built against the store", "error", err)
+// next starts what can be started, and returns the time when to look again, as a channel; nil for none.
+func (b *builds) next(ctx context.Context) <-chan time.Time {
+	next, err := b.step(ctx)
+	if err != nil && ctx.Err() == nil && !errors.Is(err, errNoFleet) {
+		b.log.Error("starting builds", "error", err)
+		next = b.now().Add(firstRetry)
 	}
+	if next.IsZero() {
+		return nil
+	}
+	return time.After(next.Sub(b.now()))
 }
 
-func (b *builds) check(ctx context.Context) error {
-	bases, err := state.Bases.List(ctx, b.store)
+// settle ends the records of builds that were under way when an earlier process ended. What is still wanted is started
+// again at once.
+func (b *builds) settle(ctx context.Context) error {
+	all, err := state.Builds.List(ctx, b.store)
 	if err != nil {
 		return err
 	}
-	for id, base := range bases {
-		whole, err := b.have(ctx, base.Image, base.Kernel, base.Modules)
-		if err == nil && !whole {
-			b.lost(ctx, "base", id)
-			err = state.Bases.Delete(ctx, b.store, id)
+	for id, rec := range all {
+		if rec.Phase != state.BuildRunning {
+			continue
 		}
-		if err != nil {
+		rec.Phase, rec.Error, rec.Finished = state.BuildFailed, "interrupted: the server ended", b.now()
+		if blob, ok, err := b.result(ctx, rec); err != nil {
 			return err
+		} else if ok { // it ended between the artifact's record and this one
+			rec.Phase, rec.Step, rec.Error, rec.Result, rec.Size = state.BuildDone, "", "", blob.Digest, blob.Size
 		}
-	}
-	deltas, err := state.Deltas.List(ctx, b.store)
-	if err != nil {
-		return err
-	}
-	for id, delta := range deltas {
-		whole, err := b.have(ctx, delta.Image)
-		if err == nil && !whole {
-			b.lost(ctx, "delta", id)
-			err = state.Deltas.Delete(ctx, b.store, id)
-		}
-		if err != nil {
+		if err := state.Builds.Put(ctx, b.store, id, rec); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (b *builds) lost(ctx context.Context, kind, id string) {
-	b.events.note(ctx, state.Event{
-		Kind: "build", Subject: digest.Digest(id).Short(), Warning: true,
-		Message: "the " + kind + " is no longer in the store, or no longer what its digest says; it is built again where it is needed",
-	})
-}
-
-// have says whether the store has all of these.
-func (b *builds) have(ctx context.Context, all ...images.Blob) (bool, error) {
-	for _, blob := range all {
-		_, err := b.blobs.Stat(ctx, blob.Digest)
-		if errors.Is(err, store.ErrNotFound) {
-			return false, nil
-		}
-		if err != nil {
-			return false, err
-		}
+// result is what came out of a build, where its artifact has a record.
+func (b *builds) result(ctx context.Context, rec state.Build) (images.Blob, bool, error) {
+	var blob images.Blob
+	var err error
+	if rec.Kind == string(plan.KindBase) {
+		var base images.Base
+		base, err = state.Bases.Get(ctx, b.store, rec.Recipe.String())
+		blob = base.Image
+	} else {
+		var delta images.Delta
+		delta, err = state.Deltas.Get(ctx, b.store, rec.Recipe.String())
+		blob = delta.Image
 	}
-	return true, nil
+	if notFound(err) {
+		return blob, false, nil
+	}
+	return blob, err == nil, err
 }
 
 func (b *builds) poke() {
@@ -156,135 +170,165 @@ func (b *builds) poke() {
 	}
 }
 
-// step starts what can be started. It returns when a failed build may be tried again; the zero time when none waits.
+// over takes a build out of those that run.
+func (b *builds) over(e ended) {
+	b.running[e.recipe](nil)
+	delete(b.running, e.recipe)
+	delete(b.notBefore, e.recipe)
+	if e.err != nil {
+		b.log.Error("recording a build", "recipe", e.recipe.Short(), "error", e.err)
+		b.notBefore[e.recipe] = b.now().Add(firstRetry)
+	}
+}
+
+// step starts what can be started and stops what nobody needs. It returns when a failed build may be tried again; the
+// zero time when none waits.
 func (b *builds) step(ctx context.Context) (next time.Time, err error) {
 	p, obs, err := b.plan(ctx)
 	if err != nil {
 		return next, err
 	}
+	wanted := map[images.RecipeID]bool{}
 	for _, want := range p.Builds {
-		if want.Delta != nil {
-			if _, ok := obs.Bases[want.Delta.Base]; !ok {
-				continue // its base comes first, and wakes us
-			}
+		wanted[want.Recipe] = true
+		if b.running[want.Recipe] != nil || !baseIsThere(want, obs) {
+			continue // under way; or its base comes first, and wakes us
 		}
-		if rec := obs.Builds[want.Recipe]; rec.Phase == state.BuildFailed && rec.Retry.After(b.now()) {
-			if next.IsZero() || rec.Retry.Before(next) {
-				next = rec.Retry
+		if at := b.after(obs.Builds[want.Recipe], want.Recipe); at.After(b.now()) {
+			if next.IsZero() || at.Before(next) {
+				next = at
 			}
 			continue
 		}
-		if !b.begin(want.Recipe) {
-			continue
+		if len(b.running) < b.limit {
+			b.begin(ctx, want, obs)
 		}
-		b.wait.Go(func() {
-			b.one(ctx, want, obs)
-			b.end(want.Recipe)
-			b.poke()
-		})
+	}
+	for id, stop := range b.running {
+		if !wanted[id] {
+			stop(errUnwanted) // in vain where the build is through and only its records are left
+		}
 	}
 	return next, nil
 }
 
-// begin takes one of the places for a recipe; it says no where the recipe is being built already, or no place is free.
-func (b *builds) begin(id images.RecipeID) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.running[id] || len(b.running) >= b.limit {
-		return false
+func baseIsThere(want plan.Build, obs plan.Observed) bool {
+	if want.Delta == nil {
+		return true
 	}
-	b.running[id] = true
-	return true
+	_, ok := obs.Bases[want.Delta.Base]
+	return ok
 }
 
-func (b *builds) end(id images.RecipeID) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	delete(b.running, id)
+// after is when a recipe may be tried again.
+func (b *builds) after(rec state.Build, id images.RecipeID) time.Time {
+	if b.urgent[id] {
+		return time.Time{}
+	}
+	at := b.notBefore[id]
+	if rec.Phase == state.BuildFailed && rec.Retry.After(at) {
+		at = rec.Retry
+	}
+	return at
 }
 
-// one builds one recipe and records how that went.
-func (b *builds) one(ctx context.Context, want plan.Build, obs plan.Observed) {
+// begin starts one build.
+func (b *builds) begin(ctx context.Context, want plan.Build, obs plan.Observed) {
+	delete(b.urgent, want.Recipe)
+	bctx, stop := context.WithCancelCause(ctx)
+	b.running[want.Recipe] = stop
+	go func() {
+		var err error
+		defer func() { b.ended <- ended{recipe: want.Recipe, err: err} }()
+		err = caught(ctx, func(ctx context.Context) error { return b.one(ctx, bctx, want, obs) })
+		if ctx.Err() != nil {
+			err = nil // the server ends: the record stays at running, and the next start settles it
+		}
+	}()
+}
+
+// one builds one recipe and records how that went. ctx is of the records, bctx of the build.
+func (b *builds) one(ctx, bctx context.Context, want plan.Build, obs plan.Observed) error {
 	rec := state.Build{
 		Recipe: want.Recipe, Kind: string(want.Kind), Name: want.Name, Phase: state.BuildRunning,
 		Attempts: obs.Builds[want.Recipe].Attempts + 1, Started: b.now(), Parts: want.Parts,
 	}
-	err := b.recorded(ctx, want, obs, &rec)
-	if ctx.Err() != nil {
-		return // the server ends: the record stays at running, which the next start takes for what it is
-	}
-	if err != nil {
-		b.log.Error("recording a build", "recipe", want.Recipe.Short(), "error", err)
-	}
-}
-
-func (b *builds) recorded(ctx context.Context, want plan.Build, obs plan.Observed, rec *state.Build) error {
-	if err := state.Builds.Put(ctx, b.store, want.Recipe.String(), *rec); err != nil {
-		return err
-	}
-	b.events.note(ctx, state.Event{Kind: "build", Subject: want.Name, Message: fmt.Sprintf("building the %s (recipe %s)", want.Kind, want.Recipe.Short())})
 	out, err := b.logs.create(want.Recipe)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = out.Close() }() // an artifact is worth more than its log
-	result, err := b.build(ctx, want, obs, &progress{file: out, ctx: ctx, builds: b, rec: rec})
+	if err := state.Builds.Put(ctx, b.store, want.Recipe.String(), rec); err != nil {
+		return err
+	}
+	b.events.note(ctx, state.Event{Kind: "build", Subject: want.Name, Message: fmt.Sprintf("building the %s (recipe %s)", want.Kind, want.Recipe.Short())})
+	bctx, cancel := context.WithTimeoutCause(bctx, maxBuild, fmt.Errorf("it took longer than %s", maxBuild))
+	defer cancel()
+	keep, err := b.build(bctx, want, obs, &progress{file: out, ctx: ctx, builds: b, rec: &rec})
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
 	rec.Finished = b.now()
 	if err != nil {
-		return b.failed(ctx, rec, err)
+		return b.failed(ctx, &rec, cmp.Or(context.Cause(bctx), err), err)
+	}
+	blob, err := keep(ctx)
+	if err != nil {
+		return err
 	}
 	rec.Phase, rec.Step, rec.Error, rec.Tail = state.BuildDone, "", "", nil
-	rec.Result, rec.Size = result.Digest, result.Size
+	rec.Result, rec.Size = blob.Digest, blob.Size
+	if err := state.Builds.Put(ctx, b.store, want.Recipe.String(), rec); err != nil {
+		return err
+	}
 	took := rec.Finished.Sub(rec.Started).Round(100 * time.Millisecond)
-	b.events.note(ctx, state.Event{Kind: "build", Subject: want.Name, Message: fmt.Sprintf("built %s %s in %s", want.Kind, result.Digest.Short(), took)})
-	return state.Builds.Put(ctx, b.store, want.Recipe.String(), *rec)
+	b.events.note(ctx, state.Event{Kind: "build", Subject: want.Name, Message: fmt.Sprintf("built %s %s in %s", want.Kind, blob.Digest.Short(), took)})
+	return nil
 }
 
-// build makes the artifact and writes its record, which is what the other controllers wait for.
-func (b *builds) build(ctx context.Context, want plan.Build, obs plan.Observed, p build.Progress) (images.Blob, error) {
+// build makes the artifact. What it returns writes the artifact's record, for which the other controllers wait.
+func (b *builds) build(ctx context.Context, want plan.Build, obs plan.Observed, p build.Progress) (keep func(context.Context) (images.Blob, error), err error) {
+	id := want.Recipe.String()
 	if want.Base != nil {
 		base, err := b.builder.Base(ctx, *want.Base, p)
-		if err != nil {
-			return images.Blob{}, err
-		}
-		return base.Image, state.Bases.Put(ctx, b.store, want.Recipe.String(), base)
+		return func(ctx context.Context) (images.Blob, error) {
+			return base.Image, state.Bases.Put(ctx, b.store, id, base)
+		}, err
 	}
 	delta, err := b.builder.Delta(ctx, *want.Delta, obs.Bases[want.Delta.Base], p)
-	if err != nil {
-		return images.Blob{}, err
-	}
-	return delta.Image, state.Deltas.Put(ctx, b.store, want.Recipe.String(), delta)
+	return func(ctx context.Context) (images.Blob, error) {
+		return delta.Image, state.Deltas.Put(ctx, b.store, id, delta)
+	}, err
 }
 
-func (b *builds) failed(ctx context.Context, rec *state.Build, err error) error {
-	rec.Phase, rec.Error = state.BuildFailed, err.Error()
+// failed records why a build ended without a result. cause says it in a word; err has the step and its output.
+func (b *builds) failed(ctx context.Context, rec *state.Build, cause, err error) error {
+	rec.Phase, rec.Error = state.BuildFailed, cause.Error()
 	var step *build.StepError
 	if errors.As(err, &step) {
 		rec.Step, rec.Tail = step.Step, step.Tail
 	}
-	rec.Retry = rec.Finished.Add(backoff.Exponential(firstRetry, lastRetry, rec.Attempts))
-	b.events.note(ctx, state.Event{
-		Kind: "build", Subject: rec.Name, Warning: true,
-		Message: fmt.Sprintf("the %s was not built (attempt %d): %v", rec.Kind, rec.Attempts, err),
-	})
-	return state.Builds.Put(ctx, b.store, rec.Recipe.String(), *rec)
-}
-
-// retry forgets that a recipe failed, so that it is built now.
-func (b *builds) retry(ctx context.Context, id images.RecipeID) error {
-	rec, err := state.Builds.Get(ctx, b.store, id.String())
-	if err == nil && rec.Phase == state.BuildFailed {
-		rec.Retry = time.Time{}
-		err = state.Builds.Put(ctx, b.store, id.String(), rec)
+	if !errors.Is(cause, errUnwanted) { // such a one is started at once when it is wanted again
+		rec.Retry = rec.Finished.Add(backoff.Exponential(firstRetry, lastRetry, rec.Attempts))
 	}
-	if err != nil && !notFound(err) {
+	if err := state.Builds.Put(ctx, b.store, rec.Recipe.String(), *rec); err != nil {
 		return err
 	}
-	b.poke()
+	b.events.note(ctx, state.Event{
+		Kind: "build", Subject: rec.Name, Warning: true,
+		Message: fmt.Sprintf("the %s was not built (attempt %d): %v", rec.Kind, rec.Attempts, cause),
+	})
 	return nil
+}
+
+// retry has a recipe built now that failed and waits to be tried again.
+func (b *builds) retry(ctx context.Context, id images.RecipeID) error {
+	select {
+	case b.hasten <- id:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // progress writes a build's output to its log, and its steps to its record.

@@ -7,21 +7,27 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/build"
 	"github.com/troupe-dev/troupe/images/store"
+	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/reconciler/plan"
 	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
 )
 
 // A testBuilder makes small blobs in a real store. Its errors, and a gate that builds wait at, are set by tests.
 type testBuilder struct {
 	blobs *store.Store
+
+	fleet *atomic.Pointer[inForce] // what the controller builds for
 
 	mu    sync.Mutex
 	err   error
@@ -62,10 +68,11 @@ func (b *testBuilder) Base(ctx context.Context, r images.BaseRecipe, p build.Pro
 }
 
 func (b *testBuilder) Delta(ctx context.Context, r images.DeltaRecipe, base images.Base, p build.Progress) (images.Delta, error) {
-	if err := b.begin(ctx, "delta", p); err != nil {
+	what := strings.TrimSpace("delta " + strings.Join(r.Run, ""))
+	if err := b.begin(ctx, what, p); err != nil {
 		return images.Delta{}, err
 	}
-	return images.Delta{Recipe: r.ID(), Base: base.Image, Image: b.put(ctx, "delta")}, nil
+	return images.Delta{Recipe: r.ID(), Base: base.Image, Image: b.put(ctx, what)}, nil
 }
 
 func (b *testBuilder) set(err error, gate chan struct{}) {
@@ -77,7 +84,7 @@ func (b *testBuilder) set(err error, gate chan struct{}) {
 func (b *testBuilder) log() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return strings.Join(b.built, " ")
+	return strings.Join(b.built, ", ")
 }
 
 // newTestBuilds is the builds controller over testFleet, with real stores.
@@ -93,9 +100,10 @@ func newTestBuilds(t *testing.T) (*builds, *testBuilder) {
 	builder := &testBuilder{blobs: blobs}
 	r := &Reconciler{cfg: Config{Store: s}, follow: &follow{}}
 	r.follow.fleet.Store(&inForce{fleet: testFleet(), commit: state.Commit{Hash: "c1"}})
+	builder.fleet = &r.follow.fleet
 	return &builds{
 		builder: builder, blobs: blobs, store: s, plan: r.plan, events: &recorder{store: s, log: log}, logs: logs{t.TempDir()},
-		log: log, now: time.Now, limit: 2, running: map[images.RecipeID]bool{}, wake: make(chan struct{}, 1),
+		log: log, now: time.Now, limit: 2, wake: make(chan struct{}, 1), hasten: make(chan images.RecipeID),
 	}, builder
 }
 
@@ -166,7 +174,7 @@ func TestEachRecipeIsBuiltOnceBaseFirst(t *testing.T) {
 		b.poke()
 	}
 	stop()
-	if got := builder.log(); got != "base delta" {
+	if got := builder.log(); got != "base, delta" {
 		t.Errorf("built %q, want the base and then the delta, once each", got)
 	}
 	for id, rec := range all {
@@ -217,9 +225,116 @@ func TestBuildUnderWayWhenTheServerEndsIsStartedAgain(t *testing.T) {
 	stop = start(t, b)
 	defer stop()
 	awaitBuilds(t, b, allDone)
-	if got := builder.log(); got != "base base delta" {
+	if got := builder.log(); got != "base, base, delta" {
 		t.Errorf("built %q, want the base twice", got)
 	}
+}
+
+func TestManyRecipesAreEachBuiltOnce(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	fleet := testFleet()
+	var want []string
+	for i := range 12 {
+		name := fmt.Sprintf("r%02d", i)
+		fleet.Roles[name] = schema.Role{Name: name, OS: "debian", Boot: "disk", Run: []string{name}}
+		fleet.Hosts[name] = schema.Host{Name: name, MAC: fmt.Sprintf("52:54:00:00:01:%02x", i), Role: name}
+		want = append(want, "delta "+name)
+	}
+	want = append(want, "base", "delta")
+	builder.fleet.Store(&inForce{fleet: fleet, commit: state.Commit{Hash: "c2"}})
+	stop := start(t, b)
+	awaitBuilds(t, b, func(all map[string]state.Build) bool {
+		for _, rec := range all {
+			if rec.Phase != state.BuildDone {
+				return false
+			}
+		}
+		return len(all) == len(want)
+	})
+	stop()
+	got := strings.Split(builder.log(), ", ")
+	slices.Sort(got)
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Errorf("built %q, want each once: %q", got, want)
+	}
+}
+
+func TestBuildThatNobodyNeedsIsStopped(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	builder.set(nil, make(chan struct{})) // which nobody opens
+	stop := start(t, b)
+	defer stop()
+	awaitBuilds(t, b, phases(state.BuildRunning))
+	builder.fleet.Store(&inForce{fleet: &schema.Fleet{}, commit: state.Commit{Hash: "c2"}})
+	b.poke()
+	for _, rec := range awaitBuilds(t, b, phases(state.BuildFailed)) {
+		if rec.Error != errUnwanted.Error() || !rec.Retry.IsZero() {
+			t.Errorf("record of the stopped build: %+v", rec)
+		}
+	}
+	builder.set(nil, nil)
+	builder.fleet.Store(&inForce{fleet: testFleet(), commit: state.Commit{Hash: "c3"}})
+	b.poke()
+	awaitBuilds(t, b, allDone)
+}
+
+func TestRecordsOfBuildsThatDiedAreSettled(t *testing.T) {
+	b, _ := newTestBuilds(t)
+	done, dead := digest.Of([]byte("done")), digest.Of([]byte("dead"))
+	blob := images.Blob{Digest: digest.Of([]byte("x")), Size: 1}
+	if err := state.Bases.Put(t.Context(), b.store, done.String(), images.Base{Recipe: done, Image: blob}); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []images.RecipeID{done, dead} {
+		rec := state.Build{Recipe: id, Kind: "base", Phase: state.BuildRunning, Step: "image"}
+		if err := state.Builds.Put(t.Context(), b.store, id.String(), rec); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := b.settle(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	all, err := state.Builds.List(t.Context(), b.store)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if rec := all[done.String()]; rec.Phase != state.BuildDone || rec.Result != blob.Digest {
+		t.Errorf("a build whose artifact has a record: %+v, want it done", rec)
+	}
+	if rec := all[dead.String()]; rec.Phase != state.BuildFailed || !rec.Retry.IsZero() {
+		t.Errorf("a build that died: %+v, want it failed, to be tried at once", rec)
+	}
+}
+
+func TestRottenBlobIsBuiltAgain(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	stop := start(t, b)
+	awaitBuilds(t, b, allDone)
+	stop()
+	_, obs, err := b.plan(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, base := range obs.Bases {
+		name := builder.blobs.Path(base.Kernel.Digest)
+		if err := os.Chmod(name, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(name, []byte("kernex"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop = start(t, b)
+	defer stop()
+	awaitBuilds(t, b, func(all map[string]state.Build) bool {
+		for _, rec := range all {
+			if rec.Kind == string(plan.KindBase) && rec.Attempts == 2 && rec.Phase == state.BuildDone {
+				return true
+			}
+		}
+		return false
+	})
 }
 
 func TestLostBlobIsBuiltAgain(t *testing.T) {
@@ -246,7 +361,7 @@ func TestLostBlobIsBuiltAgain(t *testing.T) {
 		}
 		return false
 	})
-	if got := builder.log(); got != "base delta delta" {
+	if got := builder.log(); got != "base, delta, delta" {
 		t.Errorf("built %q, want the delta twice: its blob was gone", got)
 	}
 }

@@ -82,7 +82,7 @@ func New(cfg Config) *Reconciler {
 	}
 	r.builds = &builds{
 		builder: cfg.Builder, blobs: cfg.Blobs, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log,
-		now: time.Now, limit: cfg.Jobs, running: map[images.RecipeID]bool{}, wake: make(chan struct{}, 1),
+		now: time.Now, limit: cfg.Jobs, wake: make(chan struct{}, 1), hasten: make(chan images.RecipeID),
 	}
 	r.assign = &assign{store: cfg.Store, plan: r.plan, events: r.events, now: time.Now, wake: make(chan struct{}, 1)}
 	return r
