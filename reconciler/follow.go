@@ -21,6 +21,7 @@ const (
 	// A commit that could not be evaluated is tried again after retryEvery; one that took too long or too much memory,
 	// which may have been a busy server's fault, after retryLimit, since each try costs as much again.
 	retryEvery = time.Minute
+	retryStep  = 5 * time.Second // after an error of ours, such as a full disk
 	retryLimit = 10 * time.Minute
 )
 
@@ -63,34 +64,47 @@ func (f *follow) poke() {
 	}
 }
 
-// run first takes up the fleet that was in force when the server last ran, so that machines are answered while the
-// remote is away, and then follows the branch until ctx ends.
+// run follows the branch until ctx ends.
 func (f *follow) run(ctx context.Context) error {
-	if err := f.resume(ctx); err != nil {
-		return err
-	}
+	ctx, cancel := context.WithCancel(ctx)
 	watched := make(chan error, 1)
 	go func() { watched <- f.repo.Watch(ctx, f.poke) }()
+	defer func() {
+		cancel()
+		<-watched
+	}()
 	f.poke()
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
+	var retry <-chan time.Time // after a step that ended in the middle: nothing else would wake us
 	for {
 		select {
 		case <-f.wake:
-			if err := f.step(ctx); err != nil && ctx.Err() == nil {
-				f.log.Error("following the fleet's repo", "error", err)
-			}
+			retry = f.stepped(ctx)
+		case <-retry:
+			retry = f.stepped(ctx)
 		case <-look.C:
 			if err := f.look(ctx); err != nil && ctx.Err() == nil {
 				f.log.Error("looking after the fleet's repo", "error", err)
 			}
 		case err := <-watched:
+			watched <- err // for the one who waits for it
 			if ctx.Err() != nil {
 				return nil
 			}
 			return fmt.Errorf("watching the fleet's repo: %w", err)
 		}
 	}
+}
+
+// stepped is one look at the repo, and the time of the next one where this one failed.
+func (f *follow) stepped(ctx context.Context) <-chan time.Time {
+	err := f.step(ctx)
+	if err == nil || ctx.Err() != nil {
+		return nil
+	}
+	f.log.Error("following the fleet's repo", "error", err)
+	return time.After(retryStep)
 }
 
 func (f *follow) record(ctx context.Context) (state.Source, error) {
@@ -108,7 +122,7 @@ func (f *follow) look(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if !rec.Retry.IsZero() && !f.now().Before(rec.Retry) {
+	if due(rec, f.now()) || f.fleet.Load() == nil && rec.Applied != nil {
 		return f.step(ctx)
 	}
 	if at := f.repo.Answered(); rec.FetchError == "" && at.Sub(rec.Fetched) >= lookEvery {
@@ -118,24 +132,23 @@ func (f *follow) look(ctx context.Context) error {
 	return nil
 }
 
-// resume loads the commit that was in force.
-func (f *follow) resume(ctx context.Context) error {
-	rec, err := f.record(ctx)
-	if err != nil || rec.Applied == nil {
-		return err
-	}
+// due says whether a refused commit is to be tried again.
+func due(rec state.Source, now time.Time) bool { return !rec.Retry.IsZero() && !now.Before(rec.Retry) }
+
+// resume takes up the fleet that was in force when the server last ran, so that machines are answered while the remote
+// is away, or has a commit that is not good.
+func (f *follow) resume(ctx context.Context, rec state.Source) {
 	rev, err := f.repo.Revision(ctx, rec.Applied.Hash)
 	if err != nil {
 		f.log.Warn("the commit in force is not in the mirror: its machines wait for the repo", "commit", rec.Applied.Hash, "error", err)
-		return nil
+		return
 	}
 	fleet, err := f.loader.Load(ctx, rev.Tree)
 	if err != nil {
-		f.log.Error("the commit in force does not load any more", "commit", rec.Applied.Hash, "error", err)
-		return nil
+		f.log.Error("the commit in force does not load now; it is tried again", "commit", rec.Applied.Hash, "error", err)
+		return
 	}
 	f.publish(fleet, *rec.Applied)
-	return nil
 }
 
 func (f *follow) publish(fleet *schema.Fleet, c state.Commit) {
@@ -148,6 +161,9 @@ func (f *follow) step(ctx context.Context) error {
 	rec, err := f.record(ctx)
 	if err != nil {
 		return err
+	}
+	if f.fleet.Load() == nil && rec.Applied != nil {
+		f.resume(ctx, rec)
 	}
 	before := rec
 	rec.Repo, rec.Branch, rec.Path = f.repo.Repo(), f.branch, f.path
@@ -167,8 +183,7 @@ func (f *follow) step(ctx context.Context) error {
 			Message: "the branch was rewritten (force-push): the new head does not descend from the commit before",
 		})
 	}
-	again := !before.Retry.IsZero() && !f.now().Before(before.Retry)
-	if before.Attempted != nil && before.Attempted.Hash == rev.Commit.Hash && len(before.Problems) > 0 && !again {
+	if before.Attempted != nil && before.Attempted.Hash == rev.Commit.Hash && len(before.Problems) > 0 && !due(before, f.now()) {
 		return f.put(ctx, rec) // it was refused, and is still the same
 	}
 	rec.Attempted, rec.Problems, rec.Retry = &rev.Commit, nil, time.Time{}
@@ -196,6 +211,9 @@ func (f *follow) unreachable(ctx context.Context, rec state.Source, err error) e
 
 // attempt loads a commit and brings it into force, or records why not.
 func (f *follow) attempt(ctx context.Context, rec state.Source, rev source.Revision) error {
+	if err := f.put(ctx, rec); err != nil { // so that nobody takes the fleet for converged while the commit loads
+		return err
+	}
 	fleet, err := f.loader.Load(ctx, rev.Tree)
 	if err == nil {
 		err = f.emptied(ctx, fleet)

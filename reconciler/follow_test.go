@@ -20,10 +20,17 @@ import (
 )
 
 // A hostsLoader takes each line of the file "hosts" for a host; a line that starts with "!" is an error of that name.
-type hostsLoader struct{ loads int }
+type hostsLoader struct {
+	loads int
+	fail  int // so many loads fail
+}
 
 func (l *hostsLoader) Load(_ context.Context, tree fs.FS) (*schema.Fleet, error) {
 	l.loads++
+	if l.fail > 0 {
+		l.fail--
+		return nil, errors.New("no more processes")
+	}
 	b, err := fs.ReadFile(tree, "hosts")
 	if err != nil {
 		return nil, schema.Problems{{Message: "no fleet here"}}
@@ -199,18 +206,34 @@ func TestFleetInForceIsTakenUpWithoutTheRemote(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = os.Rename(f.dir+".away", f.dir) })
 	again := f.on(f.store, mirror)
-	if err := again.resume(t.Context()); err != nil {
+	if err := again.step(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	cur := again.fleet.Load()
 	if cur == nil || len(cur.fleet.Hosts) != 2 {
 		t.Fatalf("in force after a restart without the remote: %+v, want the good commit's 2 hosts", cur)
 	}
-	if err := again.step(t.Context()); err != nil {
-		t.Fatal(err)
-	}
 	rec, err := state.Sources.Get(t.Context(), f.store, state.SourceID)
 	if err != nil || rec.FetchError == "" || rec.Applied == nil {
 		t.Errorf("the record says %+v, %v; want why the repo cannot be followed", rec, err)
+	}
+}
+
+func TestFleetInForceIsTriedUntilItLoads(t *testing.T) {
+	f := newFollowed(t)
+	mirror := t.TempDir()
+	f.follow = f.on(f.store, mirror)
+	f.looked()
+	f.commit("!problem\n")
+	f.looked()
+	again := f.on(f.store, mirror)
+	f.loader.fail = 1 // as on a server that is busy with its start
+	for range 2 {
+		if err := again.look(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if cur := again.fleet.Load(); cur == nil || len(cur.fleet.Hosts) != 2 {
+		t.Errorf("in force after the second try: %+v, want the good commit's 2 hosts", cur)
 	}
 }
