@@ -25,6 +25,7 @@ type agents struct {
 	boots  *boots
 	events *recorder
 	now    func() time.Time
+	each   *striped // one report or hello of a machine at a time: both write its records
 }
 
 // Hello takes up a machine and answers with its assignment.
@@ -33,6 +34,8 @@ func (a *agents) Hello(ctx context.Context, peer netip.Addr, h agentapi.Hello) (
 	if err != nil {
 		return agentapi.Assignment{}, err
 	}
+	h.BootID = bootID(h.BootID)
+	defer a.each.lock(id.MAC)()
 	now := a.now()
 	m, err := state.Machines.Get(ctx, a.store, id.MAC)
 	if err != nil && !notFound(err) {
@@ -41,12 +44,14 @@ func (a *agents) Hello(ctx context.Context, peer netip.Addr, h agentapi.Hello) (
 	if notFound(err) {
 		m.FirstSeen = now
 		v, _ := a.views.get()
+		if v.host(id) == "" && v.fleet != nil && len(v.machines) >= len(v.fleet.Hosts)+maxStrangers {
+			return agentapi.Assignment{}, &UnavailableError{Reason: "too many machines are known that no host declares"}
+		}
 		if v.host(id) == "" {
 			a.events.note(ctx, state.Event{Kind: "machine", Subject: id.MAC, Message: "an unknown machine reported: " + describe(h.Inventory)})
 		}
 	}
-	m.Identity, m.Inventory, m.Address, m.Agent = id, &h.Inventory, peer, h.Agent
-	if err := state.Machines.Put(ctx, a.store, id.MAC, m); err != nil {
+	if err := a.putMachine(ctx, m, h, id, peer); err != nil {
 		return agentapi.Assignment{}, err
 	}
 	n, err := state.Nodes.Get(ctx, a.store, id.MAC)
@@ -65,6 +70,17 @@ func (a *agents) Hello(ctx context.Context, peer netip.Addr, h agentapi.Hello) (
 		return agentapi.Assignment{}, err
 	}
 	return v.assignment(id), nil
+}
+
+// putMachine writes a machine where something about it is new. Each such write is a new view for all.
+func (a *agents) putMachine(ctx context.Context, before state.Machine, h agentapi.Hello, id agentapi.Identity, peer netip.Addr) error {
+	m := before
+	inv := cleanInventory(h.Inventory)
+	m.Identity, m.Inventory, m.Address, m.Agent = id, &inv, peer, cut(h.Agent)
+	if reflect.DeepEqual(m, before) {
+		return nil
+	}
+	return state.Machines.Put(ctx, a.store, id.MAC, m)
 }
 
 // Assignment waits until the assignment of mac is another than after, or until wait is over.
@@ -96,7 +112,9 @@ func (a *agents) Report(ctx context.Context, _ netip.Addr, r agentapi.Report) (a
 	if err != nil {
 		return agentapi.ReportReply{}, err
 	}
+	r = clean(r)
 	r.Identity = id
+	defer a.each.lock(id.MAC)()
 	now := a.now()
 	v, _, err := a.fleetView()
 	if err != nil {
@@ -138,6 +156,12 @@ func nodeOf(before state.Node, r agentapi.Report, now time.Time) state.Node {
 	}
 	if len(r.Marks) > 0 {
 		n.Stage = string(r.Marks[len(r.Marks)-1].Stage)
+	}
+	if r.Running != nil && n.Stage == string(agentapi.StageAgent) { // its earlier marks went to a server that is no more
+		n.Stage = string(agentapi.StageService)
+		if r.Running.Health.Healthy {
+			n.Stage = string(agentapi.StageHealthy)
+		}
 	}
 	return n
 }
@@ -213,6 +237,66 @@ func (e *InvalidError) Error() string { return e.Reason }
 
 // Invalid marks the error for package api, which answers it with 400.
 func (e *InvalidError) Invalid() bool { return true }
+
+// Bounds of what a stranger's words may take in records.
+const (
+	maxText  = 1024
+	maxItems = 256
+)
+
+// cut bounds a text, in bytes.
+func cut(s string) string {
+	if len(s) <= maxText {
+		return s
+	}
+	return strings.ToValidUTF8(s[:maxText], "") + "…"
+}
+
+// clean bounds a report.
+func clean(r agentapi.Report) agentapi.Report {
+	r.Error, r.Agent, r.BootID = cut(r.Error), cut(r.Agent), bootID(r.BootID)
+	r.Marks = slices.Clone(r.Marks[:min(len(r.Marks), maxItems)])
+	for i := range r.Marks {
+		r.Marks[i].Detail, r.Marks[i].Stage = cut(r.Marks[i].Detail), agentapi.Stage(cut(string(r.Marks[i].Stage)))
+	}
+	r.Cached = r.Cached[:min(len(r.Cached), maxItems)]
+	if r.Running != nil {
+		run := *r.Running
+		run.Host, run.Role = cut(run.Host), cut(run.Role)
+		run.Health.Failing = slices.Clone(run.Health.Failing[:min(len(run.Health.Failing), maxItems)])
+		for i, line := range run.Health.Failing {
+			run.Health.Failing[i] = cut(line)
+		}
+		r.Running = &run
+	}
+	return r
+}
+
+// bootID is an id that a machine told, as far as it may be part of a key: ours have digits, letters and dashes.
+func bootID(id string) string {
+	if len(id) > 64 || strings.Trim(id, "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-") != "" {
+		return ""
+	}
+	return id
+}
+
+// cleanInventory bounds an inventory.
+func cleanInventory(inv agentapi.Inventory) agentapi.Inventory {
+	inv.Disks = slices.Clone(inv.Disks[:min(len(inv.Disks), maxItems)])
+	for i := range inv.Disks {
+		d := &inv.Disks[i]
+		d.Name, d.Model, d.Serial, d.WWN, d.Holds = cut(d.Name), cut(d.Model), cut(d.Serial), cut(d.WWN), cut(d.Holds)
+	}
+	inv.NICs = slices.Clone(inv.NICs[:min(len(inv.NICs), maxItems)])
+	for i := range inv.NICs {
+		n := &inv.NICs[i]
+		n.Name, n.MAC, n.Driver = cut(n.Name), cut(n.MAC), cut(n.Driver)
+	}
+	b := &inv.SMBIOS
+	b.Vendor, b.Product, b.Serial, b.UUID, b.Board, b.BIOS = cut(b.Vendor), cut(b.Product), cut(b.Serial), cut(b.UUID), cut(b.Board), cut(b.BIOS)
+	inv.CPU.Model, inv.CPU.Arch, inv.Firmware = cut(inv.CPU.Model), cut(inv.CPU.Arch), cut(inv.Firmware)
+	return inv
+}
 
 // describe is an inventory in a few words.
 func describe(inv agentapi.Inventory) string {

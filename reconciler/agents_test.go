@@ -4,6 +4,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -35,7 +36,7 @@ func testAgents(t *testing.T) *agents {
 	log := slog.New(slog.DiscardHandler)
 	return &agents{
 		store: s, views: newViews(), boots: newBoots(s, log), events: &recorder{store: s, log: log},
-		now: func() time.Time { return testStart },
+		now: func() time.Time { return testStart }, each: newStriped(),
 	}
 }
 
@@ -51,28 +52,6 @@ func TestNobodyIsUnclaimedBeforeAFleetIsInForce(t *testing.T) {
 	}
 	if _, err := a.Assignment(t.Context(), testMAC, "", 0); !errors.As(err, &unavailable) {
 		t.Errorf("Assignment: %v, want an UnavailableError", err)
-	}
-}
-
-func TestHostIsFoundByMACThenUUIDThenSerial(t *testing.T) {
-	v := newView(testFleet())
-	v.machines = map[string]state.Machine{
-		"52:54:00:00:00:99": {Identity: agentapi.Identity{MAC: "52:54:00:00:00:99", UUID: "1f0c9d3e-0000-4000-8000-000000000002"}},
-	}
-	for _, tt := range []struct {
-		id   agentapi.Identity
-		want string
-	}{
-		{agentapi.Identity{MAC: testMAC}, "n1"},
-		{agentapi.Identity{MAC: testMAC, UUID: "1f0c9d3e-0000-4000-8000-000000000002"}, "n1"},
-		{agentapi.Identity{MAC: "52:54:00:00:00:01", UUID: "1F0C9D3E-0000-4000-8000-000000000002"}, "n2"},
-		{agentapi.Identity{MAC: "52:54:00:00:00:99"}, "n2"}, // its agent told the UUID before
-		{agentapi.Identity{MAC: "52:54:00:00:00:01"}, ""},
-		{agentapi.Identity{}, ""},
-	} {
-		if got := v.host(v.known(tt.id)); got != tt.want {
-			t.Errorf("host of %+v: got %q, want %q", tt.id, got, tt.want)
-		}
 	}
 }
 
@@ -182,5 +161,48 @@ func TestAssignmentWaitsForANewerView(t *testing.T) {
 	a.views.set(v)
 	if got := <-answered; got.Version != "1" {
 		t.Errorf("got version %q, want 1", got.Version)
+	}
+}
+
+func TestNodeOfALostStoreIsShownAsItRuns(t *testing.T) {
+	a := testAgents(t)
+	a.views.set(newView(testFleet()))
+	report := agentapi.Report{
+		Identity: agentapi.Identity{MAC: testMAC}, BootID: "b1", Uptime: time.Hour,
+		Running: &agentapi.Running{Host: "n1", Role: "web", Health: agentapi.Health{Healthy: true}},
+	}
+	if _, err := a.Report(t.Context(), testPeer, report); err != nil { // without marks: another server acknowledged them
+		t.Fatal(err)
+	}
+	n, err := state.Nodes.Get(t.Context(), a.store, testMAC)
+	if err != nil || n.Stage != string(agentapi.StageHealthy) {
+		t.Errorf("stage %q, %v; want healthy", n.Stage, err)
+	}
+}
+
+func TestAStrangersWordsAreBounded(t *testing.T) {
+	a := testAgents(t)
+	a.views.set(newView(testFleet()))
+	long := strings.Repeat("x", 1<<20)
+	r := agentapi.Report{Identity: agentapi.Identity{MAC: "52:54:00:00:00:66"}, BootID: "../../" + long, Error: long}
+	for range 10_000 {
+		r.Marks = append(r.Marks, agentapi.Mark{Stage: agentapi.StageFetch, Detail: long[:2000]})
+		r.Cached = append(r.Cached, digest.Of(nil))
+	}
+	if _, err := a.Report(t.Context(), testPeer, r); err != nil {
+		t.Fatal(err)
+	}
+	n, err := state.Nodes.Get(t.Context(), a.store, r.MAC)
+	if err != nil || len(n.Error) > maxText+10 || len(n.Cached) > maxItems || n.BootID != "" {
+		t.Errorf("node: error of %d bytes, %d cached, boot %q, %v", len(n.Error), len(n.Cached), n.BootID, err)
+	}
+	boots, err := state.Boots.List(t.Context(), a.store)
+	if err != nil || len(boots) != 1 {
+		t.Fatalf("%d boots, %v", len(boots), err)
+	}
+	for _, b := range boots {
+		if len(b.Marks) > maxMarks || len(b.Error) > maxText+10 {
+			t.Errorf("boot: %d marks, error of %d bytes", len(b.Marks), len(b.Error))
+		}
 	}
 }

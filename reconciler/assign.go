@@ -51,10 +51,14 @@ func (a *assign) step(ctx context.Context) error {
 			return err
 		}
 	}
+	var errs []error
 	for _, h := range p.Hosts {
 		if err := a.host(ctx, h, p.Commit, obs, now); err != nil {
-			return err
+			errs = append(errs, err) // the others get theirs
 		}
+	}
+	if len(errs) > 0 {
+		return errors.Join(errs...)
 	}
 	a.planned.Store(&p.Commit)
 	return nil
@@ -67,8 +71,11 @@ func (a *assign) release(ctx context.Context, rel state.Release, now time.Time) 
 		return err
 	}
 	rel.Created = now
+	if err := state.Releases.Put(ctx, a.store, rel.ID.String(), rel); err != nil {
+		return err
+	}
 	a.events.note(ctx, state.Event{Kind: "release", Subject: strings.Join(rel.Roles, ","), Message: "release " + rel.ID.Short() + " is ready"})
-	return state.Releases.Put(ctx, a.store, rel.ID.String(), rel)
+	return nil
 }
 
 // host writes or removes one host's assignment where the plan has another one for it.
@@ -77,13 +84,19 @@ func (a *assign) host(ctx context.Context, h plan.Host, commit string, obs plan.
 		if _, had := obs.Assignments[h.Name]; !had {
 			return nil
 		}
+		if err := state.Assignments.Delete(ctx, a.store, h.Name); err != nil {
+			return err
+		}
 		a.events.note(ctx, state.Event{Kind: "assignment", Subject: h.Name, Message: "left the fleet: its machine is unclaimed now"})
-		return state.Assignments.Delete(ctx, a.store, h.Name)
+		return nil
 	}
 	if h.Spec == nil || !h.Changed {
 		return nil
 	}
 	rec := h.Assignment(commit, now)
+	if err := state.Assignments.Put(ctx, a.store, h.Name, rec); err != nil {
+		return err
+	}
 	a.events.note(ctx, state.Event{Kind: "assignment", Subject: h.Name, Message: fmt.Sprintf("generation %d: %s", rec.Generation, rec.Why)})
-	return state.Assignments.Put(ctx, a.store, h.Name, rec)
+	return nil
 }

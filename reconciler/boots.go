@@ -24,6 +24,9 @@ const (
 	// sameBoot is how long firmware may go on asking without it being a new boot: it repeats its DHCP requests, tries
 	// its other interfaces, and iPXE asks again.
 	sameBoot = 3 * time.Minute
+	// maxStrangers bounds of how many machines boots are kept that are not known: anybody on the network can make up
+	// MACs.
+	maxStrangers = 10_000
 )
 
 // boots keeps the timeline of each machine's boots. Timelines change in memory at once, since netboot's servers may not
@@ -33,8 +36,11 @@ type boots struct {
 	log   *slog.Logger
 	now   func() time.Time
 
-	// writing is held from taking a copy of a timeline until it is written, so that no older copy overwrites a newer.
-	writing sync.Mutex
+	// writing is held, for one machine, from taking a copy of its timeline until that is written, so that no older copy
+	// overwrites a newer. It is taken before mu, and mu is never held over I/O: DHCP waits for it.
+	writing *striped
+	// known says whether a MAC is of a machine that the fleet declares or that an agent spoke for.
+	known func(mac string) bool
 
 	mu      sync.Mutex
 	current map[string]*state.Boot // by MAC
@@ -44,7 +50,7 @@ type boots struct {
 
 func newBoots(store *state.Store, log *slog.Logger) *boots {
 	return &boots{
-		store: store, log: log, now: time.Now,
+		store: store, log: log, now: time.Now, writing: newStriped(), known: func(string) bool { return false },
 		current: map[string]*state.Boot{}, dirty: map[string]bool{}, wake: make(chan struct{}, 1),
 	}
 }
@@ -73,7 +79,10 @@ func (b *boots) observe(ev netboot.Event) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	mac := ev.MAC.String()
-	boot := b.at(mac, string(ev.Stage), ev.Time)
+	boot, ok := b.at(mac, string(ev.Stage), ev.Time)
+	if !ok {
+		return
+	}
 	m := state.Mark{Stage: string(ev.Stage), Time: ev.Time, Detail: ev.Detail}
 	if ev.Err != nil {
 		m.Error = ev.Err.Error()
@@ -87,19 +96,26 @@ func (b *boots) observe(ev netboot.Event) {
 func (b *boots) id(mac string) string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	boot := b.at(mac, string(netboot.StageScript), b.now())
+	boot, ok := b.at(mac, string(netboot.StageScript), b.now())
+	if !ok {
+		return newBootID(b.now())
+	}
 	b.changed(mac)
 	return boot.ID
 }
 
-// at is the boot to which a stage of mac belongs. The caller holds mu.
-func (b *boots) at(mac, stage string, now time.Time) *state.Boot {
+// at is the boot to which a stage of mac belongs; ok is false where there are too many machines to keep another one's.
+// The caller holds mu.
+func (b *boots) at(mac, stage string, now time.Time) (boot *state.Boot, ok bool) {
 	cur := b.current[mac]
+	if cur == nil && len(b.current) >= maxStrangers && !b.known(mac) {
+		return nil, false
+	}
 	if cur == nil || beginsBoot(cur, stage, now) {
 		next := &state.Boot{ID: newBootID(now), MAC: mac, Started: now, Bytes: stagedBytes(cur)}
 		b.current[mac], cur = next, next
 	}
-	return cur
+	return cur, true
 }
 
 // stagedBytes are the image bytes that were fetched in the background during a boot: they are the next one's.
@@ -171,43 +187,79 @@ func addMark(boot *state.Boot, m state.Mark) {
 // report adds an agent's marks to the boot that they belong to and writes it. received is when the report came in,
 // by which the node's own clock is not needed.
 func (b *boots) report(ctx context.Context, host string, r agentapi.Report, received time.Time) error {
-	b.writing.Lock()
-	defer b.writing.Unlock()
-	boot, err := b.withMarks(ctx, host, r, received)
-	if err != nil || boot == nil {
+	defer b.writing.lock(r.MAC)()
+	if len(r.Marks) == 0 && r.Error == "" && !b.isDirty(r.MAC) {
+		return nil
+	}
+	if err := b.adopt(ctx, r, received); err != nil {
 		return err
 	}
-	return b.put(ctx, *boot)
+	boot, changed := b.withMarks(host, r, received)
+	if !changed {
+		return nil
+	}
+	if err := b.put(ctx, boot); err != nil {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.dirty[r.MAC] = true // in memory it is known: it must not be acknowledged for that alone
+		return err
+	}
+	return nil
 }
 
-func (b *boots) withMarks(ctx context.Context, host string, r agentapi.Report, received time.Time) (*state.Boot, error) {
-	if len(r.Marks) == 0 && r.Error == "" {
-		return nil, nil //nolint:nilnil // nothing to write
+func (b *boots) isDirty(mac string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.dirty[mac]
+}
+
+// adopt makes the boot of a report the machine's current one, where it is not: a machine that was booted by another
+// server, or whose record is in the store alone.
+func (b *boots) adopt(ctx context.Context, r agentapi.Report, received time.Time) error {
+	b.mu.Lock()
+	cur := b.current[r.MAC]
+	b.mu.Unlock()
+	if cur != nil && cur.ID == r.BootID {
+		return nil
+	}
+	id := cmp.Or(r.BootID, "unknown")
+	boot, err := state.Boots.Get(ctx, b.store, r.MAC+"/"+id)
+	if notFound(err) {
+		boot, err = state.Boot{ID: id, MAC: r.MAC, Started: received.Add(-r.Uptime)}, nil
+	}
+	if err != nil {
+		return err
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	boot := b.current[r.MAC]
-	if boot == nil || boot.ID != r.BootID {
-		var err error
-		if boot, err = b.former(ctx, r, received); err != nil {
-			return nil, err
-		}
+	if b.current[r.MAC] == cur { // else its firmware began another boot meanwhile
+		b.current[r.MAC] = &boot
 	}
-	before := len(boot.Marks)
+	return nil
+}
+
+// withMarks is the machine's current boot with the marks of a report, and whether it has to be written.
+func (b *boots) withMarks(host string, r agentapi.Report, received time.Time) (state.Boot, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	boot := b.current[r.MAC]
+	before, bytes := len(boot.Marks), boot.Bytes
 	for _, m := range r.Marks {
 		addReported(boot, m, received.Add(m.At-r.Uptime))
 	}
-	if before == len(boot.Marks) && boot.Error == r.Error && boot.Host == host {
-		return nil, nil //nolint:nilnil // all of it was known
-	}
+	changed := b.dirty[r.MAC] || before != len(boot.Marks) || bytes != boot.Bytes || host != "" && boot.Host != host
 	boot.Host = cmp.Or(host, boot.Host)
-	if r.Error != "" {
-		boot.Error = r.Error
+	if r.Error != "" && r.Error != boot.Error {
+		boot.Error, changed = r.Error, true
 	}
 	delete(b.dirty, r.MAC)
+	return clone(boot), changed
+}
+
+func clone(boot *state.Boot) state.Boot {
 	c := *boot
 	c.Marks = slices.Clone(boot.Marks)
-	return &c, nil
+	return c
 }
 
 // addReported adds a mark that an agent may tell several times: it repeats what no reply acknowledged.
@@ -220,33 +272,13 @@ func addReported(boot *state.Boot, m agentapi.Mark, at time.Time) {
 	}
 }
 
-// former is the boot of a report that is not the machine's current one: of a machine that was booted by another server,
-// or of one whose record is in the store alone. The caller holds mu.
-func (b *boots) former(ctx context.Context, r agentapi.Report, received time.Time) (*state.Boot, error) {
-	all, err := state.Boots.ListUnder(ctx, b.store, r.MAC+"/")
-	if err != nil {
-		return nil, err
-	}
-	id := cmp.Or(r.BootID, newBootID(received))
-	boot, ok := all[r.MAC+"/"+id]
-	if !ok {
-		boot = state.Boot{ID: id, MAC: r.MAC, Started: received.Add(-r.Uptime)}
-	}
-	if cur := b.current[r.MAC]; cur == nil || !boot.Started.Before(cur.Started) {
-		b.current[r.MAC] = &boot
-	}
-	return &boot, nil
-}
-
 // newest are the last boots of all machines.
 func (b *boots) newest() []state.Boot {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	out := make([]state.Boot, 0, len(b.current))
 	for _, boot := range b.current {
-		c := *boot
-		c.Marks = slices.Clone(c.Marks)
-		out = append(out, c)
+		out = append(out, clone(boot))
 	}
 	return out
 }
@@ -280,26 +312,33 @@ func (b *boots) flushLast(ctx context.Context) {
 }
 
 func (b *boots) flush(ctx context.Context) {
-	b.writing.Lock()
-	defer b.writing.Unlock()
-	for _, boot := range b.takeDirty() {
-		if err := b.put(ctx, boot); err != nil {
-			b.log.Warn("a boot's timeline is not written", "mac", boot.MAC, "error", err)
+	b.mu.Lock()
+	macs := slices.Collect(maps.Keys(b.dirty))
+	b.mu.Unlock()
+	for _, mac := range macs {
+		if err := b.flushOne(ctx, mac); err != nil {
+			b.log.Warn("a boot's timeline is not written", "mac", mac, "error", err)
 		}
 	}
 }
 
-func (b *boots) takeDirty() []state.Boot {
+func (b *boots) flushOne(ctx context.Context, mac string) error {
+	defer b.writing.lock(mac)()
 	b.mu.Lock()
-	defer b.mu.Unlock()
-	var out []state.Boot
-	for mac := range b.dirty {
-		c := *b.current[mac]
-		c.Marks = slices.Clone(c.Marks)
-		out = append(out, c)
+	if !b.dirty[mac] {
+		b.mu.Unlock()
+		return nil
 	}
-	clear(b.dirty)
-	return out
+	delete(b.dirty, mac)
+	boot := clone(b.current[mac])
+	b.mu.Unlock()
+	err := b.put(ctx, boot)
+	if err != nil {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.dirty[mac] = true // written with the machine's next stage
+	}
+	return err
 }
 
 // put writes one boot, and drops the machine's oldest ones.

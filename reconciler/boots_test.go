@@ -1,6 +1,7 @@
 package reconciler
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"net"
@@ -183,5 +184,49 @@ func TestStagedBytesCountForTheNextBoot(t *testing.T) {
 	}
 	if got := b.current[testMAC].Bytes; got != 20 {
 		t.Errorf("the second boot has %d bytes, want the 20 that were staged for it", got)
+	}
+}
+
+func TestMadeUpMACsFillNothing(t *testing.T) {
+	b := newBoots(openStore(t), slog.New(slog.DiscardHandler))
+	b.known = func(mac string) bool { return mac == testMAC }
+	for i := range maxStrangers + 100 {
+		b.observe(netboot.Event{MAC: net.HardwareAddr{2, 0, 0, byte(i >> 16), byte(i >> 8), byte(i)}, Stage: netboot.StageOffer, Time: testStart})
+	}
+	if len(b.current) > maxStrangers {
+		t.Errorf("boots of %d machines are kept, want at most %d", len(b.current), maxStrangers)
+	}
+	b.observe(seen(netboot.StageOffer, 0))
+	if b.current[testMAC] == nil {
+		t.Error("a machine of the fleet has no place beside the strangers")
+	}
+}
+
+func TestWhatCouldNotBeWrittenIsNotAcknowledged(t *testing.T) {
+	s, err := state.Open(t.Context(), t.TempDir(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newBoots(s, slog.New(slog.DiscardHandler))
+	r := agentapi.Report{Identity: agentapi.Identity{MAC: testMAC}, BootID: "b1", Uptime: time.Minute, Marks: []agentapi.Mark{{Stage: agentapi.StageAgent}}}
+	gone, cancel := context.WithCancel(t.Context())
+	if err := b.adopt(gone, r, testStart); err != nil {
+		t.Fatal(err)
+	}
+	cancel() // from here on nothing can be written
+	for range 2 {
+		if err := b.report(gone, "n1", r, testStart); err == nil {
+			t.Fatal("marks that were not written were acknowledged")
+		}
+	}
+	if err := b.report(t.Context(), "n1", r, testStart); err != nil {
+		t.Fatal(err)
+	}
+	got, err := state.Boots.Get(t.Context(), s, testMAC+"/b1")
+	if err != nil || len(got.Marks) != 1 {
+		t.Errorf("%+v, %v; want the mark", got, err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
 	}
 }

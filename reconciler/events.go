@@ -31,6 +31,7 @@ func (r *recorder) note(ctx context.Context, ev state.Event) {
 	if ev.Time.IsZero() {
 		ev.Time = time.Now()
 	}
+	ev.Message = cut(ev.Message)
 	level := slog.LevelInfo
 	if ev.Warning {
 		level = slog.LevelWarn
@@ -39,7 +40,7 @@ func (r *recorder) note(ctx context.Context, ev state.Event) {
 	n := r.n.Add(1)
 	id := fmt.Sprintf("%019d-%06d", ev.Time.UnixNano(), n%1_000_000)
 	err := state.Events.Put(ctx, r.store, id, ev)
-	if err == nil && n%pruneEvery == 0 {
+	if err == nil && n%pruneEvery == 1 { // the first, too: a server that is often started drops old ones
 		err = r.prune(ctx)
 	}
 	if err != nil && ctx.Err() == nil {

@@ -22,6 +22,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/backoff"
@@ -75,7 +76,12 @@ func New(cfg Config) *Reconciler {
 	r := &Reconciler{cfg: cfg, log: cfg.Log, views: newViews(), refresh: make(chan struct{}, 1)}
 	r.events = &recorder{store: cfg.Store, log: cfg.Log}
 	r.boots = newBoots(cfg.Store, cfg.Log)
-	r.agents = &agents{store: cfg.Store, views: r.views, boots: r.boots, events: r.events, now: time.Now}
+	r.agents = &agents{store: cfg.Store, views: r.views, boots: r.boots, events: r.events, now: time.Now, each: newStriped()}
+	r.boots.known = func(mac string) bool {
+		v, _ := r.views.get()
+		_, spoke := v.machines[mac]
+		return spoke || v.host(agentapi.Identity{MAC: mac}) != ""
+	}
 	r.follow = &follow{
 		repo: cfg.Repo, branch: cfg.Branch, path: cfg.Path, loader: cfg.Loader, store: cfg.Store, events: r.events, log: cfg.Log, now: time.Now,
 		changed: r.fleetChanged, wake: make(chan struct{}, 1),
@@ -147,7 +153,11 @@ func (r *Reconciler) Run(ctx context.Context) error {
 func (r *Reconciler) keep(ctx context.Context, name string, run func(context.Context) error) error {
 	wait := backoff.Backoff{First: time.Second, Limit: time.Minute}
 	for {
+		began := time.Now()
 		err := caught(ctx, run)
+		if time.Since(began) > 10*time.Minute {
+			wait.Reset() // that it failed long ago says nothing of now
+		}
 		if ctx.Err() != nil {
 			return nil //nolint:nilerr // the controller ended because ctx did
 		}
