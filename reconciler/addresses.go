@@ -29,7 +29,7 @@ func (a addresses) Network() (dhcp.Network, bool) {
 
 func (a addresses) Lookup(mac net.HardwareAddr, uuid string) (dhcp.Host, bool) {
 	v, _ := a.views.get()
-	name := v.host(v.known(agentapi.Identity{MAC: mac.String(), UUID: uuid}))
+	name := v.host(agentapi.Identity{MAC: mac.String(), UUID: uuid})
 	if name == "" {
 		return dhcp.Host{}, false
 	}

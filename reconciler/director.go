@@ -38,7 +38,7 @@ func (d *director) Boot(_ context.Context, m netboot.Machine) (netboot.Boot, err
 	v, _ := d.views.get()
 	mac := m.MAC.String()
 	id := agentapi.Identity{MAC: mac, UUID: strings.ToLower(m.UUID), Serial: m.Serial}
-	host := v.host(v.known(id))
+	host := v.host(id)
 	boot := netboot.Boot{ID: d.boots.id(mac)}
 	if v.fleet == nil {
 		boot.Title = "no fleet is in force yet"

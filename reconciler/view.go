@@ -4,12 +4,12 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/reconciler/plan"
 	"github.com/troupe-dev/troupe/reconciler/state"
 	"github.com/troupe-dev/troupe/schema"
 )
@@ -24,21 +24,22 @@ type view struct {
 	builds      map[images.RecipeID]state.Build
 	machines    map[string]state.Machine // by MAC
 
-	byMAC, byUUID, bySerial map[string]string // host names
-	addresses               map[netip.Addr]string
+	addresses map[netip.Addr]string // host names
+	match     func() *plan.Matching // made once, of the machines that the view was given by the first question
 }
 
 func newView(f *schema.Fleet) *view {
-	v := &view{fleet: f, byMAC: map[string]string{}, byUUID: map[string]string{}, bySerial: map[string]string{}, addresses: map[netip.Addr]string{}}
+	v := &view{fleet: f, addresses: map[netip.Addr]string{}}
+	v.match = sync.OnceValue(func() *plan.Matching {
+		if f == nil {
+			return plan.Match(nil, v.machines, nil)
+		}
+		return plan.Match(f.Hosts, v.machines, nil)
+	})
 	if f == nil {
 		return v
 	}
 	for name, h := range f.Hosts {
-		for index, key := range map[*map[string]string]string{&v.byMAC: h.MAC, &v.byUUID: h.UUID, &v.bySerial: h.Serial} {
-			if key != "" {
-				(*index)[key] = name
-			}
-		}
 		if h.Address.IsValid() {
 			v.addresses[h.Address] = name
 		}
@@ -46,41 +47,28 @@ func newView(f *schema.Fleet) *view {
 	return v
 }
 
-// host finds the declared host that a machine is; "" for none. A MAC says more than a UUID, which boards are known to
-// share, and that more than a serial number, which vendors leave at "To be filled".
-func (v *view) host(id agentapi.Identity) string {
-	if name, ok := v.byMAC[strings.ToLower(id.MAC)]; ok {
-		return name
-	}
-	if name, ok := v.byUUID[strings.ToLower(id.UUID)]; ok && id.UUID != "" {
-		return name
-	}
-	if id.Serial == "" {
-		return ""
-	}
-	return v.bySerial[id.Serial]
-}
+// host finds the declared host that a machine is; "" for none.
+func (v *view) host(id agentapi.Identity) string { return v.match().Host(id) }
 
-// known completes what a request said of a machine by what its agent told before: DHCP carries no serial number.
+// known is what is on record of a machine, else what a request said of it. host needs no such help.
 func (v *view) known(id agentapi.Identity) agentapi.Identity {
-	m, ok := v.machines[id.MAC]
-	if !ok {
-		return id
-	}
-	if id.UUID == "" {
-		id.UUID = m.UUID
-	}
-	if id.Serial == "" {
-		id.Serial = m.Serial
+	if m, ok := v.machines[id.MAC]; ok {
+		return m.Identity
 	}
 	return id
 }
 
 // assignment is what a machine shall run.
 func (v *view) assignment(id agentapi.Identity) agentapi.Assignment {
-	name := v.host(v.known(id))
+	name := v.host(id)
 	if name == "" {
 		return agentapi.Assignment{Version: "unclaimed", State: agentapi.Unclaimed, Reason: "no host of the fleet is this machine"}
+	}
+	if !v.match().Settled(id) {
+		// Nobody formats a disk as this host before it is on record that no other machine says the same of itself.
+		return agentapi.Assignment{
+			Version: "new", State: agentapi.Waiting, Reason: "the machine is being taken up", Host: name, Role: v.fleet.Hosts[name].Role,
+		}
 	}
 	if a, ok := v.assignments[name]; ok {
 		return a.Spec
@@ -158,6 +146,7 @@ func (vs *views) get() (*view, <-chan struct{}) {
 }
 
 func (vs *views) set(v *view) {
+	v.match() // so that no question waits for it
 	vs.mu.Lock()
 	defer vs.mu.Unlock()
 	vs.current = v

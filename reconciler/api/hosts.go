@@ -10,6 +10,7 @@ import (
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/netboot"
+	"github.com/troupe-dev/troupe/reconciler/plan"
 	"github.com/troupe-dev/troupe/reconciler/state"
 	"github.com/troupe-dev/troupe/schema"
 )
@@ -25,12 +26,12 @@ const (
 func (r *Records) Hosts() []Host {
 	declared := r.declared()
 	seen := r.sightings()
-	machines := r.match(declared, seen)
+	machines := plan.Match(declared, r.Machines, r.Nodes)
 	releases := r.releasesWanted()
 	all := make([]Host, 0, len(declared)+len(seen))
-	claimed := make(map[string]bool, len(machines))
+	claimed := make(map[string]bool, len(declared))
 	for _, name := range slices.Sorted(maps.Keys(declared)) {
-		mac := machines[name]
+		mac := machines.MAC(name)
 		claimed[mac] = true
 		h := r.host(declared[name], mac)
 		if s, ok := seen[mac]; ok {
@@ -59,11 +60,12 @@ func (r *Records) declared() map[string]schema.Host {
 	for name, a := range r.Assignments {
 		all[name] = schema.Host{Name: name, Role: a.Role}
 	}
-	for mac, n := range r.Nodes {
+	for _, mac := range slices.Sorted(maps.Keys(r.Nodes)) {
+		n := r.Nodes[mac]
 		if n.Running == nil {
 			continue
 		}
-		if h, ok := all[n.Running.Host]; ok {
+		if h, ok := all[n.Running.Host]; ok && (h.MAC == "" || n.LastSeen.After(r.Nodes[h.MAC].LastSeen)) {
 			h.MAC = mac
 			all[h.Name] = h
 		}
@@ -71,38 +73,11 @@ func (r *Records) declared() map[string]schema.Host {
 	return all
 }
 
-// match finds the machine of each declared host: its MAC, by host name. A MAC says more than a UUID, which boards are
-// known to share, and that more than a serial number. Of several machines that could be one host, it is the one with the
-// declared MAC, else the one that was seen last.
-func (r *Records) match(declared map[string]schema.Host, seen map[string]sighting) map[string]string {
-	byMAC := make(map[string]string, len(declared))
-	byUUID, bySerial := map[string]string{}, map[string]string{}
-	for name, h := range declared {
-		byMAC[strings.ToLower(h.MAC)], byUUID[strings.ToLower(h.UUID)], bySerial[h.Serial] = name, name, name
-	}
-	delete(byMAC, "")
-	delete(byUUID, "")
-	delete(bySerial, "")
-	found := make(map[string]string, len(declared))
-	for _, mac := range slices.Sorted(maps.Keys(seen)) {
-		m := r.Machines[mac]
-		name := cmp.Or(byMAC[mac], byUUID[strings.ToLower(m.UUID)], bySerial[m.Serial])
-		if name == "" {
-			continue
-		}
-		other, taken := found[name]
-		if !taken || byMAC[mac] == name || byMAC[other] != name && seen[mac].last.After(seen[other].last) {
-			found[name] = mac
-		}
-	}
-	return found
-}
-
 // host is what the repo and the reconciler say of a declared host, played by the machine mac ("" where none was seen).
 func (r *Records) host(spec schema.Host, mac string) Host {
 	a, m := r.Assignments[spec.Name], r.Machines[mac]
 	h := Host{
-		Name: spec.Name, MAC: cmp.Or(mac, spec.MAC), UUID: cmp.Or(spec.UUID, m.UUID), Serial: cmp.Or(spec.Serial, m.Serial),
+		Name: spec.Name, MAC: mac, UUID: cmp.Or(spec.UUID, m.UUID), Serial: cmp.Or(spec.Serial, m.Serial),
 		Address: spec.Address, Role: spec.Role, Labels: spec.Labels,
 		Generation: a.Generation, Target: a.Release, Why: a.Why, Commit: a.Commit, Since: a.Since,
 		State: HostAbsent, Detail: "never seen",

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
@@ -24,76 +23,41 @@ type planner struct {
 	buf       canonical        // is used again for each node
 	roles     map[string]*role // those that hosts have
 	diffs     map[diffKey][]string
-	machines  map[string]string // MAC by host
+	machines  *Matching
 	runs      map[string]string // MAC of the node that runs as a host
 	unclaimed []string
 }
 
-// match finds each host's machine. A MAC says more than a UUID, which boards are known to share, and that more than a
-// serial number, which vendors leave at "To be filled".
+// match finds each host's machine.
 func (p *planner) match() {
-	byMAC, byUUID, bySerial := map[string]string{}, map[string]string{}, map[string]string{}
-	for _, name := range p.names {
-		h := p.fleet.Hosts[name]
-		byMAC[strings.ToLower(h.MAC)], byUUID[strings.ToLower(h.UUID)], bySerial[h.Serial] = name, name, name
-	}
-	delete(byMAC, "")
-	delete(byUUID, "")
-	delete(bySerial, "")
-	p.machines = make(map[string]string, len(p.fleet.Hosts))
-	for mac, m := range p.obs.Machines {
-		name := cmp.Or(byMAC[strings.ToLower(mac)], byUUID[strings.ToLower(m.UUID)], bySerial[m.Serial])
-		if name == "" {
-			p.unclaimed = append(p.unclaimed, mac)
-		} else if p.better(name, mac) {
-			p.machines[name] = mac
-		}
-	}
-	slices.Sort(p.unclaimed)
-	// A node that never said hello to this server may still be known by what it reports.
-	for mac := range p.obs.Nodes {
-		if name := byMAC[mac]; name != "" {
-			p.machines[name] = mac
-		}
-	}
+	p.machines = Match(p.fleet.Hosts, p.obs.Machines, p.obs.Nodes)
+	p.unclaimed = p.machines.Unclaimed()
 	p.runs = map[string]string{}
 	for mac, n := range p.obs.Nodes {
 		if n.Running == nil {
 			continue
 		}
-		if old, ok := p.runs[n.Running.Host]; !ok || p.newer(mac, old) {
+		if old, ok := p.runs[n.Running.Host]; !ok || newer(p.obs.Nodes, mac, old) {
 			p.runs[n.Running.Host] = mac
 		}
 	}
 }
 
-// better says whether mac is rather the host's machine than the one found before: a machine with two interfaces may have
-// booted from either, and a board may have been replaced.
-func (p *planner) better(name, mac string) bool {
-	old, ok := p.machines[name]
-	if !ok {
-		return true
-	}
-	declared := strings.ToLower(p.fleet.Hosts[name].MAC)
-	if old == declared || mac == declared {
-		return mac == declared
-	}
-	return p.newer(mac, old)
-}
-
-// newer says whether the node at mac was seen after that at old; the lower MAC where it cannot be told.
-func (p *planner) newer(mac, old string) bool {
-	c := p.obs.Nodes[mac].LastSeen.Compare(p.obs.Nodes[old].LastSeen)
-	return c > 0 || c == 0 && mac < old
+// seen says whether a machine was ever there. A node that never said hello to this server may still be known by what
+// it reports.
+func (p *planner) seen(mac string) bool {
+	_, recorded := p.obs.Machines[mac]
+	_, reported := p.obs.Nodes[mac]
+	return recorded || reported
 }
 
 // host plans one declared host.
 func (p *planner) host(name string, h schema.Host) Host {
 	r := p.role(h.Role)
 	old, had := p.obs.Assignments[name]
-	mac, seen := p.machines[name]
+	mac := p.machines.MAC(name)
 	out := Host{
-		Name: name, MAC: cmp.Or(mac, h.MAC), ToRole: h.Role, Generation: 1, FetchBytes: -1,
+		Name: name, MAC: mac, ToRole: h.Role, Generation: 1, FetchBytes: -1,
 		Base: r.base, Delta: r.delta, host: h,
 	}
 	if had {
@@ -121,7 +85,7 @@ func (p *planner) host(name string, h schema.Host) Host {
 	if out.Spec = &old.Spec; out.Changed {
 		out.Spec = spec(&out, want)
 	}
-	p.act(&out, old.Why, had, seen, node)
+	p.act(&out, old.Why, had, p.seen(mac), node)
 	return out
 }
 

@@ -501,7 +501,7 @@ func TestMatch(t *testing.T) {
 		mac(1): machine(mac(1), "4C4C4544-0000", ""),
 		mac(2): machine(mac(2), "", "S1"),
 		mac(3): machine(mac(3), "4c4c4544-0003", "S1"), // a serial number says less than a MAC
-		mac(4): machine(mac(4), "4c4c4544-0003", ""),   // the other interface of the same machine
+		mac(4): machine(mac(4), "4c4c4544-0003", ""),   // a UUID says less than a MAC, too
 		mac(5): machine(mac(5), "", ""),
 	}
 	p := w.plan()
@@ -512,7 +512,7 @@ func TestMatch(t *testing.T) {
 	if d := cmp.Diff(map[string]string{"byuuid": mac(1), "byserial": mac(2), "bymac": mac(3)}, got); d != "" {
 		t.Error(d)
 	}
-	if d := cmp.Diff([]string{mac(5)}, p.Unclaimed); d != "" {
+	if d := cmp.Diff([]string{mac(4), mac(5)}, p.Unclaimed); d != "" {
 		t.Error(d)
 	}
 }
