@@ -83,7 +83,7 @@ func TestOddEntries(t *testing.T) {
 		}
 		got = append(got, fmt.Sprintf("%v %s %d", info.Mode(), e.Name(), info.Size()))
 	}
-	want := "-r--r--r-- big 4194305, dr-xr-xr-x dir 0, -r--r--r-- fleet.cue 3, Lrwxrwxrwx link 3, -r-xr-xr-x run 3"
+	want := fmt.Sprintf("-r--r--r-- big %d, dr-xr-xr-x dir 0, -r--r--r-- fleet.cue 3, Lrwxrwxrwx link 3, -r-xr-xr-x run 3", MaxFileSize+1)
 	if s := strings.Join(got, ", "); s != want {
 		t.Errorf("got  %s\nwant %s", s, want)
 	}
