@@ -12,7 +12,6 @@ import (
 // Lines of a console by which the points of a boot are told that no agent is there to report.
 var (
 	restarts    = regexp.MustCompile(`reboot: Restarting system`)
-	firmware    = regexp.MustCompile(`^SeaBIOS `)
 	kernelSpeak = regexp.MustCompile(`Linux version \d`)
 	agentStarts = regexp.MustCompile(`troupe: agent starts`)
 	floorStarts = regexp.MustCompile(`floor: starts`)

@@ -110,21 +110,22 @@ func (t *table) printf(format string, args ...any) {
 
 // row is a name, whose it is, a value for each journey (NaN where it has none is left empty), and the median.
 func (t *table) row(name string, whose owner, value func(j *journey) (time.Duration, bool)) time.Duration {
-	line := fmt.Sprintf("  %-46s %-9s", name, whose)
+	var line strings.Builder
+	fmt.Fprintf(&line, "  %-46s %-9s", name, whose)
 	var counted []time.Duration
 	for i := range t.cols {
 		d, ok := value(&t.cols[i])
 		if !ok {
-			line += "       -"
+			line.WriteString("       -")
 			continue
 		}
-		line += fmt.Sprintf(" %7.2f", d.Seconds())
+		fmt.Fprintf(&line, " %7.2f", d.Seconds())
 		if i >= t.skip {
 			counted = append(counted, d)
 		}
 	}
 	m := median(counted)
-	t.printf("%s %9.2f", line, m.Seconds())
+	t.printf("%s %9.2f", line.String(), m.Seconds())
 	return m
 }
 
@@ -132,11 +133,12 @@ func (t *table) row(name string, whose owner, value func(j *journey) (time.Durat
 func (t *table) head() {
 	t.printf("")
 	t.printf("%s", t.title)
-	line := fmt.Sprintf("  %-46s %-9s", "", "whose")
+	var line strings.Builder
+	fmt.Fprintf(&line, "  %-46s %-9s", "", "whose")
 	for _, j := range t.cols {
-		line += fmt.Sprintf(" %7s", j.title)
+		fmt.Fprintf(&line, " %7s", j.title)
 	}
-	t.printf("%s %9s", line, "median")
+	t.printf("%s %9s", line.String(), "median")
 }
 
 // stages is a row for each part that any of the journeys has.
