@@ -65,7 +65,7 @@ func TestDeclaredHostWaitsAndSaysForWhat(t *testing.T) {
 	}
 	v.builds = map[images.RecipeID]state.Build{base: {Recipe: base, Phase: state.BuildFailed, Step: "packages"}}
 	second := v.assignment(id)
-	if want := `the build of image debian failed in step "packages": see troupe logs ` + base.Short(); second.Reason != want {
+	if want := `the build of image debian failed: packages; see troupe logs ` + base.Short(); second.Reason != want {
 		t.Errorf("got %q, want %q", second.Reason, want)
 	}
 	if first.Version == second.Version {

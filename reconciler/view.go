@@ -1,7 +1,6 @@
 package reconciler
 
 import (
-	"fmt"
 	"net/netip"
 	"slices"
 	"sync"
@@ -80,22 +79,18 @@ func (v *view) assignment(id agentapi.Identity) agentapi.Assignment {
 	}
 }
 
-// waitsFor says for people why a role has no release yet.
+// waitsFor says for people why a role has no release yet. It leaves out the step of a build that is under way: each is
+// news to all machines that wait.
 func (v *view) waitsFor(role string) string {
-	r := v.fleet.Roles[role]
-	base := images.BaseRecipeOf(v.fleet.Images[r.OS]).ID()
-	recipe, what := base, "image "+r.OS
-	if _, ok := v.bases[base]; ok {
-		recipe, what = images.DeltaRecipeOf(base, r).ID(), "role "+role
+	built := plan.Artifacts[images.RecipeID]{Bases: v.bases, Builds: v.builds}
+	m := built.Release(v.fleet, v.fleet.Roles[role]).Missing
+	switch m.Build.Phase {
+	case state.BuildRunning:
+		m.Build.Step = ""
+	case state.BuildDone: // and the host's assignment comes next
+		m.Build.Phase, m.Build.Step = state.BuildRunning, ""
 	}
-	b, ok := v.builds[recipe]
-	switch {
-	case !ok || b.Phase == state.BuildQueued:
-		return fmt.Sprintf("%s waits to be built", what)
-	case b.Phase == state.BuildFailed:
-		return fmt.Sprintf("the build of %s failed in step %q: see troupe logs %s", what, b.Step, recipe.Short())
-	}
-	return fmt.Sprintf("%s is being built", what)
+	return m.String()
 }
 
 // discovery is the OS base that a machine boots into which has nothing to run: the one of its role, else the fleet's

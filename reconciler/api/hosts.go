@@ -186,7 +186,7 @@ func isBooting(stage string) bool {
 }
 
 // stateOf says how a host is whose machine was seen at least once.
-func (r *Records) stateOf(a state.Assignment, want wanted, s sighting) (HostState, string) {
+func (r *Records) stateOf(a state.Assignment, want plan.Wanted, s sighting) (HostState, string) {
 	leaving := s.booting || s.stage == string(agentapi.StageReboot)
 	if silent := r.Now.Sub(s.last); silent > silentBooting || !leaving && silent > silentRunning {
 		return HostLost, "not seen for " + short(silent)
@@ -198,9 +198,9 @@ func (r *Records) stateOf(a state.Assignment, want wanted, s sighting) (HostStat
 		return HostRebooting, ""
 	case s.booting && s.stage != string(agentapi.StageWait):
 		return HostBooting, bootDetail(s)
-	case want.missing != "":
-		return HostWaiting, want.missing
-	case a.Generation == 0 || a.Spec.State == agentapi.Waiting || want.release != "" && a.Release != want.release:
+	case want.Missing.What != "":
+		return HostWaiting, want.Missing.String()
+	case a.Generation == 0 || a.Spec.State == agentapi.Waiting || want.ID != "" && a.Release != want.ID:
 		return HostWaiting, cmp.Or(a.Spec.Reason, "being planned")
 	case s.booting: // it was told to wait, and its next question will be answered
 		return HostBooting, s.stage

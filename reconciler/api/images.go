@@ -185,8 +185,8 @@ func (r *Records) Roles(hosts []Host) []Role {
 		spec := r.Fleet.Roles[name]
 		w := want[name]
 		role := Role{
-			Name: name, OS: spec.OS, Boot: spec.Boot, Release: w.release, Waiting: w.missing,
-			BaseRecipe: w.base, DeltaRecipe: w.delta, Hosts: orEmpty(byRole[name]), Healthy: healthy[name], Spec: spec,
+			Name: name, OS: spec.OS, Boot: spec.Boot, Release: w.ID, Waiting: w.Missing.String(),
+			BaseRecipe: w.Base, DeltaRecipe: w.Delta, Hosts: orEmpty(byRole[name]), Healthy: healthy[name], Spec: spec,
 		}
 		all = append(all, role)
 	}

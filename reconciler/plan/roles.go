@@ -3,7 +3,6 @@ package plan
 import (
 	"cmp"
 	"encoding/binary"
-	"fmt"
 	"maps"
 	"slices"
 
@@ -24,38 +23,9 @@ func (p *planner) role(name string) *role {
 	r.recipe = images.DeltaRecipeOf(r.base, r.Role)
 	r.delta = r.recipe.ID()
 	r.checks = checksOf(r.Healthy)
-	base, ok := p.obs.Bases[r.base]
-	if !ok {
-		r.wait = p.waits("image "+r.OS, r.base)
-		return r
-	}
-	delta, ok := p.delta(r.delta, base)
-	if !ok {
-		r.wait = p.waits("role "+name, r.delta)
-		return r
-	}
-	r.release = &images.Release{
-		Base: base.Image, Delta: delta.Image, Kernel: base.Kernel, Modules: base.Modules, KernelArgs: r.Kernel.Args,
-	}
-	r.id = r.release.ID()
+	want := Artifacts[images.RecipeID]{Bases: p.obs.Bases, Deltas: p.obs.Deltas, Builds: p.obs.Builds}.Release(p.fleet, r.Role)
+	r.release, r.id, r.wait = want.Release, want.ID, want.Missing.String()
 	return r
-}
-
-// delta is what came out of a recipe on this very base: a base that was built again has other bytes under a delta.
-func (p *planner) delta(id images.RecipeID, base images.Base) (images.Delta, bool) {
-	d, ok := p.obs.Deltas[id]
-	return d, ok && d.Base == base.Image
-}
-
-// waits says for people what a host without a release waits for.
-func (p *planner) waits(what string, id images.RecipeID) string {
-	switch b := p.obs.Builds[id]; b.Phase {
-	case state.BuildFailed:
-		return fmt.Sprintf("the build of %s failed in step %q", what, b.Step)
-	case state.BuildRunning:
-		return what + " is being built"
-	}
-	return what + " has to be built"
 }
 
 // builds lists what has to be built for the hosts, and for discovery: a machine that no host declares boots an OS image
@@ -77,7 +47,7 @@ func (p *planner) builds() []Build {
 		}
 		p.want(byRecipe, b)
 	}
-	if os := p.discovery(); os != "" {
+	if os := p.fleet.Discovery.OS; os != "" {
 		recipe := images.BaseRecipeOf(p.fleet.Images[os])
 		if id := recipe.ID(); p.obs.Bases[id].Recipe == "" {
 			p.want(byRecipe, Build{Recipe: id, Kind: KindBase, Name: os, Base: &recipe})
@@ -92,18 +62,6 @@ func (p *planner) builds() []Build {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Recipe, b.Recipe))
 	})
 	return out
-}
-
-// discovery is the OS image that unknown machines boot.
-func (p *planner) discovery() string {
-	if os := p.fleet.Discovery.OS; os != "" {
-		return os
-	}
-	names := slices.Sorted(maps.Keys(p.fleet.Images))
-	if len(names) == 0 {
-		return ""
-	}
-	return names[0]
 }
 
 // want adds a build, or the hosts that wait for it to one that is wanted already.

@@ -59,6 +59,8 @@ func New(now time.Time) *Fleet {
 			}}}},
 			Roles: map[string]schema.Role{},
 			Hosts: map[string]schema.Host{},
+
+			Discovery: schema.Discovery{OS: "debian"},
 		},
 		Assignments: map[string]state.Assignment{}, Builds: map[string]state.Build{}, Bases: map[string]images.Base{},
 		Deltas: map[string]images.Delta{}, Releases: map[string]state.Release{}, Machines: map[string]state.Machine{},

@@ -1,0 +1,69 @@
+package plan
+
+import (
+	"fmt"
+
+	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
+)
+
+// Artifacts are what was built, by recipe, in whichever type of string somebody has listed the records. A nil Deltas is
+// as one without any.
+type Artifacts[K ~string] struct {
+	Bases  map[K]images.Base
+	Deltas map[K]images.Delta
+	Builds map[K]state.Build
+}
+
+// A Wanted is the release that a fleet wants for a role.
+type Wanted struct {
+	Base, Delta images.RecipeID
+	Release     *images.Release // nil while it is not built
+	ID          digest.Digest   // of Release
+	Missing     Missing         // the part that has to be built next, where Release is nil
+}
+
+// Release finds the release of a role, of fleet, among what was built.
+func (a Artifacts[K]) Release(fleet *schema.Fleet, role schema.Role) Wanted {
+	w := Wanted{Base: images.BaseRecipeOf(fleet.Images[role.OS]).ID()}
+	w.Delta = images.DeltaRecipeOf(w.Base, role).ID()
+	base, ok := a.Bases[K(w.Base)]
+	if !ok {
+		w.Missing = Missing{What: "image " + role.OS, Recipe: w.Base, Build: a.Builds[K(w.Base)]}
+		return w
+	}
+	delta, ok := a.Deltas[K(w.Delta)]
+	if !ok || delta.Base != base.Image { // a base that was built again has other bytes under the delta
+		w.Missing = Missing{What: "role " + role.Name, Recipe: w.Delta, Build: a.Builds[K(w.Delta)]}
+		return w
+	}
+	w.Release = &images.Release{
+		Base: base.Image, Delta: delta.Image, Kernel: base.Kernel, Modules: base.Modules, KernelArgs: role.Kernel.Args,
+	}
+	w.ID = w.Release.ID()
+	return w
+}
+
+// A Missing is an image that is not built.
+type Missing struct {
+	What   string // for people: "image debian", "role web"
+	Recipe images.RecipeID
+	Build  state.Build // the zero Build where there is no record
+}
+
+// String says for people how far it is; "" for the zero Missing.
+func (m Missing) String() string {
+	switch {
+	case m.What == "":
+		return ""
+	case m.Build.Phase == state.BuildFailed:
+		return fmt.Sprintf("the build of %s failed: %s; see troupe logs %s", m.What, m.Build.Step, m.Recipe.Short())
+	case m.Build.Phase == state.BuildRunning && m.Build.Step != "":
+		return fmt.Sprintf("%s is being built: %s", m.What, m.Build.Step)
+	case m.Build.Phase == state.BuildRunning:
+		return m.What + " is being built"
+	}
+	return m.What + " waits to be built"
+}
