@@ -188,7 +188,7 @@ func addMark(boot *state.Boot, m state.Mark) {
 // by which the node's own clock is not needed.
 func (b *boots) report(ctx context.Context, host string, r agentapi.Report, received time.Time) error {
 	defer b.writing.lock(r.MAC)()
-	if len(r.Marks) == 0 && r.Error == "" && !b.isDirty(r.MAC) {
+	if len(r.Marks) == 0 && b.upToDate(r) {
 		return nil
 	}
 	if err := b.adopt(ctx, r, received); err != nil {
@@ -207,10 +207,16 @@ func (b *boots) report(ctx context.Context, host string, r agentapi.Report, rece
 	return nil
 }
 
-func (b *boots) isDirty(mac string) bool {
+// upToDate says whether a report without marks tells nothing new. A boot that nobody knows gets no timeline by its error
+// being away.
+func (b *boots) upToDate(r agentapi.Report) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.dirty[mac]
+	cur := b.current[r.MAC]
+	if cur == nil || cur.ID != r.BootID {
+		return r.Error == ""
+	}
+	return cur.Error == r.Error && !b.dirty[r.MAC]
 }
 
 // adopt makes the boot of a report the machine's current one, where it is not: a machine that was booted by another
@@ -249,7 +255,7 @@ func (b *boots) withMarks(host string, r agentapi.Report, received time.Time) (s
 	}
 	changed := b.dirty[r.MAC] || before != len(boot.Marks) || bytes != boot.Bytes || host != "" && boot.Host != host
 	boot.Host = cmp.Or(host, boot.Host)
-	if r.Error != "" && r.Error != boot.Error {
+	if r.Error != boot.Error { // what the agent does not complain of any more is over, the firmware's troubles, too
 		boot.Error, changed = r.Error, true
 	}
 	delete(b.dirty, r.MAC)

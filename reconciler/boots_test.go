@@ -230,3 +230,19 @@ func TestWhatCouldNotBeWrittenIsNotAcknowledged(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestAnErrorThatIsOverIsGone(t *testing.T) {
+	b := newBoots(openStore(t), slog.New(slog.DiscardHandler))
+	r := agentapi.Report{Identity: agentapi.Identity{MAC: testMAC}, BootID: "b1", Marks: []agentapi.Mark{{Stage: agentapi.StageAgent}}}
+	for _, want := range []string{"", "the fetch was cut; trying again", ""} {
+		r.Error = want
+		if err := b.report(t.Context(), "n1", r, testStart); err != nil {
+			t.Fatal(err)
+		}
+		r.Marks = nil
+		got, err := state.Boots.Get(t.Context(), b.store, testMAC+"/b1")
+		if err != nil || got.Error != want {
+			t.Errorf("error of the boot: %q, %v; want %q", got.Error, err, want)
+		}
+	}
+}
