@@ -7,15 +7,19 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
+	"time"
 
 	git "github.com/go-git/go-git/v5"
 	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/go-git/go-git/v5/storage/filesystem"
+
+	"github.com/troupe-dev/troupe/internal/backoff"
 )
 
-// localTries is how often a local repository is read again that changed under the reader: a repack moves objects, and a
-// reader that opened the repository before it does not find them.
-const localTries = 5
+// localTries is how often a local repository is read that changes under the reader, with waits between that add up to
+// two seconds: a repack moves objects, and a reader that opened the repository before does not find them; a name that is
+// being written has a lock file beside it, which go-git takes for an empty name.
+const localTries = 10
 
 // A local is a repository on this machine. It is only read.
 type local struct{ path string }
@@ -102,7 +106,10 @@ func (l *local) salvage(ctx context.Context, m *mirror, got refs, cause error) e
 // retry calls f until it succeeds, says that trying again is of no use, or was called often enough.
 func (l *local) retry(ctx context.Context, f func() error) error {
 	var err error
-	for range localTries {
+	for n := range localTries {
+		if n > 0 && backoff.Sleep(ctx, backoff.Exponential(10*time.Millisecond, 400*time.Millisecond, n)) != nil {
+			return fmt.Errorf("%w: %w", ErrUnreachable, err)
+		}
 		err = f()
 		if err == nil || errors.Is(err, ErrUnreachable) || errors.Is(err, errMirror) || ctx.Err() != nil {
 			return err
