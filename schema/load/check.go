@@ -64,6 +64,7 @@ func (m *merged) checkHosts() {
 	for _, h := range m.hostsByPlace() {
 		m.checkRoleOf(h)
 		m.checkAddress(h)
+		m.checkNode(h)
 		v := h.Value
 		for _, id := range [...][2]string{{"mac", v.MAC}, {"uuid", v.UUID}, {"serial", v.Serial}, {"address", text(v.Address)}} {
 			field, value := id[0], id[1]
@@ -143,6 +144,21 @@ func (m *merged) checkAddress(h found[schema.Host]) {
 		return
 	}
 	m.add(h.problem("address", "hosts.%s.address: %v %s", label(h.Value.Name), a, why))
+}
+
+// maxNode bounds the node files of one host, in bytes of paths and contents: they are part of its assignment, which is
+// one record, and which its agent asks for again and again. What is bigger belongs into the role's files.
+const maxNode = 512 << 10
+
+func (m *merged) checkNode(h found[schema.Host]) {
+	size := 0
+	for path, f := range h.Value.Node.Files {
+		size += len(path) + len(f.Content)
+	}
+	if size > maxNode {
+		m.add(h.problem("", "hosts.%s: its node files, with those of role %q, have %d bytes, more than the %d that a host may have; what all hosts of a role share belongs into the role's files",
+			label(h.Value.Name), h.Value.Role, size, maxNode))
+	}
 }
 
 func keys[T any](m map[string]T) []string   { return slices.Collect(maps.Keys(m)) }
