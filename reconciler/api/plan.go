@@ -26,6 +26,12 @@ func (s *Server) plan(w http.ResponseWriter, r *http.Request) error {
 	if s.Planner == nil {
 		return notHere("planner")
 	}
+	if !s.shared.plans.enter(maxPlans) {
+		return &Error{Status: http.StatusServiceUnavailable, Message: fmt.Sprintf("%d plans are being made already", maxPlans)}
+	}
+	defer s.shared.plans.leave()
+	ctx, cancel := context.WithTimeout(r.Context(), planTime)
+	defer cancel()
 	var req PlanRequest
 	if err := readJSON(w, r, maxPlanBody, &req); err != nil {
 		return err
@@ -34,13 +40,13 @@ func (s *Server) plan(w http.ResponseWriter, r *http.Request) error {
 	case (req.Fleet == nil) == (req.Revision == ""):
 		return badRequest("want a fleet or a revision")
 	case req.Fleet != nil:
-		p, err := s.Planner.Plan(r.Context(), req.Fleet)
+		p, err := s.Planner.Plan(ctx, req.Fleet)
 		if err != nil {
 			return fmt.Errorf("planning: %w", err)
 		}
 		return writeJSON(w, http.StatusOK, p)
 	}
-	p, err := s.Planner.PlanRevision(r.Context(), req.Revision)
+	p, err := s.Planner.PlanRevision(ctx, req.Revision)
 	if err != nil {
 		return err
 	}

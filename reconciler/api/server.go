@@ -10,6 +10,9 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"os"
+	"slices"
+	"strconv"
 	"time"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
@@ -58,10 +61,14 @@ type Server struct {
 
 // Bounds of one request.
 const (
-	maxBody     = 4 << 20 // bytes; a report of a machine with hundreds of disks has some 100 KB
+	maxBody     = 256 << 10 // bytes; a report of a machine with hundreds of disks has some 100 KB
 	maxPlanBody = 64 << 20
 	maxWait     = time.Minute      // for an assignment
 	answerTime  = 30 * time.Second // for all that does not wait or stream
+	bodyTime    = 30 * time.Second // for a client to send its whole body
+	planTime    = 2 * time.Minute  // a revision may have to be fetched and evaluated
+	maxPlans    = 2                // at a time: each may take seconds of all processors, and as much memory as the fleet
+	retryAfter  = 5 * time.Second  // what is said with 503
 )
 
 // Handler serves the API: /api/v1/, /node/v1/, /healthz and /metrics. Requests that a browser makes for a page of
@@ -74,8 +81,8 @@ func (s *Server) Handler() http.Handler {
 	for _, route := range s.routes() {
 		mux.Handle(route.pattern, s.answer(route))
 	}
-	mux.HandleFunc("/api/", s.unknown)
-	mux.HandleFunc("/node/", s.unknown)
+	mux.Handle("/api/", s.answer(route{serve: unknown}))
+	mux.Handle("/node/", s.answer(route{serve: unknown}))
 	return s.logged(http.NewCrossOriginProtection().Handler(mux))
 }
 
@@ -99,7 +106,7 @@ func (s *Server) routes() []route {
 		{"GET /api/v1/releases", false, s.getReleases},
 		{"GET /api/v1/events", false, s.getEvents},
 		{"POST /api/v1/poke", false, s.poke},
-		{"POST /api/v1/plan", true, s.plan}, // a revision may have to be fetched and loaded: the client sets the time
+		{"POST /api/v1/plan", true, s.plan}, // within planTime
 		{"GET /api/v1/watch", true, s.watch},
 		{"GET /api/v1/openapi.json", false, s.getOpenAPI},
 		{"POST /node/v1/hello", false, s.hello},
@@ -110,12 +117,26 @@ func (s *Server) routes() []route {
 	}
 }
 
-// answer bounds a request in time and answers its error.
+// answer bounds a request in time and answers its error. The deadlines are the connection's, which serves other
+// requests after this one, and not only ours: the one for writing is taken off again.
 func (s *Server) answer(rt route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		ctl := http.NewResponseController(w)
+		ctl := http.NewResponseController(w) // not every writer has deadlines; those of a net.Conn do
+		if r.ContentLength != 0 {
+			// http.Server would read what is left of the body before it sends an answer. readJSON takes this off again.
+			w.Header().Set("Connection", "close")
+		}
+		_ = ctl.SetReadDeadline(time.Now().Add(answerTime + slowClient))
+		_ = ctl.SetWriteDeadline(time.Now().Add(2 * answerTime))
+		defer func() {
+			_ = ctl.Flush()
+			_ = ctl.SetWriteDeadline(time.Time{})
+			// Some of what nobody read of the body is read now. The next request gets a new deadline.
+			_ = ctl.SetReadDeadline(time.Now().Add(slowClient))
+		}()
 		if rt.streams {
-			_ = ctl.SetWriteDeadline(time.Time{}) // the http.Server's own would cut it; not every writer has one
+			_ = ctl.SetReadDeadline(time.Time{}) // its end would end the request
+			_ = ctl.SetWriteDeadline(time.Time{})
 		} else {
 			ctx, cancel := context.WithTimeout(r.Context(), answerTime)
 			defer cancel()
@@ -135,6 +156,9 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	e := asError(err)
 	if e.Status >= 500 {
 		s.Log.Warn("a request was not answered", "method", r.Method, "path", r.URL.Path, "error", err)
+	}
+	if e.Status == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", strconv.Itoa(int(retryAfter.Seconds())))
 	}
 	_ = writeJSON(w, e.Status, e)
 }
@@ -175,8 +199,8 @@ func notHere(what string) error {
 	return &Error{Status: http.StatusNotImplemented, Message: "this server has no " + what}
 }
 
-func (s *Server) unknown(w http.ResponseWriter, r *http.Request) {
-	s.fail(w, r, notFound("there is no %s %s", r.Method, r.URL.Path))
+func unknown(_ http.ResponseWriter, r *http.Request) error {
+	return notFound("there is no %s %s", r.Method, r.URL.Path)
 }
 
 func writeJSON(w http.ResponseWriter, status int, v any) error {
@@ -187,18 +211,36 @@ func writeJSON(w http.ResponseWriter, status int, v any) error {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
+	b = append(b, '\n')
+	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	w.WriteHeader(status)
-	_, _ = w.Write(append(b, '\n')) // there is nobody to tell that the client is gone
+	out := &flusher{w: w, ctl: http.NewResponseController(w)}
+	for part := range slices.Chunk(b, 256<<10) {
+		if _, err := out.Write(part); err != nil {
+			break // there is nobody to tell that the client is gone
+		}
+	}
 	return nil
 }
 
-// readJSON reads a body of at most most bytes.
+// readJSON reads a body of at most most bytes, which comes within bodyTime.
 func readJSON(w http.ResponseWriter, r *http.Request, most int64, v any) error {
-	err := json.NewDecoder(http.MaxBytesReader(w, r.Body, most)).Decode(v)
+	ctl := http.NewResponseController(w)
+	_ = ctl.SetReadDeadline(time.Now().Add(bodyTime))
+	body := http.MaxBytesReader(w, r.Body, most)
+	err := json.NewDecoder(body).Decode(v)
+	if err == nil {
+		_, err = io.Copy(io.Discard, body)
+	}
 	var tooLarge *http.MaxBytesError
 	switch {
+	case err == nil:
+		_ = ctl.SetReadDeadline(time.Time{}) // its end would end the request
+		w.Header().Del("Connection")
 	case errors.As(err, &tooLarge):
 		return &Error{Status: http.StatusRequestEntityTooLarge, Message: fmt.Sprintf("the body has more than %d bytes", most)}
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return &Error{Status: http.StatusRequestTimeout, Message: "the body did not come within " + bodyTime.String()}
 	case err != nil:
 		return badRequest("reading the body: %v", err)
 	}

@@ -190,7 +190,7 @@ func TestNodes(t *testing.T) {
 		{"POST", "/node/v1/hello", `{"mac":"../../etc"}`, 400, "mac"},
 		{"POST", "/node/v1/hello", `{"mac":`, 400, "reading the body"},
 		{"POST", "/node/v1/report", `{"mac":"52:54:00:aa:00:01","running":{"release":"sha256:zz"}}`, 400, "digest"},
-		{"POST", "/node/v1/report", `{"error":"` + strings.Repeat("x", 5<<20) + `"}`, 413, "more than"},
+		{"POST", "/node/v1/report", `{"error":"` + strings.Repeat("x", 256<<10) + `"}`, 413, "more than"},
 		{"GET", "/node/v1/hello", "", 404, "there is no"},
 		{"GET", "/api/v1/nosuch", "", 404, "there is no"},
 		{"GET", "/api/v1/events?limit=0", "", 400, "limit"},

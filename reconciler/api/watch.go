@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -27,12 +28,26 @@ const maxWatchers = 256
 
 // shared is what all requests have in common.
 type shared struct {
-	requests requests
+	requests        requests
+	plans, watchers gate
 
-	mu       sync.Mutex
-	last     *frame
-	watchers int
+	mu   sync.Mutex
+	last *frame
 }
+
+// A gate counts who is inside.
+type gate struct{ inside atomic.Int64 }
+
+// enter counts one more, unless that would be more than most.
+func (g *gate) enter(most int64) bool {
+	if g.inside.Add(1) <= most {
+		return true
+	}
+	g.leave()
+	return false
+}
+
+func (g *gate) leave() { g.inside.Add(-1) }
 
 // A frame is the fleet at one moment, with each of its objects encoded, so that watchers compare and send bytes. It
 // never changes once made.
@@ -145,10 +160,10 @@ func (s *Server) frame(ctx context.Context) (*frame, error) {
 // watch sends a snapshot and then what changes, as server-sent events (HTML standard, section 9.2), until the client
 // goes.
 func (s *Server) watch(w http.ResponseWriter, r *http.Request) error {
-	if !s.enter() {
+	if !s.shared.watchers.enter(maxWatchers) {
 		return &Error{Status: http.StatusServiceUnavailable, Message: "too many clients watch already"}
 	}
-	defer s.leave()
+	defer s.shared.watchers.leave()
 	wake := s.Store.Watch(r.Context(), watched()...) // before the first look, so that nothing falls in between
 	f, err := s.frame(r.Context())
 	if err != nil {
@@ -197,22 +212,6 @@ func (s *Server) await(ctx context.Context, wake <-chan struct{}, f *frame, out 
 	case <-most.C:
 		return true
 	}
-}
-
-func (s *Server) enter() bool {
-	s.shared.mu.Lock()
-	defer s.shared.mu.Unlock()
-	if s.shared.watchers >= maxWatchers {
-		return false
-	}
-	s.shared.watchers++
-	return true
-}
-
-func (s *Server) leave() {
-	s.shared.mu.Lock()
-	defer s.shared.mu.Unlock()
-	s.shared.watchers--
 }
 
 // An eventWriter writes server-sent events until one cannot be written; err says why.
