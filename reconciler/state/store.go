@@ -1,6 +1,7 @@
 package state
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -20,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/internal/backoff"
 )
 
 // ErrNotFound is in the chain of every error that says that a record does not exist.
@@ -38,16 +41,31 @@ const maxRecord = 1 << 20
 // readyTimeout bounds how long Open waits for etcd. On 127 MB of data it was seen to take 1.1 s.
 const readyTimeout = time.Minute
 
+// quota bounds etcd's file, in bytes. Above it etcd raises an alarm and takes no more writes until it is told to.
+const quota = 2 << 30
+
+// repairTimeout bounds making room in a full store. Defragmenting copies what is left, at most quota.
+const repairTimeout = 5 * time.Minute
+
 // A Store keeps records. Every write that returned without an error is on disk.
 type Store struct {
 	client *clientv3.Client
 	close  func() error
+
+	etcd    *embed.Etcd
+	closing atomic.Bool
+	done    chan struct{}
+	err     error // why etcd ended; written before done is closed
 }
 
 // Open starts the embedded etcd with its data in dir, and waits until it serves. One process at a time may have dir
 // open. No TCP port is used: the client is in the process, and the peer listener, which a single member does not need
 // but etcd insists on, is a unix socket.
 func Open(ctx context.Context, dir string, log *slog.Logger) (*Store, error) {
+	return openStore(ctx, dir, quota, log)
+}
+
+func openStore(ctx context.Context, dir string, quota int64, log *slog.Logger) (*Store, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
@@ -63,21 +81,95 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Store, error) {
 		unlock()
 		return nil, err
 	}
-	e, err := startEtcd(ctx, dir, socket, log)
+	e, err := startEtcd(ctx, dir, socket, quota, log)
 	if err != nil {
 		release()
 		return nil, fmt.Errorf("starting etcd in %s: %w", dir, err)
 	}
-	client := v3client.New(e.Server)
-	return &Store{client: client, close: func() error {
-		err := client.Close()
+	s := &Store{client: v3client.New(e.Server), etcd: e, done: make(chan struct{})}
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		s.await()
+	}()
+	s.close = func() error {
+		s.closing.Store(true)
+		err := s.client.Close()
 		e.Close()
+		<-watched
 		release()
 		if errors.Is(err, context.Canceled) { // what the in-process client says of a clean end
 			return nil
 		}
 		return err
-	}}, nil
+	}
+	if err := s.makeRoom(ctx, log); err != nil {
+		return nil, errors.Join(fmt.Errorf("making room in the records in %s: %w", dir, err), s.close())
+	}
+	return s, nil
+}
+
+// await closes done when etcd ends: by Close, or by itself, when it can no longer write.
+func (s *Store) await() {
+	defer close(s.done)
+	select {
+	case err := <-s.etcd.Err():
+		s.err = fmt.Errorf("the embedded etcd failed: %w", err)
+	case <-s.etcd.Server.StopNotify():
+		s.err = errors.New("the embedded etcd stopped")
+	}
+	if s.closing.Load() {
+		s.err = nil
+	}
+}
+
+// Done is closed when the store works no more: its etcd failed, or Close was called. Nothing brings it back: the process
+// should end, and another open the directory.
+func (s *Store) Done() <-chan struct{} { return s.done }
+
+// Err says why Done is closed; nil before that, and after Close.
+func (s *Store) Err() error {
+	select {
+	case <-s.done:
+		return s.err
+	default:
+		return nil
+	}
+}
+
+// makeRoom takes up writing again where etcd refuses it because its file has reached the quota: it drops old versions of
+// records, gives their room back, and takes the alarm off.
+func (s *Store) makeRoom(ctx context.Context, log *slog.Logger) error {
+	ctx, cancel := context.WithTimeout(ctx, repairTimeout)
+	defer cancel()
+	alarms, err := s.client.AlarmList(ctx)
+	if err != nil {
+		return fmt.Errorf("listing etcd's alarms: %w", err)
+	}
+	for _, a := range alarms.Alarms {
+		if a.Alarm.String() != "NOSPACE" {
+			continue
+		}
+		before, err := s.client.Status(ctx, "")
+		if err != nil {
+			return fmt.Errorf("asking for etcd's size: %w", err)
+		}
+		if _, err := s.client.Compact(ctx, before.Header.Revision, clientv3.WithCompactPhysical()); err != nil {
+			log.Warn("old versions of the records are not dropped", "error", err) // perhaps they were, and the process was killed
+		}
+		if err := s.etcd.Server.Defragment(); err != nil { // the in-process client's panics
+			return fmt.Errorf("defragmenting: %w", err)
+		}
+		if _, err := s.client.AlarmDisarm(ctx, (*clientv3.AlarmMember)(a)); err != nil {
+			return fmt.Errorf("taking off the alarm: %w", err)
+		}
+		after, err := s.client.Status(ctx, "")
+		if err != nil {
+			return fmt.Errorf("asking for etcd's size: %w", err)
+		}
+		log.Warn("the records had no room left; old versions of them were dropped", "bytesBefore", before.DbSize, "bytesAfter", after.DbSize)
+	}
+	return nil
 }
 
 // maxSocket is the longest path that fits into a unix socket's address (unix(7): 108 bytes with the final zero).
@@ -101,7 +193,7 @@ func peerSocket(dir string, unlock func()) (name string, release func(), err err
 	}, nil
 }
 
-func startEtcd(ctx context.Context, dir, socket string, log *slog.Logger) (*embed.Etcd, error) {
+func startEtcd(ctx context.Context, dir, socket string, quota int64, log *slog.Logger) (*embed.Etcd, error) {
 	cfg := embed.NewConfig()
 	cfg.Name = "troupe"
 	cfg.Dir = filepath.Join(dir, "etcd")
@@ -112,7 +204,7 @@ func startEtcd(ctx context.Context, dir, socket string, log *slog.Logger) (*embe
 	cfg.AdvertisePeerUrls = []url.URL{{Scheme: "http", Host: "127.0.0.1:2380"}}
 	cfg.InitialCluster = "troupe=http://127.0.0.1:2380"
 	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = "revision", "10000" // nodes report often
-	cfg.QuotaBackendBytes = 2 << 30
+	cfg.QuotaBackendBytes = quota
 	e, err := embed.StartEtcd(cfg)
 	if err != nil {
 		return nil, err
@@ -235,14 +327,17 @@ func (k Kind[T]) Delete(ctx context.Context, s *Store, id string) error {
 }
 
 func encode(v any) ([]byte, error) {
-	b, err := json.Marshal(v)
-	if err != nil {
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false) // which makes six bytes of one
+	if err := enc.Encode(v); err != nil {
 		return nil, err
 	}
-	if len(b) > maxRecord {
-		return nil, fmt.Errorf("it has %d bytes, more than the %d that a record may have", len(b), maxRecord)
+	out := bytes.TrimSuffix(b.Bytes(), []byte{'\n'})
+	if len(out) > maxRecord {
+		return nil, fmt.Errorf("it has %d bytes, more than the %d that a record may have", len(out), maxRecord)
 	}
-	return b, nil
+	return out, nil
 }
 
 // Watch sends on the returned channel soon after any record changed whose key starts with one of prefixes, until ctx
@@ -253,24 +348,35 @@ func (s *Store) Watch(ctx context.Context, prefixes ...string) <-chan struct{} {
 	wake := make(chan struct{}, 1)
 	go func() {
 		defer close(wake)
+		again := backoff.Backoff{First: watchAgain, Limit: time.Minute}
 		for ctx.Err() == nil {
-			s.follow(ctx, prefixes, wake)
+			if s.follow(ctx, prefixes, wake) {
+				again.Reset()
+			}
+			if again.Wait(ctx) != nil {
+				return
+			}
 		}
 	}()
 	return wake
 }
 
-// follow runs one etcd watch until it breaks. It notifies when the watch stands, not before: what changed until then is
+// watchAgain is how long Watch waits before it watches again after a watch broke, at first: where etcd is gone, every
+// watch breaks at once.
+const watchAgain = 100 * time.Millisecond
+
+// follow runs one etcd watch until it breaks, and says whether it ever stood. It notifies when the watch stands, not before: what changed until then is
 // in the list that the woken one makes, what changes from then on is seen by the watch.
-func (s *Store) follow(ctx context.Context, prefixes []string, wake chan<- struct{}) {
+func (s *Store) follow(ctx context.Context, prefixes []string, wake chan<- struct{}) (stood bool) {
 	ctx, cancel := context.WithCancel(ctx) // ends the watch in etcd, too
 	defer cancel()
 	for r := range s.client.Watch(ctx, root, clientv3.WithPrefix(), clientv3.WithCreatedNotify()) {
-		if r.Created {
+		if r.Created && r.Err() == nil {
+			stood = true
 			notify(wake)
 		}
 		if r.Err() != nil {
-			return
+			return stood
 		}
 		for _, ev := range r.Events {
 			if hasAnyPrefix(string(ev.Kv.Key), prefixes) {
@@ -279,6 +385,7 @@ func (s *Store) follow(ctx context.Context, prefixes []string, wake chan<- struc
 			}
 		}
 	}
+	return stood
 }
 
 func hasAnyPrefix(key string, prefixes []string) bool {

@@ -1,7 +1,10 @@
 package state
 
 import (
+	"bytes"
+	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"os/exec"
 	"strings"
@@ -105,6 +108,84 @@ func TestSecondOpenIsRefused(t *testing.T) {
 	defer s.Close()
 	if _, err := Open(t.Context(), dir, nil); !errors.Is(err, ErrLocked) {
 		t.Errorf("second Open: %v, want ErrLocked", err)
+	}
+}
+
+// A store that was filled to its quota takes records again after it was opened again: old versions make room.
+func TestFullStoreMakesRoomWhenOpened(t *testing.T) {
+	const small = 2 << 20
+	dir := t.TempDir()
+	s, err := openStore(t.Context(), dir, small, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	big := Event{Message: strings.Repeat("x", 100<<10)}
+	for n := 0; err == nil; n++ {
+		if n > 100 {
+			t.Fatal("the store takes more than its quota")
+		}
+		err = Events.Put(t.Context(), s, "x", big)
+	}
+	if !strings.Contains(err.Error(), "space exceeded") {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var logged bytes.Buffer
+	if s, err = openStore(t.Context(), dir, small, slog.New(slog.NewTextHandler(&logged, nil))); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := Events.Put(t.Context(), s, "y", big); err != nil {
+		t.Errorf("after it was opened again: %v", err)
+	}
+	if got, err := Events.Get(t.Context(), s, "x"); err != nil || got.Message != big.Message {
+		t.Errorf("a record from before: %d bytes, %v", len(got.Message), err)
+	}
+	if !strings.Contains(logged.String(), "no room left") {
+		t.Errorf("nobody was told: %s", logged.String())
+	}
+}
+
+// When etcd ends by itself the store says so, and a watch neither spins nor ends.
+func TestDeathOfEtcdIsNoticed(t *testing.T) {
+	s := open(t, t.TempDir())
+	ctx, cancel := context.WithCancel(t.Context())
+	wake := s.Watch(ctx, Nodes.Prefix())
+	<-wake
+	if err := s.Err(); err != nil {
+		t.Errorf("a store that works says %v", err)
+	}
+	s.etcd.Server.Stop()
+	<-s.Done()
+	if err := s.Err(); err == nil || !strings.Contains(err.Error(), "etcd") {
+		t.Errorf("Err: %v, want why", err)
+	}
+	cancel()
+	for range wake { // until it is closed
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestClosedStoreIsDoneWithoutError(t *testing.T) {
+	s := open(t, t.TempDir())
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	<-s.Done()
+	if err := s.Err(); err != nil {
+		t.Errorf("Err after Close: %v", err)
+	}
+}
+
+// Fleets hold markup: a record must not take six bytes for each bracket of it.
+func TestMarkupTakesNoMoreRoom(t *testing.T) {
+	b, err := encode(Event{Message: "<&>"})
+	if err != nil || !strings.Contains(string(b), `"<&>"`) {
+		t.Errorf("got %s, %v", b, err)
 	}
 }
 
