@@ -87,8 +87,20 @@ only says what to boot; "off" leaves both to others.`,
 	return cmd
 }
 
-// run puts the server together and runs it until ctx ends.
+// check refuses flags that no server can be run with, before anything is opened.
+func (o serveOptions) check() error {
+	if o.jobs < 1 {
+		return fmt.Errorf("--jobs %d: want 1 or more", o.jobs)
+	}
+	_, err := dhcpMode(o.dhcp)
+	return err
+}
+
+// run puts the server together and runs it until ctx ends, or what it cannot run without fails.
 func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
+	if err := o.check(); err != nil {
+		return err
+	}
 	if err := os.MkdirAll(o.data, 0o755); err != nil {
 		return fmt.Errorf("making the data directory: %w", err)
 	}
@@ -121,11 +133,11 @@ func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
 		Repo: repo, Branch: o.branch, Path: o.path, Loader: &load.Loader{}, Store: records, Blobs: blobs, Builder: builder,
 		Logs: filepath.Join(o.data, "logs"), Agent: agent, Jobs: o.jobs, Log: log,
 	})
-	return o.servers(ctx, log, rec)
+	return o.servers(ctx, log, rec, records)
 }
 
 // servers opens the sockets and runs everything that listens, and the reconciler, until ctx ends or one of them fails.
-func (o serveOptions) servers(ctx context.Context, log *slog.Logger, rec *reconciler.Reconciler) error {
+func (o serveOptions) servers(ctx context.Context, log *slog.Logger, rec *reconciler.Reconciler, records *state.Store) error {
 	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", o.listen)
 	if err != nil {
 		return fmt.Errorf("opening the HTTP server's port: %w", err)
@@ -149,7 +161,23 @@ func (o serveOptions) servers(ctx context.Context, log *slog.Logger, rec *reconc
 	g.Go(func() error { return rec.Run(ctx) })
 	g.Go(func() error { return serveHTTP(ctx, l, mux) })
 	g.Go(func() error { return o.serveBoot(ctx, boot) })
+	g.Go(func() error { return watchRecords(ctx, records) })
 	return g.Wait()
+}
+
+// watchRecords waits until ctx ends, or the records can no longer be kept: then the process should end, so that whoever
+// started it starts it again.
+func watchRecords(ctx context.Context, records interface {
+	Done() <-chan struct{}
+	Err() error
+},
+) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-records.Done():
+		return fmt.Errorf("keeping records: %w", records.Err())
+	}
 }
 
 // serveHTTP serves until ctx ends. Transfers and long polls get a moment to end by themselves: agents come back.
@@ -209,11 +237,23 @@ func closeLogged(log *slog.Logger, what string, closer func() error) {
 	}
 }
 
+func dhcpMode(flag string) (dhcp.Mode, error) {
+	switch flag {
+	case "server":
+		return dhcp.ModeServer, nil
+	case "proxy":
+		return dhcp.ModeProxy, nil
+	case "off":
+		return dhcp.ModeOff, nil
+	}
+	return 0, fmt.Errorf("--dhcp %s: want server, proxy or off", flag)
+}
+
 // netboot is the server that machines boot from. Its HTTP part is served on l.
 func (o serveOptions) netboot(l net.Listener, log *slog.Logger, rec *reconciler.Reconciler) (*netboot.Server, error) {
-	mode, ok := map[string]dhcp.Mode{"server": dhcp.ModeServer, "proxy": dhcp.ModeProxy, "off": dhcp.ModeOff}[o.dhcp]
-	if !ok {
-		return nil, fmt.Errorf("--dhcp %s: want server, proxy or off", o.dhcp)
+	mode, err := dhcpMode(o.dhcp)
+	if err != nil {
+		return nil, err
 	}
 	addr, ok := l.Addr().(*net.TCPAddr)
 	if !ok {
