@@ -13,7 +13,7 @@ import (
 	"github.com/troupe-dev/troupe/schema"
 )
 
-// A view is all that a machine's question needs, in memory and never changed: an answer to DHCP waits for no disk. The
+// A view is all that a machine's question needs, in memory and never changed: to know what a machine is waits for no record. The
 // views controller makes a new one when a record changed.
 type view struct {
 	fleet       *schema.Fleet // nil before the first good commit
