@@ -120,7 +120,7 @@ func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
 		out.Why = []string{fmt.Sprintf("generation %d is not active yet: %s", out.Generation, why)}
 	}
 	if !seen {
-		out.Why = append(out.Why, "its machine has never been seen")
+		out.Why = append(out.Why, neverSeen)
 	}
 }
 

@@ -122,10 +122,13 @@ type Host struct {
 	host schema.Host
 }
 
+// neverSeen is a reason of today, not one of the change.
+const neverSeen = "its machine has never been seen"
+
 // Assignment is the record that carries h out, for a host with a Spec. Since is when.
 func (h Host) Assignment(commit string, since time.Time) state.Assignment {
 	return state.Assignment{
-		Host: h.Name, Generation: h.Generation, Commit: commit, Why: join(h.Why), Since: since,
+		Host: h.Name, Generation: h.Generation, Commit: commit, Why: join(slices.DeleteFunc(slices.Clone(h.Why), func(why string) bool { return why == neverSeen })), Since: since,
 		Role: h.ToRole, Release: h.To, Node: h.Spec.Node.Digest, Spec: *h.Spec,
 		Address: h.host.Address, BaseRecipe: h.Base, DeltaRecipe: h.Delta,
 	}
