@@ -51,6 +51,8 @@ type follow struct {
 	log    *slog.Logger
 	now    func() time.Time
 
+	looks looks // ended ones, for those who wait for one
+
 	fleet   atomic.Pointer[inForce] // nil before the first good commit
 	changed func()                  // called after fleet was replaced
 	wake    chan struct{}
@@ -99,7 +101,9 @@ func (f *follow) run(ctx context.Context) error {
 
 // stepped is one look at the repo, and the time of the next one where this one failed.
 func (f *follow) stepped(ctx context.Context) <-chan time.Time {
+	n := f.looks.begin()
 	err := f.step(ctx)
+	f.looks.end(n, err)
 	if err == nil || ctx.Err() != nil {
 		return nil
 	}

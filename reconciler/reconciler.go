@@ -117,6 +117,10 @@ func (r *Reconciler) Agents() api.Agents { return r.agents }
 // Poke makes the reconciler look at the repo now.
 func (r *Reconciler) Poke() { r.follow.poke() }
 
+// Look makes the reconciler look at the repo, and returns when a look has ended that began after the call: then the
+// source record tells of the newest commit.
+func (r *Reconciler) Look(ctx context.Context) error { return r.follow.looks.after(ctx, r.follow.poke) }
+
 // Fleet is the fleet in force; nil before the first good commit.
 func (r *Reconciler) Fleet() *schema.Fleet {
 	if cur := r.follow.fleet.Load(); cur != nil {
