@@ -45,7 +45,8 @@ type machine struct {
 	since  time.Time
 	link   bool
 	resets int
-	booted int64 // size of the console's file at power on
+	reset  time.Time // the last one
+	booted int64     // size of the console's file at power on
 	err    string
 }
 
@@ -151,7 +152,7 @@ func (m *machine) on(ctx context.Context) error {
 	theirs.Close()
 	r := &run{cmd: cmd, ended: make(chan struct{})}
 	m.mu.Lock()
-	m.run, m.since, m.resets, m.err, m.booted = r, time.Now(), 0, "", m.consoleSize()
+	m.run, m.since, m.resets, m.reset, m.err, m.booted = r, time.Now(), 0, time.Time{}, "", m.consoleSize()
 	m.mu.Unlock()
 	go m.wait(r)
 	if err := m.begin(ctx, r, ours); err != nil {
@@ -292,8 +293,23 @@ func (m *machine) event(e qmp.Event) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.resets++
-	m.log.Info("reset", "by_guest", data.Guest)
+	if m.countReset(e.Time) {
+		m.log.Info("reset", "by_guest", data.Guest)
+	}
+}
+
+// resetBurst is how long after a reset another one belongs to it: a PC that reboots under BIOS is reset by several means,
+// one after the other, and is back in the firmware only after the last.
+const resetBurst = 2 * time.Second
+
+// countReset says whether a reset at the time now is one of its own. The caller holds mu.
+func (m *machine) countReset(now time.Time) bool {
+	own := m.reset.IsZero() || now.Sub(m.reset) > resetBurst
+	m.reset = now
+	if own {
+		m.resets++
+	}
+	return own
 }
 
 func (m *machine) consoleSize() int64 {

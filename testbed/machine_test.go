@@ -3,6 +3,7 @@ package testbed
 import (
 	"bufio"
 	"context"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/troupe-dev/troupe/testbed/qmp"
 )
 
 // dhcp runs a DHCP and TFTP server in the lab, and returns a way to wait for a line of its log.
@@ -98,6 +101,28 @@ func node(t *testing.T, lab *Lab, name string) NodeStatus {
 	}
 	t.Fatalf("the lab has no node %q: %+v", name, st.Nodes)
 	return NodeStatus{}
+}
+
+// A PC that reboots under BIOS is reset five times within 70 ms.
+func TestResetsOfOneRebootAreOne(t *testing.T) {
+	var m machine
+	start := time.Unix(1_700_000_000, 0)
+	reset := func(after time.Duration) {
+		m.event(qmp.Event{Name: "RESET", Data: []byte(`{"guest": true}`), Time: start.Add(after)})
+	}
+	m.log = slog.New(slog.DiscardHandler)
+	for i := range 5 {
+		reset(time.Duration(i) * 17 * time.Millisecond)
+	}
+	if m.resets != 1 {
+		t.Errorf("one reboot counts as %d", m.resets)
+	}
+	reset(20 * time.Second)
+	reset(20*time.Second + resetBurst)
+	reset(30 * time.Second)
+	if m.resets != 3 {
+		t.Errorf("three reboots count as %d", m.resets)
+	}
 }
 
 func TestPower(t *testing.T) {
