@@ -40,8 +40,8 @@ const (
 // Status is how a lab is.
 type Status struct {
 	Router netip.Prefix `json:"router"`
-	Accel  string       `json:"accel"` // "kvm" or "tcg"
-	Why    string       `json:"accelReason"`
+	Accel  string       `json:"accel"`          // "kvm" or "tcg"
+	Why    string       `json:"accelReason"`    // what stands before a colon says it in brief
 	Page   string       `json:"page,omitempty"` // on the host
 	Serve  ServeStatus  `json:"serve"`
 	Nodes  []NodeStatus `json:"nodes"`
@@ -50,6 +50,7 @@ type Status struct {
 // ServeStatus is how the lab's server is.
 type ServeStatus struct {
 	Running bool      `json:"running"`
+	PID     int       `json:"pid,omitempty"` // as the host has it; 0: it does not run, or cannot be found
 	Since   time.Time `json:"since,omitzero"`
 	Ended   string    `json:"ended,omitempty"` // how the last one did, e.g. "exit status 1"
 }
@@ -60,7 +61,7 @@ type NodeStatus struct {
 	On     bool      `json:"on"`
 	Since  time.Time `json:"since,omitzero"` // when it was last switched on or off, or went off by itself
 	Link   bool      `json:"link"`           // its network cable is plugged in
-	Resets int       `json:"resets"`         // since it was switched on, its own reboots included
+	Resets int       `json:"resets"`         // since it was switched on, its own reboots included; several within 2 s are one
 	// Console is the size of its console output, in bytes, and Booted where in it the output since it was last switched
 	// on begins.
 	Console int64 `json:"console"`
@@ -136,6 +137,9 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 		return s, err
 	}
 	s.Router, s.Accel, s.Why, s.Page = c.rec.Router, c.rec.Accel, c.rec.Why, c.rec.Page
+	if s.Serve.Running {
+		s.Serve.PID = hostPID(c.rec.Inner, s.Serve.PID)
+	}
 	return s, nil
 }
 

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -84,6 +85,46 @@ func subordinateIDs(file, name, uid string) (int, error) {
 // netnsOf names the network namespace of a process.
 func netnsOf(pid int) (string, error) {
 	return os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid))
+}
+
+// hostPID is what the host calls the process that has the number pid in the lab's process namespace and was started by the
+// supervisor, which the lab's init (inner) started; 0 if there is none. All may read that in /proc (proc(5), status).
+func hostPID(inner, pid int) int {
+	files, _ := filepath.Glob("/proc/[0-9]*/status") // the pattern is right, and nothing else is an error
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			continue // it has ended
+		}
+		all := statusNumbers(b, "NSpid:") // the outermost namespace first
+		if len(all) < 2 || all[len(all)-1] != pid {
+			continue
+		}
+		for _, parent := range statusNumbers(b, "PPid:") {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", parent))
+			if err == nil && slices.Contains(statusNumbers(b, "PPid:"), inner) {
+				return all[0]
+			}
+		}
+	}
+	return 0
+}
+
+// statusNumbers are the numbers in the line of a /proc/PID/status that begins with key.
+func statusNumbers(status []byte, key string) []int {
+	var numbers []int
+	for line := range strings.Lines(string(status)) {
+		rest, ok := strings.CutPrefix(line, key)
+		if !ok {
+			continue
+		}
+		for _, field := range strings.Fields(rest) {
+			if n, err := strconv.Atoi(field); err == nil {
+				numbers = append(numbers, n)
+			}
+		}
+	}
+	return numbers
 }
 
 // endStragglers kills the processes that entered the lab's network from outside (Client.Command): they are not in its process

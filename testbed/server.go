@@ -110,5 +110,9 @@ func (s *server) stop(sig syscall.Signal, grace time.Duration) error {
 func (s *server) status() ServeStatus {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return ServeStatus{Running: s.running(), Since: s.since, Ended: s.how}
+	st := ServeStatus{Running: s.running(), Since: s.since, Ended: s.how}
+	if st.Running {
+		st.PID = s.cmd.Process.Pid // of the lab's own process namespace; the Client knows the host's
+	}
+	return st
 }

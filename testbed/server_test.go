@@ -2,10 +2,12 @@ package testbed
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -49,14 +51,21 @@ func TestServer(t *testing.T) {
 	if got := get(t, host, lab.Page()); got != first {
 		t.Errorf("the page on the host: got %q, inside the lab %q", got, first)
 	}
-	if err := lab.ServeKill(t.Context()); err != nil {
-		t.Fatal(err)
-	}
 	st, err := lab.Status(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if st.Serve.Running || st.Serve.Ended != "signal: killed" {
+	// The process is called something else inside.
+	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", st.Serve.PID)); err != nil || !strings.HasSuffix(string(b), "\x00serve\x00:8080\x00") {
+		t.Errorf("the server's process is said to be %d, whose command line is %q (%v)", st.Serve.PID, b, err)
+	}
+	if err := lab.ServeKill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if st, err = lab.Status(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if st.Serve.Running || st.Serve.PID != 0 || st.Serve.Ended != "signal: killed" {
 		t.Errorf("a server that was killed: got %+v", st.Serve)
 	}
 	if err := lab.ServeStart(t.Context()); err != nil {
