@@ -20,7 +20,7 @@ const probeTime = 5 * time.Second
 func ProbeAccel(ctx context.Context) (accel, why string) {
 	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 	if err != nil {
-		return "tcg", err.Error()
+		return "tcg", "KVM is not there, or not for this user: " + err.Error()
 	}
 	f.Close()
 	cache, key := probeCache()

@@ -85,6 +85,7 @@ func Start(ctx context.Context, cfg Config) (lab *Lab, err error) {
 	if rec.Accel == "" {
 		rec.Accel, rec.Why = ProbeAccel(ctx)
 	}
+	l.log.Info("accelerator", "is", rec.Accel, "why", rec.Why)
 	if rec.Binary == "" {
 		if rec.Binary, err = os.Executable(); err != nil {
 			return nil, err
