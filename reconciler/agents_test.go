@@ -124,8 +124,8 @@ func TestReportOfAnUnknownMachineAsksForHello(t *testing.T) {
 	a := testAgents(t)
 	a.views.set(newView(testFleet()))
 	reply, err := a.Report(t.Context(), testPeer, agentapi.Report{Identity: agentapi.Identity{MAC: "52:54:00:00:00:77"}, BootID: "b"})
-	if err != nil || !reply.Hello || reply.Version != "unclaimed" {
-		t.Errorf("got %+v, %v; want hello, unclaimed", reply, err)
+	if err != nil || !reply.Hello || reply.Version != "new" {
+		t.Errorf("got %+v, %v; want hello, and nothing that makes it leave what it runs", reply, err)
 	}
 }
 

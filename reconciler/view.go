@@ -60,14 +60,15 @@ func (v *view) known(id agentapi.Identity) agentapi.Identity {
 // assignment is what a machine shall run.
 func (v *view) assignment(id agentapi.Identity) agentapi.Assignment {
 	name := v.host(id)
+	if !v.match().Settled(id) && (name != "" || id.UUID == "" && id.Serial == "") {
+		// Nobody formats a disk as a host before it is on record that no other machine says the same of itself, and
+		// nobody leaves what he runs because all that is known of him yet is a MAC.
+		return agentapi.Assignment{
+			Version: "new", State: agentapi.Waiting, Reason: "the machine is being taken up", Host: name, Role: v.roleOf(name),
+		}
+	}
 	if name == "" {
 		return agentapi.Assignment{Version: "unclaimed", State: agentapi.Unclaimed, Reason: "no host of the fleet is this machine"}
-	}
-	if !v.match().Settled(id) {
-		// Nobody formats a disk as this host before it is on record that no other machine says the same of itself.
-		return agentapi.Assignment{
-			Version: "new", State: agentapi.Waiting, Reason: "the machine is being taken up", Host: name, Role: v.fleet.Hosts[name].Role,
-		}
 	}
 	if a, ok := v.assignments[name]; ok {
 		return a.Spec
@@ -77,6 +78,14 @@ func (v *view) assignment(id agentapi.Identity) agentapi.Assignment {
 		Version: "waiting:" + digest.Of([]byte(name+"\x00"+why)).Short(),
 		State:   agentapi.Waiting, Reason: why, Host: name, Role: v.fleet.Hosts[name].Role,
 	}
+}
+
+// roleOf is the role of a host; "" where there is no such host.
+func (v *view) roleOf(host string) string {
+	if v.fleet == nil {
+		return ""
+	}
+	return v.fleet.Hosts[host].Role
 }
 
 // waitsFor says for people why a role has no release yet. It leaves out the step of a build that is under way: each is

@@ -98,6 +98,26 @@ func TestBoardsThatShareAUUID(t *testing.T) {
 	}
 }
 
+// An agent that just said hello asks for its assignment by its MAC: until its record is in the view that is no reason to
+// send it away.
+func TestNobodyIsUnclaimedForWantOfARecord(t *testing.T) {
+	v := newView(testFleet())
+	id := agentapi.Identity{MAC: "52:54:00:00:00:99", UUID: n2UUID}
+	if got := v.assignment(agentapi.Identity{MAC: id.MAC}); got.State != agentapi.Waiting {
+		t.Errorf("without a record: got %s, want waiting", got.State)
+	}
+	v = newView(v.fleet)
+	v.machines = map[string]state.Machine{id.MAC: {Identity: id}}
+	if got := v.assignment(agentapi.Identity{MAC: id.MAC}); got.Host != "n2" {
+		t.Errorf("with a record: got %+v, want one of n2", got)
+	}
+	v = newView(v.fleet)
+	v.machines = map[string]state.Machine{id.MAC: {Identity: agentapi.Identity{MAC: id.MAC}}}
+	if got := v.assignment(agentapi.Identity{MAC: id.MAC}); got.State != agentapi.Unclaimed {
+		t.Errorf("with the record of a stranger: got %s, want unclaimed", got.State)
+	}
+}
+
 // A board whose UUID is that of a host with another MAC is nobody, though that host's machine was never seen.
 func TestDeclaredMACKeepsOthersOut(t *testing.T) {
 	v := newView(testFleet())
