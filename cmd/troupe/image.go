@@ -10,6 +10,7 @@ import (
 
 	"github.com/troupe-dev/troupe/reconciler/api"
 	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
 )
 
 func newImageCommand() *cobra.Command {
@@ -42,7 +43,11 @@ func newImageBuildCommand() *cobra.Command {
 also where a build failed and waits before it is tried again. What is built already
 is not built twice.
 
-Exit status: 0 it is noted, or with --wait: it is built; 1 the build failed; 2 the
+It has the server look at the repo first. With --wait, a newest commit that is
+refused ends it.
+
+Exit status: 0 it is noted, or with --wait: it is built; 1 the build failed,
+or the newest commit is refused; 2 the
 server could not be asked.`,
 		Example: "  troupe image build web --wait",
 		Args:    cobra.ExactArgs(1),
@@ -61,6 +66,9 @@ server could not be asked.`,
 }
 
 func (o *imageBuild) run(cmd *cobra.Command, c *api.Client, name string) error {
+	if err := o.look(cmd, c); err != nil {
+		return err
+	}
 	before, err := c.Image(cmd.Context(), name)
 	if err != nil && !api.NotFound(err) { // it was never built: no harm
 		return err
@@ -86,6 +94,23 @@ func (o *imageBuild) run(cmd *cobra.Command, c *api.Client, name string) error {
 	}
 	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s %s %s\n", name, built.Digest, api.Bytes(built.Size))
 	return err
+}
+
+// look has the server see what was just pushed. To wait for an image of a fleet that is not in force is a mistake.
+func (o *imageBuild) look(cmd *cobra.Command, c *api.Client) error {
+	ctx, cancel := context.WithTimeout(cmd.Context(), o.timeout)
+	defer cancel()
+	if err := look(ctx, c); err != nil || !o.wait {
+		return err
+	}
+	st, err := c.Status(ctx)
+	if err != nil || st.Attempted == nil || len(st.Problems) == 0 {
+		return err
+	}
+	if _, err := fmt.Fprintf(cmd.ErrOrStderr(), "commit %s is not in force:\n", shortHash(st.Attempted.Hash)); err != nil {
+		return err
+	}
+	return differs(schema.Problems(st.Problems))
 }
 
 // await waits until the image of that name is built, or its build failed after before.

@@ -15,12 +15,14 @@ import (
 	"github.com/troupe-dev/troupe/reconciler/api/apitest"
 	"github.com/troupe-dev/troupe/reconciler/plan"
 	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
 )
 
 // TestOperatorScripts runs the scripts in testdata/operator. They have the commands
 //
 //	server mixed|healthy|sick|empty    serves such a fleet, from a store of its own, to the commands that follow
 //	heal                               makes the sick host of that fleet healthy
+//	push good|bad                      pushes a commit, which the server sees only when it looks at the repo
 func TestOperatorScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/operator", RequireExplicitExec: true, RequireUniqueNames: true,
@@ -29,13 +31,14 @@ func TestOperatorScripts(t *testing.T) {
 			env.Values["site"] = new(site)
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"server": serveFleet, "heal": heal},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"server": serveFleet, "heal": heal, "push": push},
 	})
 }
 
 // A site is what a script's server serves.
 type site struct {
 	fleet *apitest.Fleet
+	ctl   *apitest.Controllers
 	store *state.Store
 }
 
@@ -102,7 +105,7 @@ func serveFleet(ts *testscript.TestScript, _ bool, args []string) {
 		_ = store.Close()
 	})
 	ts.Setenv("TROUPE_SERVER", srv.URL)
-	*ts.Value("site").(*site) = site{f, store}
+	*ts.Value("site").(*site) = site{f, ctl, store}
 }
 
 func heal(ts *testscript.TestScript, _ bool, _ []string) {
@@ -110,6 +113,22 @@ func heal(ts *testscript.TestScript, _ bool, _ []string) {
 	n := s.fleet.Nodes[apitest.MAC(1)]
 	n.Running.Health = agentapi.Health{Healthy: true}
 	ts.Check(state.Nodes.Put(context.Background(), s.store, n.MAC, n))
+}
+
+func push(ts *testscript.TestScript, _ bool, args []string) {
+	s := ts.Value("site").(*site)
+	c := state.Commit{Hash: apitest.Hash("c3"), Subject: "web: say hello", Author: "Eve", Time: s.fleet.Now}
+	src := s.fleet.Source
+	src.Attempted = &c
+	switch {
+	case len(args) == 1 && args[0] == "good":
+		src.Applied = &c
+	case len(args) == 1 && args[0] == "bad":
+		src.Problems = []schema.Problem{{File: "hosts.cue", Line: 1, Column: 2, Message: "hosts.n1: no"}}
+	default:
+		ts.Fatalf("usage: push good|bad")
+	}
+	s.ctl.Seen = func() error { return state.Sources.Put(context.Background(), s.store, state.SourceID, src) }
 }
 
 func TestHostlist(t *testing.T) {

@@ -40,6 +40,9 @@ func (p *progress) snapshot(s *api.Snapshot) {
 	if c := s.Status.Applied; c != nil {
 		p.tell("commit", fmt.Sprintf("commit %s %s is in force", shortHash(c.Hash), plain(c.Subject)))
 	}
+	if line := sourceNews(s.Status); line != "" {
+		p.tell("source", plain(line))
+	}
 	for _, i := range s.Images {
 		if i.Declared && (i.Phase != state.BuildDone || p.told[i.Name] != "") {
 			p.tell(i.Name, strings.TrimSpace(fmt.Sprintf("%s: build %s %s", plain(i.Name), i.Phase, plain(i.Step))))
@@ -52,6 +55,19 @@ func (p *progress) snapshot(s *api.Snapshot) {
 	}
 }
 
+// sourceNews is what keeps the newest commit from being in force; "" for nothing.
+func sourceNews(st api.Status) string {
+	switch c := st.Attempted; {
+	case st.FetchError != "":
+		return "the repo cannot be followed: " + st.FetchError
+	case c != nil && len(st.Problems) > 0:
+		return fmt.Sprintf("commit %s %s is refused: %s", shortHash(c.Hash), c.Subject, count(len(st.Problems), "problem"))
+	case c != nil:
+		return fmt.Sprintf("commit %s %s is being loaded", shortHash(c.Hash), c.Subject)
+	}
+	return ""
+}
+
 func (p *progress) tell(about, line string) {
 	if p.told[about] != line {
 		p.told[about] = line
@@ -62,6 +78,9 @@ func (p *progress) tell(about, line string) {
 // redraw writes how it stands over what it wrote before.
 func (p *progress) redraw(s *api.Snapshot) {
 	parts := []string{hostsLine(s.Status.Hosts)}
+	if line := sourceNews(s.Status); line != "" {
+		parts = append([]string{line}, parts...)
+	}
 	for _, i := range s.Images {
 		if i.Phase == state.BuildRunning {
 			parts = append(parts, strings.TrimSpace("building "+i.Name+" "+i.Step))

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"strings"
 	"time"
 
@@ -30,7 +31,8 @@ func newStatusCommand() *cobra.Command {
 another one, and what keeps the fleet from being what the newest commit says.
 
 With --wait it has the server look at the repo, and waits until the fleet has
-converged; it gives up at once where only another commit can help.
+converged on the newest commit, or on that of --commit; it gives up at once where
+only another commit can help.
 
 Exit status: 0 converged; 1 not converged; 2 the server could not be asked.`,
 		Example: `  troupe status
@@ -68,12 +70,11 @@ func (o *statusOptions) status(cmd *cobra.Command, c *api.Client) (api.Status, e
 	if !o.wait {
 		return c.Status(cmd.Context())
 	}
-	var unable *api.Error
-	if err := c.Poke(cmd.Context()); err != nil && !errors.As(err, &unable) {
-		return api.Status{}, err
-	}
 	ctx, cancel := context.WithTimeout(cmd.Context(), o.timeout)
 	defer cancel()
+	if err := look(ctx, c); err != nil {
+		return api.Status{}, err
+	}
 	show := newProgress(cmd.ErrOrStderr())
 	var last api.Status
 	err := c.Follow(ctx, func(s *api.Snapshot) bool {
@@ -88,8 +89,21 @@ func (o *statusOptions) status(cmd *cobra.Command, c *api.Client) (api.Status, e
 	return last, err
 }
 
+// look has the server look at the repo, so that what it says after that is not about the commit before the newest.
+func look(ctx context.Context, c *api.Client) error {
+	err := c.Look(ctx)
+	var e *api.Error
+	if errors.As(err, &e) && e.Status == http.StatusNotImplemented {
+		return nil // it follows no repo
+	}
+	return err
+}
+
 // over says whether waiting on would change nothing: the fleet is there, or only another commit can help.
 func (o *statusOptions) over(st api.Status) bool {
+	if o.commit == "" { // the newest one, which the server has looked for
+		return st.Converged || len(st.Problems) > 0
+	}
 	if o.is(st.Applied) {
 		return st.Converged || len(st.Problems) > 0 && st.Attempted == nil
 	}

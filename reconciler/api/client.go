@@ -107,6 +107,16 @@ func (c *Client) Poke(ctx context.Context) error {
 	return c.post(ctx, "/api/v1/poke", nil, nil)
 }
 
+// Look has the server look at the repo now, and returns when it did: what is asked after that tells of what was pushed
+// before.
+func (c *Client) Look(ctx context.Context) error {
+	r, err := c.do(ctx, http.MethodPost, "/api/v1/poke", url.Values{"wait": {"1"}}, nil)
+	if err != nil {
+		return err
+	}
+	return r.Body.Close()
+}
+
 // BuildImage has the server build an image or a role's delta by name, also if its build failed and waits to be tried
 // again. It returns as soon as that is noted.
 func (c *Client) BuildImage(ctx context.Context, name string) error {

@@ -1,7 +1,9 @@
 package api
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"net/http"
@@ -220,13 +222,35 @@ func sortEvents(all map[string]state.Event) []state.Event {
 	return events
 }
 
-// poke takes any body: it is what a forge's webhook calls, and only that it does counts.
-func (s *Server) poke(w http.ResponseWriter, _ *http.Request) error {
+// poke takes any body: it is what a forge's webhook calls, and only that it does counts. With wait in the URL's query it
+// answers after the look.
+func (s *Server) poke(w http.ResponseWriter, r *http.Request) error {
+	if wait, _ := strconv.ParseBool(r.URL.Query().Get("wait")); wait {
+		return s.look(w, r)
+	}
 	if s.Poke == nil {
 		return notHere("repo")
 	}
 	s.Poke()
 	return writeJSON(w, http.StatusAccepted, struct{}{})
+}
+
+// look answers after a look at the repo. What is told from then on is no older than that.
+func (s *Server) look(w http.ResponseWriter, r *http.Request) error {
+	if s.Look == nil {
+		return notHere("repo to wait for")
+	}
+	if !s.shared.looks.enter(maxWatchers) {
+		return &Error{Status: http.StatusServiceUnavailable, Message: "too many clients wait for a look at the repo already"}
+	}
+	defer s.shared.looks.leave()
+	ctx, cancel := context.WithTimeout(r.Context(), lookTime)
+	defer cancel()
+	if err := s.Look(ctx); err != nil {
+		return fmt.Errorf("looking at the repo: %w", err)
+	}
+	s.forget()
+	return writeJSON(w, http.StatusOK, struct{}{})
 }
 
 // healthz says whether the server can read its records.

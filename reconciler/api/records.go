@@ -33,18 +33,19 @@ type Records struct {
 
 // records lists everything that Records has.
 func (s *Server) records(ctx context.Context) (*Records, error) {
-	r := &Records{Now: time.Now(), Version: version.String(), Fleet: s.Fleet()}
+	r := &Records{Now: time.Now(), Version: version.String()}
+	if s.Planned != nil {
+		r.Planned = s.Planned() // before all that it is about, so that nothing counts as planned that is not
+	}
 	var err error
 	r.Source, err = state.Sources.Get(ctx, s.Store, state.SourceID)
 	if errors.Is(err, state.ErrNotFound) { // nothing was fetched yet
 		err = nil
 	}
-	switch {
-	case s.Planned != nil:
-		r.Planned = s.Planned()
-	case r.Source.Applied != nil:
+	if s.Planned == nil && r.Source.Applied != nil {
 		r.Planned = r.Source.Applied.Hash
 	}
+	r.Fleet = s.Fleet() // not that of a commit before
 	list(ctx, s.Store, state.Assignments, &r.Assignments, &err)
 	list(ctx, s.Store, state.Builds, &r.Builds, &err)
 	list(ctx, s.Store, state.Bases, &r.Bases, &err)

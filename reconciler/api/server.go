@@ -41,9 +41,12 @@ type Images interface {
 // A Server answers operators and agents. Store, Fleet and what an endpoint asks must be set; an endpoint whose
 // controller is nil answers 501. The Server must not be copied once Handler was called.
 type Server struct {
-	Store   *state.Store
-	Fleet   func() *schema.Fleet // in force, from memory; it returns nil before there is one
-	Poke    func()               // looks at the repo soon; must not block
+	Store *state.Store
+	Fleet func() *schema.Fleet // in force, from memory; it returns nil before there is one
+	Poke  func()               // looks at the repo soon; must not block
+	// Look returns when a look at the repo has ended that began after the call, so that the source record tells of what
+	// was pushed before it. It returns that look's error.
+	Look    func(ctx context.Context) error
 	Agents  Agents
 	Planner Planner
 	Images  Images
@@ -67,6 +70,7 @@ const (
 	answerTime  = 30 * time.Second // for all that does not wait or stream
 	bodyTime    = 30 * time.Second // for a client to send its whole body
 	planTime    = 2 * time.Minute  // a revision may have to be fetched and evaluated
+	lookTime    = 5 * time.Minute  // for one look at the repo, with what comes before it
 	maxPlans    = 2                // at a time: each may take seconds of all processors, and as much memory as the fleet
 	retryAfter  = 5 * time.Second  // what is said with 503
 )
@@ -105,7 +109,7 @@ func (s *Server) routes() []route {
 		{"GET /api/v1/builds/{recipe}/log", true, s.getLog},
 		{"GET /api/v1/releases", false, s.getReleases},
 		{"GET /api/v1/events", false, s.getEvents},
-		{"POST /api/v1/poke", false, s.poke},
+		{"POST /api/v1/poke", true, s.poke}, // within lookTime
 		{"POST /api/v1/plan", true, s.plan}, // within planTime
 		{"GET /api/v1/watch", true, s.watch},
 		{"GET /api/v1/openapi.json", false, s.getOpenAPI},

@@ -28,8 +28,8 @@ const maxWatchers = 256
 
 // shared is what all requests have in common.
 type shared struct {
-	requests        requests
-	plans, watchers gate
+	requests               requests
+	plans, watchers, looks gate
 
 	mu   sync.Mutex
 	last *frame
@@ -155,6 +155,13 @@ func (s *Server) frame(ctx context.Context) (*frame, error) {
 	f.made, f.cost = start, time.Since(start)
 	s.shared.last = f
 	return f, nil
+}
+
+// forget has the next frame made from the records as they are then.
+func (s *Server) forget() {
+	s.shared.mu.Lock() // waits for a frame that is being made from older ones
+	defer s.shared.mu.Unlock()
+	s.shared.last = nil
 }
 
 // watch sends a snapshot and then what changes, as server-sent events (HTML standard, section 9.2), until the client

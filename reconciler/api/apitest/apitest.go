@@ -357,6 +357,7 @@ type Controllers struct {
 	Assigned agentapi.Assignment // the answer to every agent
 	Planned  plan.Plan           // the answer to every plan
 	LogText  string              // of every build
+	Seen     func() error        // what a look at the repo does; nil: nothing
 
 	mu    sync.Mutex
 	asked []string
@@ -377,6 +378,15 @@ func (c *Controllers) note(format string, args ...any) {
 
 // Poke notes that it was called.
 func (c *Controllers) Poke() { c.note("poke") }
+
+// Look notes that it was called, and does what a look does.
+func (c *Controllers) Look(context.Context) error {
+	c.note("look")
+	if c.Seen != nil {
+		return c.Seen()
+	}
+	return nil
+}
 
 // Hello implements api.Agents.
 func (c *Controllers) Hello(_ context.Context, peer netip.Addr, h agentapi.Hello) (agentapi.Assignment, error) {
@@ -432,6 +442,6 @@ func (c *Controllers) Log(_ context.Context, recipe digest.Digest, follow bool) 
 // Server is an api.Server over s that serves f and asks c.
 func Server(s *state.Store, f *Fleet, c *Controllers) *api.Server {
 	return &api.Server{
-		Store: s, Fleet: func() *schema.Fleet { return f.Schema }, Poke: c.Poke, Agents: c, Planner: c, Images: c,
+		Store: s, Fleet: func() *schema.Fleet { return f.Schema }, Poke: c.Poke, Look: c.Look, Agents: c, Planner: c, Images: c,
 	}
 }
