@@ -358,6 +358,27 @@ func TestUnknownPackageIsNamed(t *testing.T) {
 	nothingLeft(t, b)
 }
 
+// The package is fine: what is missing is the way to the mirror.
+func TestMirrorAwayIsNamed(t *testing.T) {
+	b, base := debianBase(t)
+	for _, name := range []string{"http_proxy", "https_proxy"} {
+		t.Setenv(name, "http://127.0.0.1:1")
+	}
+	_, err := b.Delta(t.Context(), images.DeltaRecipe{Base: base.Recipe, Packages: []string{"hello"}}, base, nil)
+	var se *StepError
+	if !errors.As(err, &se) || se.Step != "packages" || !strings.Contains(err.Error(), "E: Failed to fetch http") ||
+		strings.Contains(strings.Join(se.Tail, "\n"), "Unable to locate") {
+		t.Errorf("in a delta: got error %v, tail %q", err, se)
+	}
+	nothingLeft(t, b)
+	b = newBuilder(t)
+	_, err = b.Base(t.Context(), firstFleet(), nil)
+	if !errors.As(err, &se) || !strings.Contains(err.Error(), "E: Failed to fetch http") {
+		t.Errorf("in a base: got error %v, tail %q", err, se)
+	}
+	nothingLeft(t, b)
+}
+
 func TestCancelLeavesNothing(t *testing.T) {
 	b, base := debianBase(t)
 	before := blobs(t, b)

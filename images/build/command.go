@@ -38,10 +38,23 @@ type StepError struct {
 
 func (e *StepError) Error() string {
 	s := fmt.Sprintf("step %q: %v", e.Step, e.Err)
-	if len(e.Tail) > 0 {
-		s += ": " + strings.TrimSpace(e.Tail[len(e.Tail)-1])
+	if said := telling(e.Tail); said != "" {
+		s += ": " + said
 	}
 	return s
+}
+
+// telling is the line of a step's last words that says most: the last one, unless apt said before it what it could not
+// fetch, and from where.
+func telling(tail []string) string {
+	if len(tail) == 0 {
+		return ""
+	}
+	i := slices.IndexFunc(tail, func(l string) bool { return strings.HasPrefix(l, "E: Failed to fetch ") })
+	if i < 0 {
+		i = len(tail) - 1
+	}
+	return strings.TrimSpace(tail[i])
 }
 
 func (e *StepError) Unwrap() error { return e.Err }

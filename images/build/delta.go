@@ -113,7 +113,8 @@ func (d *deltaBuild) packages(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	script := `apt-get -q update
+	// Without the option a mirror that cannot be reached is a warning, and the error is that a package is not known.
+	script := `apt-get -q -o APT::Update::Error-Mode=any update
 apt-get -q -y --no-install-recommends -o Dpkg::Use-Pty=0 -o Dpkg::Options::=--force-confdef \
 	-o Dpkg::Options::=--force-confold install ` + strings.Join(d.r.Packages, " ")
 	if err := errors.Join(d.chroot.sh(ctx, script, true), done()); err != nil {
