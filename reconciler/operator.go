@@ -51,6 +51,9 @@ func (p planner) PlanRevision(ctx context.Context, revision string) (plan.Plan, 
 		return plan.Plan{}, err
 	}
 	fleet, err := p.r.cfg.Loader.Load(ctx, rev.Tree)
+	if err == nil {
+		err = schema.Emptied(p.r.Fleet(), fleet)
+	}
 	if err != nil {
 		return plan.Plan{}, err
 	}

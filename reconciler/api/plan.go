@@ -40,6 +40,9 @@ func (s *Server) plan(w http.ResponseWriter, r *http.Request) error {
 	case (req.Fleet == nil) == (req.Revision == ""):
 		return badRequest("want a fleet or a revision")
 	case req.Fleet != nil:
+		if err := schema.Emptied(s.Fleet(), req.Fleet); err != nil { // it would never come into force
+			return err
+		}
 		p, err := s.Planner.Plan(ctx, req.Fleet)
 		if err != nil {
 			return fmt.Errorf("planning: %w", err)
