@@ -43,6 +43,12 @@ func ProbeAccel(ctx context.Context) (accel, why string) {
 	return accel, why
 }
 
+// AccelText says for people what ProbeAccel chose, in brief: "tcg: KVM does not work here".
+func AccelText(accel, why string) string {
+	brief, _, _ := strings.Cut(why, ": ")
+	return accel + ": " + brief
+}
+
 // probeCache is the file that remembers the probe's result, "" if there is no place for one, and what it is valid for.
 func probeCache() (path, key string) {
 	dir, err := os.UserCacheDir()

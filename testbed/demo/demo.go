@@ -131,8 +131,7 @@ func (d *demo) up(ctx context.Context) error {
 		return err
 	}
 	d.client = &api.Client{URL: d.lab.ServerURL(), HTTP: d.lab.HTTP()}
-	accel, why := d.lab.Accel()
-	d.print.line("", "lab %s: three machines, accelerator %s (%s)", dir, accel, why)
+	d.print.line("", "lab %s: three machines, accelerator %s", dir, testbed.AccelText(d.lab.Accel()))
 	return nil
 }
 
