@@ -41,10 +41,12 @@ All that a lab keeps lies in the directory --lab.`,
   troupe lab status
   troupe lab run -- troupe status
   troupe lab down`,
+		Args: cobra.NoArgs, // what is no verb below is a mistake
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	dir := cmd.PersistentFlags().String("lab", defaultLab(), "the lab's directory")
 	cmd.AddCommand(newLabUpCommand(dir), newLabDownCommand(dir), newLabStatusCommand(dir), newLabRunCommand(dir),
-		newLabConsoleCommand(dir), newLabPowerCommand(dir), newLabLinkCommand(dir), newLabSuperviseCommand(), newLabInsideCommand())
+		newLabConsoleCommand(dir), newLabPowerCommand(dir), newLabLinkCommand(dir), newLabServerCommand(dir), newLabSuperviseCommand(), newLabInsideCommand())
 	return cmd
 }
 
@@ -130,7 +132,7 @@ func (o labOptions) up(cmd *cobra.Command, dir string) error {
 		return err
 	}
 	if _, err := testbed.Open(dir); err == nil {
-		return fmt.Errorf("lab %q: %w (troupe lab down ends it)", dir, testbed.ErrRunning)
+		return fmt.Errorf("lab %q: %w (troupe lab down ends it and removes its disks, images, repo and logs; troupe lab down --keep leaves them)", dir, testbed.ErrRunning)
 	} else if !errors.Is(err, testbed.ErrNoLab) {
 		return err
 	}
@@ -154,7 +156,7 @@ func (o labOptions) up(cmd *cobra.Command, dir string) error {
 		return err
 	}
 	out := cmd.OutOrStdout()
-	text := fmt.Sprintf("lab %s: network %s, %s (%s)\n", dir, status.Router.Masked(), status.Accel, status.Why)
+	text := fmt.Sprintf("lab %s: network %s, accelerator %s\n", dir, status.Router.Masked(), testbed.AccelText(status.Accel, status.Why))
 	if o.fleet != "" {
 		text += fmt.Sprintf("repo: %s (a working copy: %s)\n", repo, filepath.Join(dir, "fleet"))
 	}

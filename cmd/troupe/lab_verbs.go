@@ -32,23 +32,46 @@ another lab up finds disks and images as they were.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), labTime)
 			defer cancel()
-			lab, err := testbed.Open(*dir)
-			switch {
-			case err == nil:
-				if err := lab.Down(ctx); err != nil {
-					return err
-				}
-			case !errors.Is(err, testbed.ErrNoLab):
+			did, err := labDown(ctx, *dir, keep)
+			if err != nil {
 				return err
 			}
-			if _, err := os.Stat(*dir); keep || os.IsNotExist(err) {
-				return nil
-			}
-			return testbed.Remove(*dir)
+			_, err = io.WriteString(cmd.OutOrStdout(), did+"\n")
+			return err
 		},
 	}
 	cmd.Flags().BoolVar(&keep, "keep", false, "keep the lab's directory")
 	return cmd
+}
+
+// labDown ends the lab in dir, removes the directory unless it shall be kept, and says what it did.
+func labDown(ctx context.Context, dir string, keep bool) (string, error) {
+	lab, err := testbed.Open(dir)
+	ran := err == nil
+	switch {
+	case ran:
+		if err := lab.Down(ctx); err != nil {
+			return "", err
+		}
+	case !errors.Is(err, testbed.ErrNoLab):
+		return "", err
+	}
+	if _, err := os.Stat(dir); os.IsNotExist(err) {
+		return "no lab in " + dir, nil
+	}
+	switch {
+	case keep && ran:
+		return fmt.Sprintf("lab %s ended; its directory is kept", dir), nil
+	case keep:
+		return "no lab runs in " + dir, nil
+	}
+	if err := testbed.Remove(dir); err != nil {
+		return "", err
+	}
+	if ran {
+		return fmt.Sprintf("lab %s ended and is removed", dir), nil
+	}
+	return fmt.Sprintf("lab %s did not run and is removed", dir), nil
 }
 
 func newLabStatusCommand(dir *string) *cobra.Command {
@@ -89,18 +112,24 @@ func printLab(w io.Writer, s testbed.Status, output string) error {
 		_, err = fmt.Fprintf(w, "%s\n", bytes.TrimSpace(b))
 		return err
 	}
-	serve := "none"
-	switch {
-	case s.Serve.Running:
-		serve = "runs"
-	case s.Serve.Ended != "":
-		serve = "ended: " + s.Serve.Ended
+	text := fmt.Sprintf("network %s  accelerator %s\nserver %s", s.Router.Masked(), testbed.AccelText(s.Accel, s.Why), serverText(s.Serve))
+	if s.Page != "" {
+		text += "  page " + s.Page
 	}
-	_, err := fmt.Fprintf(w, "network %s  accelerator %s (%s)\nserver %s  page %s\n", s.Router.Masked(), s.Accel, s.Why, serve, s.Page)
-	if err != nil {
+	if _, err := io.WriteString(w, text+"\n"); err != nil {
 		return err
 	}
 	return printNodes(w, s.Nodes)
+}
+
+// orUsage says how a verb is used to whom check refuses.
+func orUsage(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if check(cmd, args) == nil {
+			return nil
+		}
+		return fmt.Errorf("usage: %s", cmd.UseLine())
+	}
 }
 
 func newLabRunCommand(dir *string) *cobra.Command {
@@ -113,7 +142,7 @@ TROUPE_SERVER names the lab's server, so that troupe's own verbs ask that one.`,
 		Example: `  troupe lab run -- troupe status
   troupe lab run -- ping -c 1 10.77.0.11
   troupe lab run -- sh`,
-		Args: cobra.MinimumNArgs(1),
+		Args: orUsage(cobra.MinimumNArgs(1)),
 		RunE: func(_ *cobra.Command, args []string) error {
 			lab, err := testbed.Open(*dir)
 			if err != nil {
@@ -133,7 +162,7 @@ func newLabPowerCommand(dir *string) *cobra.Command {
 		Long: `Does what a machine's buttons do: off is at once, as by pulling the plug, and its
 disk stays; reset is of a machine that is on; cycle is off and on.`,
 		Example:   "  troupe lab power n1 off\n  troupe lab power n1 cycle",
-		Args:      cobra.ExactArgs(2),
+		Args:      orUsage(cobra.ExactArgs(2)),
 		ValidArgs: []string{"on", "off", "reset", "cycle"},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			lab, err := testbed.Open(*dir)
@@ -150,7 +179,7 @@ func newLabLinkCommand(dir *string) *cobra.Command {
 		Use:     "link NODE up|down",
 		Short:   "Plug a machine's network cable in, or pull it out",
 		Example: "  troupe lab link n1 down",
-		Args:    cobra.ExactArgs(2),
+		Args:    orUsage(cobra.ExactArgs(2)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if args[1] != "up" && args[1] != "down" {
 				return fmt.Errorf("link %q: want up or down", args[1])
@@ -172,7 +201,7 @@ func newLabConsoleCommand(dir *string) *cobra.Command {
 		Long: `Shows what a machine's console said since it was last switched on, and goes on with
 what it says. On a terminal, what is typed goes to the machine; Ctrl-] leaves.`,
 		Example: "  troupe lab console n1\n  troupe lab console n1 --dump | less",
-		Args:    cobra.ExactArgs(1),
+		Args:    orUsage(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			lab, err := testbed.Open(*dir)
 			if err != nil {
