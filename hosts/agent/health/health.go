@@ -26,8 +26,10 @@ const (
 	defaultEvery   = 10 * time.Second
 	defaultTimeout = 5 * time.Second
 	minEvery       = 500 * time.Millisecond
-	// until a check passes for the first time it is tried more often: a push waits for it.
+	// Until a check passes for the first time it is tried more often, since a push waits for it: one that asks a port
+	// costs next to nothing, the others a process.
 	eagerEvery = 500 * time.Millisecond
+	eagerPort  = 150 * time.Millisecond
 )
 
 // A Runner runs the checks of one assignment.
@@ -77,12 +79,19 @@ func (r Runner) loop(ctx context.Context, i int, c agentapi.Check, b *board) {
 		b.set(i, line)
 		wait := every
 		if !passed {
-			wait = min(every, eagerEvery)
+			wait = min(every, eager(c))
 		}
 		if backoff.Sleep(ctx, wait) != nil {
 			return
 		}
 	}
+}
+
+func eager(c agentapi.Check) time.Duration {
+	if c.HTTP != nil || c.TCP != nil {
+		return eagerPort
+	}
+	return eagerEvery
 }
 
 // A board has the last outcome of each check.

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -171,7 +172,7 @@ func up(ctx context.Context, l Link) error {
 	if err := netlink.LinkSetUp(link); err != nil {
 		return fmt.Errorf("raising interface %s: %w", l.Name, err)
 	}
-	if now, err := netlink.LinkByIndex(l.Index); err == nil && running(now) {
+	if carrier(l.Name) {
 		return nil
 	}
 	for {
@@ -187,6 +188,13 @@ func up(ctx context.Context, l Link) error {
 			}
 		}
 	}
+}
+
+// carrier asks the driver. IFF_RUNNING says the same, but up to a second later where the cable was seen before the
+// interface was raised: the kernel publishes such changes once a second (net/core/link_watch.c).
+func carrier(name string) bool {
+	b, err := os.ReadFile("/sys/class/net/" + name + "/carrier")
+	return err == nil && len(b) > 0 && b[0] == '1'
 }
 
 func running(l netlink.Link) bool { return l.Attrs().RawFlags&unix.IFF_RUNNING != 0 }
