@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 
+	"cuelang.org/go/cue/ast"
 	"cuelang.org/go/cue/parser"
 
 	"github.com/troupe-dev/troupe/schema"
@@ -116,12 +117,31 @@ func (s *sources) add(tree fs.FS, name string) error {
 	case f.PackageName() == "":
 		s.others[name] = "has no package clause"
 		return nil
+	case f.PackageName() != packageName && distance(strings.ToLower(f.PackageName()), packageName) <= maxTypo:
+		s.mistyped(name, f)
+		return nil
 	case f.PackageName() != packageName:
 		s.others[name] = "is of package " + f.PackageName()
 		return nil
 	}
 	s.files = append(s.files, file{Name: name, Text: text, sum: sha256.Sum256(text)})
 	return nil //nolint:nilerr // the evaluator says it again, with all else that is wrong
+}
+
+// maxTypo is how many letters the name of a package may differ from the fleet's for it to be a mistake: such a file
+// would be left out without a word.
+const maxTypo = 2
+
+func (s *sources) mistyped(name string, f *ast.File) {
+	p := schema.Problem{
+		File: name, Message: fmt.Sprintf("package %s is not part of the fleet (want package %s)", f.PackageName(), packageName),
+	}
+	for _, d := range f.Decls {
+		if clause, ok := d.(*ast.Package); ok {
+			p.Line, p.Column = clause.Name.Pos().Line(), clause.Name.Pos().Column()
+		}
+	}
+	s.problems = append(s.problems, p)
 }
 
 func (s *sources) problem(name, format string, args ...any) {
