@@ -172,7 +172,7 @@ func up(ctx context.Context, l Link) error {
 	if err := netlink.LinkSetUp(link); err != nil {
 		return fmt.Errorf("raising interface %s: %w", l.Name, err)
 	}
-	if carrier(l.Name) {
+	if now, err := netlink.LinkByIndex(l.Index); carrier(l.Name) || err == nil && running(now) {
 		return nil
 	}
 	for {
