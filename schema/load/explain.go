@@ -64,6 +64,7 @@ const (
 	formatIncomplete  = "incomplete value %v"
 	formatConflict    = "conflicting values %s and %s"
 	formatInvalid     = "invalid value %v"
+	formatNumber      = "illegal integer number"
 )
 
 func format(err cueerrors.Error) string { f, _ := err.Msg(); return f }
@@ -126,6 +127,8 @@ func (e *evaluation) explainOne(path []string, err cueerrors.Error) {
 		e.add(pos, "%s", text)
 	}
 	switch {
+	case f == formatNumber:
+		say("%s: an octal number is written like 0o755", f)
 	case f == formatClosed:
 		say("%s", e.unknownField(path))
 	case f == formatRequired:

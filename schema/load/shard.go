@@ -180,6 +180,9 @@ func (e *evaluation) run(inst *build.Instance) {
 	e.out.Roles = items(e, "roles", roleFields, e.role)
 	e.out.Hosts = items(e, "hosts", hostFields, e.host)
 	e.roleProblems()
+	for _, f := range inst.Files {
+		e.modes(f)
+	}
 	if len(e.out.Problems) == 0 && len(e.out.RoleProblems) == 0 {
 		if err := e.unified.Validate(); err != nil { // for what the parts do not cover
 			e.explainSome(err, notInNode)
