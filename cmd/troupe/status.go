@@ -157,7 +157,13 @@ func commitLine(c *state.Commit, now time.Time) string {
 }
 
 func hostsLine(h api.HostCounts) string {
-	line := fmt.Sprintf("%d of %d healthy", h.Healthy, h.Total)
+	line := fmt.Sprintf("%d of %d healthy", h.Serving, h.Total)
+	switch n := h.Serving - h.Healthy; {
+	case n == 1:
+		line += ", 1 not yet at its release"
+	case n > 1:
+		line += fmt.Sprintf(", %d not yet at their release", n)
+	}
 	if h.Unclaimed > 0 {
 		line += fmt.Sprintf("; %s unclaimed", count(h.Unclaimed, "machine"))
 	}

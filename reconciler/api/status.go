@@ -32,14 +32,17 @@ func countHosts(hosts []Host) HostCounts {
 	c := HostCounts{ByState: map[HostState]int{}}
 	for _, h := range hosts {
 		c.ByState[h.State]++
-		switch h.State {
-		case HostUnclaimed:
+		if h.State == HostUnclaimed {
 			c.Unclaimed++
 			continue
-		case HostHealthy:
-			c.Healthy++
 		}
 		c.Total++
+		if h.Serves() {
+			c.Serving++
+		}
+		if h.State == HostHealthy {
+			c.Healthy++
+		}
 	}
 	return c
 }

@@ -40,7 +40,8 @@ type Status struct {
 // HostCounts sums up the hosts.
 type HostCounts struct {
 	Total     int               `json:"total"`     // declared
-	Healthy   int               `json:"healthy"`   // of them, in state healthy
+	Serving   int               `json:"serving"`   // of them, those that run some release, if an older one, and pass its checks
+	Healthy   int               `json:"healthy"`   // of them, in state healthy: those that run what they shall run, and pass its checks
 	Unclaimed int               `json:"unclaimed"` // machines that no host declares
 	ByState   map[HostState]int `json:"byState"`   // declared and unclaimed
 }
@@ -112,6 +113,11 @@ type Host struct {
 	Inventory *agentapi.Inventory `json:"inventory,omitempty"`
 	Propose   *Proposal           `json:"propose,omitempty"`
 	Entry     string              `json:"entry,omitempty"`
+}
+
+// Serves says whether the host runs some release, if an older one than it shall, and passes its checks.
+func (h Host) Serves() bool {
+	return h.Running != "" && h.Healthy && h.State != HostLost && h.Stage != string(agentapi.StageReboot)
 }
 
 // Key is what the host is listed and asked for under: its name, or for an unclaimed machine its MAC.

@@ -192,8 +192,22 @@ func TestStatus(t *testing.T) {
 	if d := cmp.Diff(want, st.Waiting); d != "" {
 		t.Errorf("what is missing (-want +got):\n%s", d)
 	}
-	if st.Hosts.Total != 9 || st.Hosts.Healthy != 1 || st.Hosts.Unclaimed != 1 || st.Builds.Failed != 1 {
+	if st.Hosts.Total != 9 || st.Hosts.Serving != 2 || st.Hosts.Healthy != 1 || st.Hosts.Unclaimed != 1 || st.Builds.Failed != 1 {
 		t.Errorf("counts: %+v, %+v", st.Hosts, st.Builds)
+	}
+}
+
+// TestServing has hosts that shall run another release than they do: they serve as well as before.
+func TestServing(t *testing.T) {
+	f := apitest.New(now)
+	for n := range 3 {
+		f.Declare(n+1, "web")
+		f.Run(n + 1)
+		f.Assign(fmt.Sprintf("n%d", n+1), "idle", 2, "role web → idle")
+	}
+	r := f.Records()
+	if got := r.Status(r.Hosts(), r.Images()).Hosts; got.Total != 3 || got.Serving != 3 || got.Healthy != 0 {
+		t.Errorf("counts: %+v; want 3 that serve, and none at its release", got)
 	}
 }
 

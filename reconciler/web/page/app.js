@@ -216,10 +216,17 @@ function showTiles() {
   const look = st.converged ? "good" : bad ? "bad" : "busy";
   const verdict = el("div", { class: "verdict " + look, id: "verdict", "data-key": "verdict" },
     el("b", null, st.converged ? "✔ Converged" : bad ? "✖ Not converged" : "▲ Converging"),
+    st.hosts.total ? el("span", { class: "small" + (st.hosts.serving === st.hosts.total ? " good" : ""), id: "serving" }, servingText(st.hosts)) : null,
     st.converged ? el("span", { class: "small" }, "Every host runs what the newest commit says.")
       : el("ul", null, (st.waiting || []).map((w) => el("li", null, w))));
   return el("div", { class: "summary", "data-key": "tiles" }, verdict, el("div", { class: "tiles" }, tile("", st.hosts.total + (st.hosts.unclaimed || 0), "all", "all"),
     ORDER.filter((s) => n[s]).map((s) => tile(s, n[s], LOOKS[s][0], s))));
+}
+
+// servingText says how many hosts do their work, whatever they shall run next.
+function servingText(n) {
+  const old = n.serving - n.healthy;
+  return n.serving + " of " + n.total + " healthy" + (old > 0 ? ", " + old + " not yet at " + (old === 1 ? "its" : "their") + " release" : "");
 }
 
 document.addEventListener("click", (ev) => {
@@ -264,7 +271,7 @@ function hostRow(h) {
   return el("tr", { "data-key": "host " + h.name, "data-host": h.name },
     el("td", { class: "name" }, el("a", { href: "/hosts/" + encodeURIComponent(h.name) }, h.name), el("span", { class: "small dim mono" }, h.address || h.mac || "")),
     el("td", { "data-label": "role" }, roleOf(h)),
-    el("td", { class: "wide" }, stateOf(h), h.detail ? el("span", { class: "detail" + (bad ? " bad" : "") }, h.detail) : null,
+    el("td", { class: "wide" }, stateOf(h), servesOld(h) ? el("span", { class: "small good" }, " healthy, not yet at its release") : null, h.detail ? el("span", { class: "detail" + (bad ? " bad" : "") }, h.detail) : null,
       h.state !== "lost" && h.fetch && h.fetch.total > 0 && h.running !== h.target ? meter(h.fetch.done / h.fetch.total) : null),
     el("td", { class: "num nowrap" + (h.generation ? "" : " blank"), "data-label": "generation" }, fromTo(h.runningGeneration, h.generation)),
     el("td", { class: "nowrap" + (h.target || h.running ? "" : " blank"), "data-label": "release" }, releaseOf(h)),
@@ -272,6 +279,7 @@ function hostRow(h) {
     el("td", { class: "num nowrap", "data-label": "last seen" }, h.lastSeen ? ago(h.lastSeen) : el("span", { class: "dim" }, "never")));
 }
 
+const servesOld = (h) => h.healthy && h.running && h.name && !["healthy", "lost"].includes(h.state) && h.stage !== "reboot";
 const stateOf = (h) => pill(h.state, LOOKS);
 const roleOf = (h) => (h.runningRole && h.runningRole !== h.role ? [h.runningRole, arrow(), h.role] : h.role || h.runningRole || "");
 const arrow = () => el("span", { class: "arrow", title: "shall become" }, "→");
@@ -353,7 +361,7 @@ function eventSubject(e) {
 }
 
 function drawFleet() {
-  document.title = (state.status.converged ? "✔ " : "") + state.status.hosts.healthy + "/" + state.status.hosts.total + " · troupe";
+  document.title = (state.status.converged ? "✔ " : "") + state.status.hosts.serving + "/" + state.status.hosts.total + " · troupe";
   render(byId("main"), ...showTrouble(), showTiles(), showUnclaimedFirst(), showHosts(), showUnclaimedLast(),
     el("div", { class: "two", "data-key": "two" }, showImages(), showEvents()));
 }
