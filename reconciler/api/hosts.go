@@ -22,6 +22,9 @@ const (
 	silentBooting = 5 * time.Minute
 )
 
+// firstChecks is how long a host may take from its OS's init to its first passing checks before it counts as unhealthy.
+const firstChecks = 5 * time.Minute
+
 // Hosts are the declared hosts by name, then the machines that no host declares, by MAC.
 func (r *Records) Hosts() []Host {
 	declared := r.declared()
@@ -205,11 +208,11 @@ func (r *Records) stateOf(a state.Assignment, want plan.Wanted, s sighting) (Hos
 	case s.booting: // it was told to wait, and its next question will be answered
 		return HostBooting, s.stage
 	}
-	return stateRunning(a, s)
+	return r.stateRunning(a, s)
 }
 
 // stateRunning says how a host is that runs some role while it has an assignment.
-func stateRunning(a state.Assignment, s sighting) (HostState, string) {
+func (r *Records) stateRunning(a state.Assignment, s sighting) (HostState, string) {
 	n := s.node
 	health := n.Running.Health
 	switch {
@@ -222,8 +225,27 @@ func stateRunning(a state.Assignment, s sighting) (HostState, string) {
 		return HostHealthy, s.err
 	case s.stage == string(agentapi.StageService) && len(health.Failing) == 0:
 		return HostBooting, s.stage
+	case r.starting(n):
+		return HostBooting, join("checks", strings.Join(health.Failing, "; "))
 	}
 	return HostUnhealthy, strings.Join(health.Failing, "; ")
+}
+
+// starting says whether a node that is not healthy has not been so in this boot, and its services may still need time.
+func (r *Records) starting(n state.Node) bool {
+	began := n.Booted
+	if b, ok := r.Boots[n.MAC]; ok && b.ID == n.BootID {
+		if !b.Healthy.IsZero() {
+			return false
+		}
+		for _, m := range slices.Backward(b.Marks) {
+			if m.Stage == string(agentapi.StageService) {
+				began = m.Time
+				break
+			}
+		}
+	}
+	return r.Now.Sub(began) < firstChecks
 }
 
 // bootDetail is how far a boot came, and what it is trying to get past.

@@ -59,7 +59,7 @@ type HostState string
 // The states of a host.
 const (
 	HostHealthy   HostState = "healthy"   // runs what it shall run, and every check passes
-	HostUnhealthy HostState = "unhealthy" // runs what it shall run, and a check fails
+	HostUnhealthy HostState = "unhealthy" // runs what it shall run, and a check fails that passed in this boot, or does not come to pass
 	HostBooting   HostState = "booting"   // Detail: how far it came
 	HostWaiting   HostState = "waiting"   // its release is not there yet; Detail: for what
 	HostStaging   HostState = "staging"   // runs something older and fetches what it shall run

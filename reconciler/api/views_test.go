@@ -69,6 +69,18 @@ func TestHostStateOne(t *testing.T) {
 			f.Nodes[mac] = n
 		}
 	}
+	starting := func(since, healthy time.Duration) func(*apitest.Fleet) {
+		return func(f *apitest.Fleet) {
+			node(func(n *state.Node) {
+				n.Stage, n.BootID, n.Running.Health = "service", "zz", agentapi.Health{Failing: []string{"a", "b"}}
+			})(f)
+			b := state.Boot{ID: "zz", MAC: mac, Started: now.Add(-time.Hour), Marks: []state.Mark{{Stage: "service", Time: now.Add(-since)}}}
+			if healthy > 0 {
+				b.Healthy = now.Add(-healthy)
+			}
+			f.Boots[mac+"/zz"] = b
+		}
+	}
 	boots := func(ago time.Duration, stage string) func(*apitest.Fleet) {
 		return func(f *apitest.Fleet) {
 			at := f.Now.Add(-ago)
@@ -89,6 +101,9 @@ func TestHostStateOne(t *testing.T) {
 		{"staged", node(func(n *state.Node) { n.Running.Release, n.Staged = digest.Of(nil), n.Running.Release }), "rebooting (staged)"},
 		{"service, checks not run yet", node(func(n *state.Node) { n.Stage, n.Running.Health = "service", agentapi.Health{} }), "booting (service)"},
 		{"a check fails", node(func(n *state.Node) { n.Running.Health = agentapi.Health{Failing: []string{"a", "b"}} }), "unhealthy (a; b)"},
+		{"its first checks fail", starting(4*time.Minute, 0), "booting (checks: a; b)"},
+		{"its first checks fail for long", starting(6*time.Minute, 0), "unhealthy (a; b)"},
+		{"a check fails after it was healthy", starting(4*time.Minute, time.Minute), "unhealthy (a; b)"},
 		{"needs help", node(func(n *state.Node) { n.Stage, n.Error = "failed", "cache full" }), "failed (cache full)"},
 		{"went on after a failure", node(func(n *state.Node) { n.Stage = "failed" }), "healthy"},
 		{"tries again", node(func(n *state.Node) {
