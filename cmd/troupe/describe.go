@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -170,10 +171,19 @@ func writeBoot(w io.Writer, b api.Boot, now time.Time) error {
 		if m.Error != "" {
 			detail = strings.TrimSpace(detail + " ERROR: " + m.Error)
 		}
-		t.add("  "+m.Stage, exact(m.At), "+"+exact(m.Took), bytes, detail)
+		at, took := exact(m.At), "+"+exact(m.Took)
+		if m.Later {
+			at, took = m.Time.Local().Format(time.DateTime), "-"
+		}
+		t.add("  "+m.Stage, at, took, bytes, withoutQuery(detail))
 	}
 	return t.write(w, "  no stage was reached")
 }
+
+var urlQuery = regexp.MustCompile(`(https?://[^\s?]*)\?[^\s,;)]*`)
+
+// withoutQuery cuts the queries off the URLs in text: what a machine says of itself there stands elsewhere already.
+func withoutQuery(text string) string { return urlQuery.ReplaceAllString(text, "$1") }
 
 func newDescribeImageCommand(use, what string) *cobra.Command {
 	var o remote

@@ -19,7 +19,7 @@ func BootViews(boots []state.Boot) []Boot {
 }
 
 // bootView adds up the times of a boot. Marks come from two clocks, the server's and, reckoned back, the node's: they
-// are put in order here, and none comes before the start.
+// are put in order here, those of one time as they came, and none comes before the start.
 func bootView(b state.Boot) Boot {
 	v := Boot{
 		ID: b.ID, MAC: b.MAC, Host: b.Host, Started: b.Started, Healthy: !b.Healthy.IsZero(), Bytes: b.Bytes,
@@ -29,10 +29,11 @@ func bootView(b state.Boot) Boot {
 	var last time.Duration
 	for _, m := range marks {
 		at := max(0, m.Time.Sub(b.Started))
-		v.Marks = append(v.Marks, Mark{
-			Stage: m.Stage, Time: m.Time, At: at, Took: at - last, Detail: m.Detail, Bytes: m.Bytes, Error: m.Error,
-		})
-		last = at
+		mark := Mark{Stage: m.Stage, Time: m.Time, At: at, Detail: m.Detail, Bytes: m.Bytes, Error: m.Error}
+		if mark.Later = v.Healthy && m.Time.After(b.Healthy); !mark.Later {
+			mark.Took, last = at-last, at
+		}
+		v.Marks = append(v.Marks, mark)
 	}
 	v.Took = last
 	if v.Healthy {

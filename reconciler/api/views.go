@@ -162,8 +162,9 @@ type Boot struct {
 type Mark struct {
 	Stage  string        `json:"stage"`
 	Time   time.Time     `json:"time"`
-	At     time.Duration `json:"at"`   // nanoseconds since the boot started
-	Took   time.Duration `json:"took"` // nanoseconds since the mark before
+	At     time.Duration `json:"at"`              // nanoseconds since the boot started
+	Took   time.Duration `json:"took"`            // nanoseconds since the mark before; 0 with Later
+	Later  bool          `json:"later,omitempty"` // it came after the boot was healthy, and is no part of its duration
 	Detail string        `json:"detail,omitempty"`
 	Bytes  int64         `json:"bytes,omitempty"`
 	Error  string        `json:"error,omitempty"`

@@ -336,16 +336,22 @@ func TestBootView(t *testing.T) {
 		{
 			// The node's clock says that its agent was up before the kernel was sent, and before the boot began.
 			ID: "new", Started: now, Healthy: now.Add(9 * time.Second),
-			Marks: []state.Mark{mark("kernel", 4*time.Second), mark("agent-up", -time.Second), mark("healthy", 9*time.Second)},
+			Marks: []state.Mark{
+				mark("kernel", 4*time.Second), mark("agent-up", -time.Second), mark("service", 9*time.Second), mark("healthy", 9*time.Second),
+				mark("reboot", time.Hour), mark("stage", 30*time.Minute),
+			},
 		},
 	})
 	var lines []string
 	for _, b := range got {
 		for _, m := range b.Marks {
-			lines = append(lines, fmt.Sprint(b.ID, " ", b.Took, " ", m.Stage, " ", m.At, " ", m.Took))
+			lines = append(lines, fmt.Sprint(b.ID, " ", b.Took, " ", m.Stage, " ", m.At, " ", m.Took, " ", m.Later))
 		}
 	}
-	want := []string{"new 9s agent-up 0s 0s", "new 9s kernel 4s 4s", "new 9s healthy 9s 5s", "old 0s dhcp-offer 0s 0s"}
+	want := []string{
+		"new 9s agent-up 0s 0s false", "new 9s kernel 4s 4s false", "new 9s service 9s 5s false", "new 9s healthy 9s 0s false",
+		"new 9s stage 30m0s 0s true", "new 9s reboot 1h0m0s 0s true", "old 0s dhcp-offer 0s 0s false",
+	}
 	if d := cmp.Diff(want, lines); d != "" {
 		t.Errorf("boots (-want +got):\n%s", d)
 	}

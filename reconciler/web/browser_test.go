@@ -207,13 +207,28 @@ func TestPageFilter(t *testing.T) {
 	b.clean()
 }
 
+// addLater has n1 stage something an hour after its boot, which began with a URL.
+func addLater(f *apitest.Fleet) {
+	for key, b := range f.Boots {
+		if b.MAC == apitest.MAC(1) {
+			b.Marks[0].Detail = "http://10.77.0.1:8080/boot.efi?mac=secret, UEFI"
+			b.Marks = append(b.Marks, state.Mark{Stage: "stage", Time: b.Healthy.Add(time.Hour), Detail: "staged something later"})
+			f.Boots[key] = b
+		}
+	}
+}
+
 func TestHostPage(t *testing.T) {
 	f := apitest.Mixed(ahead())
+	addLater(f)
 	s := serve(t, f)
 	b := open(t, s.URL+"/hosts/n1")
 	b.await("the timeline", `document.querySelectorAll(".boot .seg").length >= 9`)
+	if eval[bool](b, `[...document.querySelectorAll(".boot .seg")].some((s) => s.title.startsWith("stage"))`) {
+		t.Error("what was staged after the boot is drawn as a part of it")
+	}
 	text := eval[string](b, `document.body.innerText`)
-	for _, want := range []string{"healthy after 27.3 s", "dhcp-offer", "switch-root", "made on /dev/vda", "243 MiB", "52:54:00:77:00:01"} {
+	for _, want := range []string{"healthy after 27.3 s", "dhcp-offer", "switch-root", "made on /dev/vda", "243 MiB", "52:54:00:77:00:01", "boot.efi, UEFI", "staged something later"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the page does not show %q:\n%s", want, text)
 		}

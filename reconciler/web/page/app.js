@@ -418,43 +418,47 @@ function facts(d) {
 
 function boots(d) {
   if (!d.boots.length) return el("p", { class: "empty" }, "It never booted from here.");
-  const longest = Math.max(...d.boots.map((b) => b.took), 1);
-  return d.boots.map((b, i) => bootPanel(b, longest, i === 0, i === 0 && ["booting", "rebooting", "waiting"].includes(d.state)));
+  return d.boots.map((b, i) => bootPanel(b, i === 0, i === 0 && ["booting", "rebooting", "waiting"].includes(d.state)));
 }
 
-function bootPanel(b, longest, newest, going) {
+function bootPanel(b, newest, going) {
   const outcome = b.healthy ? el("span", { class: "good" }, "healthy after " + duration(b.took / 1e9))
     : b.error ? el("span", { class: "bad" }, b.error)
       : going ? el("span", { class: "busy" }, "under way") : el("span", { class: "wait" }, "did not become healthy");
   return el("details", { class: "boot", open: newest, "data-key": "boot " + b.id },
     el("summary", null, el("span", { class: "line" }, el("b", null, new Date(b.started).toLocaleString()), el("span", { class: "dim" }, ago(b.started)), outcome,
       el("span", { class: "dim" }, b.bytes ? bytes(b.bytes) + " of images fetched" : b.healthy ? "no image byte fetched" : "")),
-    bootBar(b, longest, going)),
+    bootBar(b, going)),
     el("div", { class: "scroll marks" }, el("table", null,
       el("thead", null, el("tr", null, el("th", null, "Stage"), el("th", { class: "right" }, "At"), el("th", { class: "right" }, "Took"), el("th", { class: "right" }, "Bytes"), el("th", { class: "rest" }, "Details"))),
       el("tbody", null, b.marks.map((m) => el("tr", null,
         el("td", { class: "nowrap" }, el("i", { class: "dot " + lookOf(m) }), m.stage),
-        el("td", { class: "right num nowrap" }, duration(m.at / 1e9)), el("td", { class: "right num nowrap" }, "+" + duration(m.took / 1e9)),
+        el("td", { class: "right num nowrap" }, m.later ? new Date(m.time).toLocaleString() : duration(m.at / 1e9)),
+        el("td", { class: "right num nowrap" }, m.later ? "" : "+" + duration(m.took / 1e9)),
         el("td", { class: "right num nowrap" }, m.bytes ? bytes(m.bytes) : ""),
-        el("td", null, m.detail || "", m.error ? el("span", { class: "bad" }, (m.detail ? " " : "") + m.error) : "")))))));
+        el("td", null, withoutQuery(m.detail || ""), m.error ? el("span", { class: "bad" }, (m.detail ? " " : "") + m.error) : "")))))));
 }
 
 const lookOf = (m) => (m.error ? "fail" : STAGE_LOOK[m.stage] || "s3");
 
-// bootBar draws a boot as long as it took, on the scale of the longest one that is shown.
-function bootBar(b, longest, going) {
-  const end = b.marks.length ? b.marks[b.marks.length - 1].at : 0;
+// withoutQuery cuts the queries off the URLs in a text: what a machine says of itself there stands elsewhere already.
+const withoutQuery = (s) => s.replace(/(https?:\/\/[^\s?]*)\?[^\s,;)]*/g, "$1");
+
+// bootBar draws a boot, each on a scale of its own. What came after it was healthy is no part of it.
+function bootBar(b, going) {
+  const marks = b.marks.filter((m) => !m.later);
+  const end = marks.length ? marks[marks.length - 1].at : 0;
   const fill = el("span", { class: "barfill" });
-  fill.style.width = Math.max(0.5, Math.min(going ? 85 : 100, (100 * end) / longest)).toFixed(2) + "%";
-  for (const m of b.marks) {
+  fill.style.width = (end ? (going ? 85 : 100) : 0.5) + "%";
+  for (const m of marks) {
     if (m.took <= 0 && m.stage !== "failed") continue;
     const share = end ? m.took / end : 1;
-    const s = el("span", { class: "seg " + lookOf(m), title: m.stage + ": +" + duration(m.took / 1e9) }, share * (end / longest) > 0.075 ? m.stage + " " + duration(m.took / 1e9) : "");
+    const s = el("span", { class: "seg " + lookOf(m), title: m.stage + ": +" + duration(m.took / 1e9) }, share > 0.075 ? m.stage + " " + duration(m.took / 1e9) : "");
     s.style.flexGrow = String(Math.max(m.took, 1));
     s.style.flexBasis = "0";
     fill.append(s);
   }
-  const track = el("span", { class: "bartrack", role: "img", "aria-label": b.marks.map((m) => m.stage + " at " + duration(m.at / 1e9)).join(", ") }, fill);
+  const track = el("span", { class: "bartrack", role: "img", "aria-label": marks.map((m) => m.stage + " at " + duration(m.at / 1e9)).join(", ") }, fill);
   if (going) track.classList.add("open");
   return track;
 }
