@@ -120,7 +120,7 @@ func (a *agents) Report(ctx context.Context, _ netip.Addr, r agentapi.Report) (a
 	if err != nil {
 		return agentapi.ReportReply{}, err
 	}
-	host := v.host(v.known(id))
+	host := v.host(id)
 	if err := a.boots.report(ctx, host, r, now); err != nil {
 		return agentapi.ReportReply{}, err
 	}

@@ -49,14 +49,6 @@ func newView(f *schema.Fleet) *view {
 // host finds the declared host that a machine is; "" for none.
 func (v *view) host(id agentapi.Identity) string { return v.match().Host(id) }
 
-// known is what is on record of a machine, else what a request said of it. host needs no such help.
-func (v *view) known(id agentapi.Identity) agentapi.Identity {
-	if m, ok := v.machines[id.MAC]; ok {
-		return m.Identity
-	}
-	return id
-}
-
 // assignment is what a machine shall run.
 func (v *view) assignment(id agentapi.Identity) agentapi.Assignment {
 	name := v.host(id)
