@@ -204,7 +204,7 @@ func TestWithoutQuery(t *testing.T) {
 	for in, want := range map[string]string{
 		"http://10.77.0.1:8080/boot.ipxe?mac=52:54:00:77:00:01&uuid=1": "http://10.77.0.1:8080/boot.ipxe",
 		"10.77.0.11, http://a/b?c=d, UEFI":                             "10.77.0.11, http://a/b, UEFI",
-		"why? because": "why? because",
+		"why? because":                                                 "why? because",
 	} {
 		if got := withoutQuery(in); got != want {
 			t.Errorf("%q became %q, want %q", in, got, want)

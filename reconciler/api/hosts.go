@@ -99,9 +99,9 @@ func (r *Records) unclaimed(mac string, s sighting) Host {
 		State: HostUnclaimed, Inventory: m.Inventory,
 	}
 	h.see(s)
-	switch silent := r.Now.Sub(s.last); {
-	case silent > silentBooting:
-		h.Detail = "not seen for " + short(silent)
+	switch {
+	case r.silent(s) > silentBooting:
+		h.Detail = "not seen for " + short(r.Now.Sub(s.last))
 	case s.err != "":
 		h.Detail = s.err
 	case h.RunningRole != "":
@@ -188,11 +188,19 @@ func isBooting(stage string) bool {
 	return false
 }
 
+// silent is for how long a machine has said nothing to a server that was there to hear it.
+func (r *Records) silent(s sighting) time.Duration {
+	if s.last.Before(r.Started) {
+		return r.Now.Sub(r.Started)
+	}
+	return r.Now.Sub(s.last)
+}
+
 // stateOf says how a host is whose machine was seen at least once.
 func (r *Records) stateOf(a state.Assignment, want plan.Wanted, s sighting) (HostState, string) {
 	leaving := s.booting || s.stage == string(agentapi.StageReboot)
-	if silent := r.Now.Sub(s.last); silent > silentBooting || !leaving && silent > silentRunning {
-		return HostLost, "not seen for " + short(silent)
+	if silent := r.silent(s); silent > silentBooting || !leaving && silent > silentRunning {
+		return HostLost, "not seen for " + short(r.Now.Sub(s.last))
 	}
 	switch {
 	case s.stage == string(agentapi.StageFailed):

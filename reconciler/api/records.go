@@ -16,6 +16,7 @@ import (
 // Records is what the views are made of: the records as they were at about one moment, and the fleet in force.
 type Records struct {
 	Now         time.Time
+	Started     time.Time     // when the server could first hear of machines
 	Version     string        // of the server
 	Planned     string        // the commit that the assignments are those of
 	Fleet       *schema.Fleet // nil before the first good commit was loaded
@@ -33,7 +34,7 @@ type Records struct {
 
 // records lists everything that Records has.
 func (s *Server) records(ctx context.Context) (*Records, error) {
-	r := &Records{Now: time.Now(), Version: version.String()}
+	r := &Records{Now: time.Now(), Started: s.shared.started, Version: version.String()}
 	if s.Planned != nil {
 		r.Planned = s.Planned() // before all that it is about, so that nothing counts as planned that is not
 	}

@@ -57,6 +57,10 @@ type Server struct {
 	// Boots are the newest boots of all machines, from memory. nil: all boots are read from the store each time.
 	Boots func() []state.Boot
 
+	// Started is since when the server hears of machines: none counts as lost for what it did not say before. Zero: since
+	// Handler was called.
+	Started time.Time
+
 	Log *slog.Logger // nil: nothing is logged
 
 	shared shared
@@ -80,6 +84,9 @@ const (
 func (s *Server) Handler() http.Handler {
 	if s.Log == nil {
 		s.Log = slog.New(slog.DiscardHandler)
+	}
+	if s.shared.started = s.Started; s.Started.IsZero() {
+		s.shared.started = time.Now()
 	}
 	mux := http.NewServeMux()
 	for _, route := range s.routes() {

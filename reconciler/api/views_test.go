@@ -166,6 +166,23 @@ func TestHostStateOne(t *testing.T) {
 	}
 }
 
+// TestLostAfterRestart has a server that was away for longer than a host may be silent.
+func TestLostAfterRestart(t *testing.T) {
+	f := apitest.New(now)
+	f.Declare(1, "web")
+	f.Run(1)
+	n := f.Nodes[apitest.MAC(1)]
+	n.LastSeen = now.Add(-time.Hour)
+	f.Nodes[n.MAC] = n
+	for up, want := range map[time.Duration]string{10 * time.Second: "n1: healthy", 31 * time.Second: "n1: lost (not seen for 1 h)"} {
+		r := f.Records()
+		r.Started = now.Add(-up)
+		if got := states(r.Hosts()); got[0] != want {
+			t.Errorf("%s after the server's start: %q, want %q", up, got[0], want)
+		}
+	}
+}
+
 func TestStatus(t *testing.T) {
 	f := apitest.New(now)
 	f.Schema.Roles = map[string]schema.Role{"web": f.Schema.Roles["web"]} // without the one whose build failed

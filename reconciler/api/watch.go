@@ -31,6 +31,8 @@ type shared struct {
 	requests               requests
 	plans, watchers, looks gate
 
+	started time.Time // of the server; never changes once requests come
+
 	mu   sync.Mutex
 	last *frame
 }

@@ -443,5 +443,6 @@ func (c *Controllers) Log(_ context.Context, recipe digest.Digest, follow bool) 
 func Server(s *state.Store, f *Fleet, c *Controllers) *api.Server {
 	return &api.Server{
 		Store: s, Fleet: func() *schema.Fleet { return f.Schema }, Poke: c.Poke, Look: c.Look, Agents: c, Planner: c, Images: c,
+		Started: f.ago(time.Hour),
 	}
 }
