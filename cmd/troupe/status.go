@@ -137,6 +137,9 @@ func writeStatus(w io.Writer, st api.Status) error {
 	if line := buildsLine(st.Builds); line != "" {
 		t.add("builds", line)
 	}
+	for _, f := range st.Builds.Failures {
+		t.add("", failureLine(f, st.Time))
+	}
 	verdict := "yes"
 	if !st.Converged {
 		verdict = "no"
@@ -168,6 +171,25 @@ func hostsLine(h api.HostCounts) string {
 		line += fmt.Sprintf("; %s unclaimed", count(h.Unclaimed, "machine"))
 	}
 	return line
+}
+
+// failureLine says which build failed, at what, and when it is tried again.
+func failureLine(f api.Failure, now time.Time) string {
+	line := f.Name
+	if f.Step != "" {
+		line += " failed at " + f.Step
+	}
+	if f.Error != "" {
+		line += ": " + cut(f.Error, 80)
+	}
+	switch left := f.Retry.Sub(now); {
+	case f.Retry.IsZero():
+	case left < time.Second:
+		line += "; tried again now"
+	default:
+		line += "; tried again in " + span(left)
+	}
+	return line + "; see troupe logs " + f.Name
 }
 
 func buildsLine(b api.BuildCounts) string {

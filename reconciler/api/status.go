@@ -47,6 +47,9 @@ func countHosts(hosts []Host) HostCounts {
 	return c
 }
 
+// maxFailures bounds what a Status names.
+const maxFailures = 10
+
 // countBuilds leaves out what no fleet in force wants any more, but is not cleared away.
 func countBuilds(images []Image) BuildCounts {
 	var c BuildCounts
@@ -61,6 +64,9 @@ func countBuilds(images []Image) BuildCounts {
 			c.Running++
 		case state.BuildFailed:
 			c.Failed++
+			if len(c.Failures) < maxFailures {
+				c.Failures = append(c.Failures, Failure{i.Name, i.Recipe, i.Step, i.Error, i.Attempts, i.Retry})
+			}
 		}
 	}
 	return c

@@ -51,6 +51,18 @@ type BuildCounts struct {
 	Queued  int `json:"queued"`
 	Running int `json:"running"`
 	Failed  int `json:"failed"`
+
+	Failures []Failure `json:"failures,omitempty"` // the failed ones, the newest first; 10 at most
+}
+
+// A Failure is a build that failed and is tried again.
+type Failure struct {
+	Name     string          `json:"name"` // of the image or role
+	Recipe   images.RecipeID `json:"recipe"`
+	Step     string          `json:"step,omitempty"` // that failed
+	Error    string          `json:"error,omitempty"`
+	Attempts int             `json:"attempts"`
+	Retry    time.Time       `json:"retry,omitzero"` // when it is tried again
 }
 
 // HostState is how a host is, in one word for people.
