@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -77,7 +78,7 @@ func writePlan(w io.Writer, p plan.Plan) error {
 	if err := writePlannedHosts(w, p.Hosts); err != nil {
 		return err
 	}
-	_, err := fmt.Fprintln(w, planSummary(p.Summary()))
+	_, err := fmt.Fprintln(w, planSummary(p))
 	return err
 }
 
@@ -167,7 +168,8 @@ func writePlannedHosts(w io.Writer, hosts []plan.Host) error {
 }
 
 // planSummary is a plan in one line.
-func planSummary(s plan.Summary) string {
+func planSummary(p plan.Plan) string {
+	s := p.Summary()
 	total := 0
 	for _, n := range s.Hosts {
 		total += n
@@ -177,8 +179,19 @@ func planSummary(s plan.Summary) string {
 		return fmt.Sprintf("nothing would change for %s", count(total, "host"))
 	}
 	parts := []string{
-		count(s.Changed, "host") + " of " + fmt.Sprint(total) + " changed", count(s.Reboots, "reboot"), api.Bytes(s.FetchBytes) + " to fetch",
+		count(s.Changed, "host") + " of " + fmt.Sprint(total) + " changed", count(s.Reboots, "reboot"), toFetch(p, s) + " to fetch",
 		count(s.Builds, "build"),
 	}
 	return strings.Join(parts, ", ")
+}
+
+// toFetch is how much all hosts would fetch, as far as that is known: what is not built has no size yet.
+func toFetch(p plan.Plan, s plan.Summary) string {
+	if !slices.ContainsFunc(p.Hosts, func(h plan.Host) bool { return h.FetchBytes < 0 }) {
+		return api.Bytes(s.FetchBytes)
+	}
+	if s.FetchBytes <= 0 {
+		return "unknown bytes"
+	}
+	return api.Bytes(s.FetchBytes) + " and unknown bytes"
 }
