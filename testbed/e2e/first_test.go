@@ -131,6 +131,10 @@ func (f *fleet) wantTimeline(name string, want ...string) {
 
 func (f *fleet) brokenCommit(t *testing.T) {
 	f = f.within(t)
+	boots := map[string]string{}
+	for _, n := range []string{"n1", "n2", "n3"} {
+		boots[n] = f.host(n).BootID
+	}
 	f.edit("hosts.cue", `n1: {mac:`, `n1: {rolle: "web", mac:`)
 	bad := f.push("a typo")
 	s := f.await("the broken commit is shown", func(s *api.Snapshot) bool {
@@ -153,6 +157,11 @@ func (f *fleet) brokenCommit(t *testing.T) {
 	f.await("the force-push back to the good commit is in force", func(s *api.Snapshot) bool {
 		return s.Status.Applied.Hash == good && s.Status.Attempted == nil && !s.Status.Rewritten.IsZero()
 	})
+	for n, boot := range boots {
+		if got := f.host(n).BootID; got != boot {
+			t.Errorf("%s booted again (%s, %s before) for a commit that was refused", n, got, boot)
+		}
+	}
 }
 
 func (f *fleet) emptiedHosts(t *testing.T) {
@@ -223,7 +232,10 @@ func (f *fleet) unplugged(t *testing.T) {
 	f = f.within(t)
 	f.edit("hosts.cue", `address: "10.77.0.12", role: "idle"`, `address: "10.77.0.12", role: "web"`)
 	f.edit("roles.cue", `"/etc/motd": "web\n"`, `"/etc/motd": "web, second edition\n"`)
-	f.push("n2: web, in a new edition")
+	before := f.host("n1").Target
+	hash := f.push("n2: web, in a new edition")
+	f.await("the new edition is in force", func(s *api.Snapshot) bool { return s.Status.Applied != nil && s.Status.Applied.Hash == hash })
+	f.killServer() // between a commit's coming into force and what follows from it
 	f.await("n2 boots into it", func(s *api.Snapshot) bool {
 		h := find(s, "n2")
 		return h.State == api.HostBooting && (h.Stage == string(agentapi.StageAgent) || h.Stage == string(agentapi.StageCache))
@@ -232,7 +244,12 @@ func (f *fleet) unplugged(t *testing.T) {
 	f.power("n2", testbed.On)
 	f.await("n2 is healthy as web after its plug was pulled", inRole("n2", "web"))
 	f.wantPage("n2", "10.77.0.12")
-	f.await("n1 and n3 run the new edition", healthy("n1", "n3"))
+	s := f.await("n1 and n3 run the new edition", healthy("n1", "n3"))
+	for _, name := range []string{"n1", "n3"} {
+		if h := find(s, name); h.Running == before || h.Running != h.Target {
+			t.Errorf("%s runs %s, which is not the new edition (%s before, %s wanted)", name, h.Running.Short(), before.Short(), h.Target.Short())
+		}
+	}
 }
 
 func (f *fleet) removedHost(t *testing.T) {
