@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/reconciler/api"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
@@ -259,8 +260,8 @@ func newDescribeRoleCommand() *cobra.Command {
 		Example: "  troupe describe role web",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			key := func(r api.Role) []string { return []string{r.Name} }
-			return describe(cmd, &o, args[0], (*api.Client).Roles, key, writeRole)
+			is := func(r api.Role, name string) bool { return r.Name == name }
+			return describe(cmd, &o, args[0], (*api.Client).Roles, is, writeRole)
 		},
 	}
 	o.flags(cmd, "table", "json", "yaml")
@@ -307,16 +308,21 @@ func newDescribeReleaseCommand() *cobra.Command {
 	var o remote
 	cmd := &cobra.Command{
 		Use:     "release ID",
-		Short:   "Say all about one release",
+		Short:   "Say all about one release, by the first six or more hex digits of its id",
 		Example: "  troupe describe release 08e93db22447",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			key := func(r api.Release) []string { return []string{r.ID.Short(), r.ID.Hex(), r.ID.String()} }
-			return describe(cmd, &o, args[0], (*api.Client).Releases, key, writeRelease)
+			return describe(cmd, &o, args[0], (*api.Client).Releases, isRelease, writeRelease)
 		},
 	}
 	o.flags(cmd, "table", "json", "yaml")
 	return cmd
+}
+
+// isRelease says whether id names r: six hex digits at least, with or without "sha256:".
+func isRelease(r api.Release, id string) bool {
+	hex := strings.TrimPrefix(id, digest.Prefix)
+	return len(hex) >= 6 && strings.HasPrefix(r.ID.Hex(), hex)
 }
 
 func writeRelease(w io.Writer, r api.Release, now time.Time) error {
@@ -338,7 +344,7 @@ func writeRelease(w io.Writer, r api.Release, now time.Time) error {
 
 // describe finds one of a list, and prints it.
 func describe[T any](cmd *cobra.Command, o *remote, name string, ask func(*api.Client, context.Context) ([]T, error),
-	key func(T) []string, write func(io.Writer, T, time.Time) error,
+	is func(T, string) bool, write func(io.Writer, T, time.Time) error,
 ) error {
 	c, err := o.client()
 	if err != nil {
@@ -348,9 +354,12 @@ func describe[T any](cmd *cobra.Command, o *remote, name string, ask func(*api.C
 	if err != nil {
 		return err
 	}
-	i := slices.IndexFunc(all, func(v T) bool { return slices.Contains(key(v), name) })
-	if i < 0 {
+	all = slices.DeleteFunc(all, func(v T) bool { return !is(v, name) })
+	switch len(all) {
+	case 0:
 		return fmt.Errorf("there is no %s %q", cmd.Name(), name)
+	case 1:
+		return o.print(cmd, all[0], func(w io.Writer) error { return write(w, all[0], time.Now()) })
 	}
-	return o.print(cmd, all[i], func(w io.Writer) error { return write(w, all[i], time.Now()) })
+	return fmt.Errorf("there are %d of %s %q: give more of it", len(all), cmd.Name(), name)
 }
