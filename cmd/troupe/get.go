@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -62,6 +63,8 @@ func newGetHostsCommand() *cobra.Command {
 		Long: `Lists the declared hosts and the machines that no host declares. NAME is a host's
 name, a machine's MAC, or a list of names as in n[1-5,9].
 
+-o wide adds the last stage that a host's boot reached, its address and its MAC.
+
 With -o cue it prints host entries to paste into the fleet's repo, for unclaimed
 machines. A fleet with such an entry is invalid until somebody chose its role:
 --role does it for all.`,
@@ -71,7 +74,7 @@ machines. A fleet with such an entry is invalid until somebody chose its role:
   troupe get hosts --unclaimed -o cue --role web >> hosts.cue`,
 		RunE: func(cmd *cobra.Command, args []string) error { return o.run(cmd, args) },
 	}
-	o.flags(cmd, "table", "json", "yaml", "cue")
+	o.flags(cmd, "table", "wide", "json", "yaml", "cue")
 	cmd.Flags().BoolVar(&o.unclaimed, "unclaimed", false, "only machines that no host declares")
 	cmd.Flags().StringVar(&o.role, "role", "", "with -o cue: the role of the entries")
 	return cmd
@@ -81,6 +84,9 @@ func (o *getHosts) run(cmd *cobra.Command, args []string) error {
 	c, err := o.client()
 	if err != nil {
 		return err
+	}
+	if o.role != "" && o.output != "cue" {
+		return errors.New("flag --role goes with -o cue only")
 	}
 	hosts, err := c.Hosts(cmd.Context(), o.unclaimed || o.output == "cue")
 	if err != nil {
@@ -93,11 +99,33 @@ func (o *getHosts) run(cmd *cobra.Command, args []string) error {
 	now := time.Now()
 	switch {
 	case o.output == "cue":
+		if err := o.roleExists(cmd.Context(), c); err != nil {
+			return err
+		}
 		return writeEntries(cmd.OutOrStdout(), hosts, o.role)
 	case o.unclaimed:
 		return o.print(cmd, orEmpty(hosts), func(w io.Writer) error { return writeUnclaimed(w, hosts, now) })
 	}
-	return o.print(cmd, orEmpty(hosts), func(w io.Writer) error { return writeHosts(w, hosts, now) })
+	return o.print(cmd, orEmpty(hosts), func(w io.Writer) error { return writeHosts(w, hosts, o.output == "wide", now) })
+}
+
+// roleExists refuses a role that the fleet in force does not have: its entries would make the fleet invalid.
+func (o *getHosts) roleExists(ctx context.Context, c *api.Client) error {
+	if o.role == "" {
+		return nil
+	}
+	roles, err := c.Roles(ctx)
+	if err != nil {
+		return err
+	}
+	var names []string
+	for _, r := range roles {
+		if r.Name == o.role {
+			return nil
+		}
+		names = append(names, r.Name)
+	}
+	return fmt.Errorf("flag --role %q: the fleet in force has no such role; it has %s", o.role, or(strings.Join(names, ", "), "none"))
 }
 
 // orEmpty keeps JSON from having null for an empty list.
@@ -123,8 +151,11 @@ func writeEntries(w io.Writer, hosts []api.Host, role string) error {
 	return nil
 }
 
-func writeHosts(w io.Writer, hosts []api.Host, now time.Time) error {
-	t := table{header: []string{"NAME", "ROLE", "STATE", "STAGE", "GENERATION", "RELEASE", "TARGET", "UPTIME", "LAST-SEEN"}}
+func writeHosts(w io.Writer, hosts []api.Host, wide bool, now time.Time) error {
+	t := table{header: []string{"NAME", "ROLE", "STATE", "GENERATION", "RELEASE", "TARGET", "UPTIME", "LAST-SEEN"}}
+	if wide {
+		t.header = append(t.header, "STAGE", "ADDRESS", "MAC")
+	}
 	const state = 2
 	t.shrink = state
 	t.colour = func(column int, text string) string {
@@ -138,9 +169,15 @@ func writeHosts(w io.Writer, hosts []api.Host, now time.Time) error {
 		if h.Running != "" && !h.Booted.IsZero() && h.State != api.HostLost {
 			uptime = span(now.Sub(h.Booted))
 		}
-		t.add(h.Key(), or(fromTo(h.RunningRole, h.Role), "-"), cut(stateText(h), 48), or(h.Stage, "-"),
+		cells := []string{
+			h.Key(), or(fromTo(h.RunningRole, h.Role), "-"), cut(stateText(h), 200),
 			or(fromTo(generation(h.RunningGeneration), generation(h.Generation)), "-"), short(h.Running), short(h.Target),
-			uptime, ago(now, h.LastSeen))
+			uptime, ago(now, h.LastSeen),
+		}
+		if wide {
+			cells = append(cells, or(h.Stage, "-"), addressOf(h), or(h.MAC, "-"))
+		}
+		t.add(cells...)
 	}
 	return t.write(w, "no hosts")
 }
@@ -174,14 +211,18 @@ func colourOf(text string) string {
 	return "\x1b[" + colour + "m" + text + "\x1b[0m"
 }
 
+// addressOf is a host's address; "-" for none.
+func addressOf(h api.Host) string {
+	if !h.Address.IsValid() {
+		return "-"
+	}
+	return h.Address.String()
+}
+
 func writeUnclaimed(w io.Writer, hosts []api.Host, now time.Time) error {
 	t := table{header: []string{"MAC", "ADDRESS", "MACHINE", "CPUS", "MEMORY", "DISKS", "FIRMWARE", "STAGE", "LAST-SEEN"}}
 	for _, h := range hosts {
-		address := "-"
-		if h.Address.IsValid() {
-			address = h.Address.String()
-		}
-		inv := h.Inventory
+		address, inv := addressOf(h), h.Inventory
 		if inv == nil {
 			t.add(h.MAC, address, "-", "-", "-", "-", "-", or(h.Stage, "-"), ago(now, h.LastSeen))
 			continue
