@@ -418,7 +418,7 @@ function facts(d) {
 
 function boots(d) {
   if (!d.boots.length) return el("p", { class: "empty" }, "It never booted from here.");
-  return d.boots.map((b, i) => bootPanel(b, i === 0, i === 0 && ["booting", "rebooting", "waiting"].includes(d.state)));
+  return d.boots.map((b, i) => bootPanel(b, i === 0, i === 0 && !b.healthy && ["booting", "rebooting", "waiting"].includes(d.state)));
 }
 
 function bootPanel(b, newest, going) {
