@@ -128,7 +128,7 @@ func push(ts *testscript.TestScript, _ bool, args []string) {
 	default:
 		ts.Fatalf("usage: push good|bad")
 	}
-	s.ctl.Seen = func() error { return state.Sources.Put(context.Background(), s.store, state.SourceID, src) }
+	s.ctl.Push(func() error { return state.Sources.Put(context.Background(), s.store, state.SourceID, src) })
 }
 
 func TestHostlist(t *testing.T) {

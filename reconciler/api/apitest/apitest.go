@@ -357,9 +357,9 @@ type Controllers struct {
 	Assigned agentapi.Assignment // the answer to every agent
 	Planned  plan.Plan           // the answer to every plan
 	LogText  string              // of every build
-	Seen     func() error        // what a look at the repo does; nil: nothing
 
 	mu    sync.Mutex
+	seen  func() error // what a look at the repo does; nil: nothing
 	asked []string
 }
 
@@ -382,10 +382,20 @@ func (c *Controllers) Poke() { c.note("poke") }
 // Look notes that it was called, and does what a look does.
 func (c *Controllers) Look(context.Context) error {
 	c.note("look")
-	if c.Seen != nil {
-		return c.Seen()
+	c.mu.Lock()
+	seen := c.seen
+	c.mu.Unlock()
+	if seen == nil {
+		return nil
 	}
-	return nil
+	return seen()
+}
+
+// Push has each look at the repo from now on do what a look does that sees a new commit.
+func (c *Controllers) Push(seen func() error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.seen = seen
 }
 
 // Hello implements api.Agents.
