@@ -18,7 +18,7 @@ import (
 // API is the HTTP interface for operators and agents.
 func (r *Reconciler) API() *api.Server {
 	return &api.Server{
-		Store: r.cfg.Store, Agents: r.agents, Fleet: r.Fleet, Poke: r.Poke,
+		Store: r.cfg.Store, Agents: r.agents, Fleet: r.Fleet, Poke: r.Poke, Look: r.Look,
 		Planner: planner{r}, Images: imageBuilds{r}, Planned: r.planned, Boots: r.boots.newest, Log: r.log,
 	}
 }
