@@ -40,20 +40,27 @@ func (l *looks) after(ctx context.Context, start func()) error {
 	l.mu.Unlock()
 	start()
 	for {
-		l.mu.Lock()
-		if l.ended > last {
-			defer l.mu.Unlock()
-			return l.err
+		over, next, err := l.over(last)
+		if over {
+			return err
 		}
-		if l.next == nil {
-			l.next = make(chan struct{})
-		}
-		next := l.next
-		l.mu.Unlock()
 		select {
 		case <-next:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
+}
+
+// over says whether a look after last has ended, and how; else next is closed when another one ends.
+func (l *looks) over(last uint64) (over bool, next <-chan struct{}, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ended > last {
+		return true, nil, l.err
+	}
+	if l.next == nil {
+		l.next = make(chan struct{})
+	}
+	return false, l.next, nil
 }

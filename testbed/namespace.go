@@ -118,7 +118,7 @@ func statusNumbers(status []byte, key string) []int {
 		if !ok {
 			continue
 		}
-		for _, field := range strings.Fields(rest) {
+		for field := range strings.FieldsSeq(rest) {
 			if n, err := strconv.Atoi(field); err == nil {
 				numbers = append(numbers, n)
 			}

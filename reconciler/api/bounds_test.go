@@ -157,7 +157,7 @@ func TestSlowBodies(t *testing.T) {
 			if r, text := receive(t, in); r.StatusCode != tt.status {
 				t.Errorf("%s: %s: %s, want %d", tt.path, r.Status, text, tt.status)
 			}
-			if _, err := in.ReadByte(); err != io.EOF { //nolint:errorlint // of a pipe
+			if _, err := in.ReadByte(); err != io.EOF {
 				t.Errorf("%s: %v, want the connection to be closed", tt.path, err)
 			}
 		})

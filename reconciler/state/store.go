@@ -167,7 +167,7 @@ func (s *Store) makeRoom(ctx context.Context, log *slog.Logger) error {
 		if err != nil {
 			return fmt.Errorf("asking for etcd's size: %w", err)
 		}
-		log.Warn("the records had no room left; old versions of them were dropped", "bytesBefore", before.DbSize, "bytesAfter", after.DbSize)
+		log.Warn("the records had no room left; old versions of them were dropped", "bytes_before", before.DbSize, "bytes_after", after.DbSize)
 	}
 	return nil
 }
