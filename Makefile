@@ -2,14 +2,16 @@
 SHELL := /bin/bash -o pipefail
 GO    := .ci/go
 
+VERSION := $(shell git describe --always --dirty 2>/dev/null || echo devel)
+STAMP   := -X github.com/troupe-dev/troupe/internal/version.stamped=$(VERSION)
 # The agent travels to every node: one static file, without symbols.
-AGENT_FLAGS := -trimpath -ldflags='-s -w'
+AGENT_FLAGS := -trimpath -ldflags='-s -w $(STAMP)'
 
 .PHONY: build demo test lint bench clean
 
 build: ## both programs, in bin/
 	@.ci/packages build
-	CGO_ENABLED=0 $(GO) build -o bin/troupe ./cmd/troupe
+	CGO_ENABLED=0 $(GO) build -ldflags='$(STAMP)' -o bin/troupe ./cmd/troupe
 	CGO_ENABLED=0 $(GO) build $(AGENT_FLAGS) -o bin/troupe-agent ./cmd/troupe-agent
 
 demo: ## three blank machines boot, change role by a push, and change back
