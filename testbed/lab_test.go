@@ -84,9 +84,17 @@ func TestCloseLeavesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Somebody who entered the network, and does not leave by himself.
-	guest := lab.Command(t.Context(), "sleep", "1000000")
+	guest := lab.Command(t.Context(), "sh", "-c", "echo inside; exec sleep 1000000")
+	said, err := guest.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := guest.Start(); err != nil {
 		t.Fatal(err)
+	}
+	// Only then has the command entered: Start returns as soon as its door is being opened.
+	if line, err := bufio.NewReader(said).ReadString('\n'); line != "inside\n" {
+		t.Fatalf("the command in the lab said %q: %v", line, err)
 	}
 	ns := lab.rec.Netns
 	if got := inNetwork(t, ns); len(got) < 5 { // init, supervisor, server, QEMU, guest
