@@ -624,3 +624,27 @@ func TestRightKernelBacksOff(t *testing.T) {
 		b.rep.fail(nil)
 	}
 }
+
+// TestServiceTakesAnAnnouncedRebootBack has a node whose reboot was called off by a newer assignment in the last moment:
+// without a word of it the server would show it as rebooting until its next boot.
+func TestServiceTakesAnAnnouncedRebootBack(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	a.Checks = passing
+	n := newNode(t, a, &s)
+	svc, err := newService(filepath.Join(n.dir, "run", stateFile), nothing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	svc.rep.mark(agentapi.Mark{Stage: agentapi.StageReboot})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- svc.run(ctx) }()
+	n.wait("the word that it stays", func(agentapi.Report) bool { return strings.Contains(n.stages(), "reboot") && strings.Contains(n.stages(), "stay") })
+	if svc.rep.has(agentapi.StageReboot) {
+		t.Error("its next reboot would not be announced")
+	}
+	cancel()
+	<-done
+}

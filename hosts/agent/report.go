@@ -68,6 +68,13 @@ func (r *reporter) mark(m agentapi.Mark) {
 	r.wake()
 }
 
+// has says whether a stage was marked, and not forgotten.
+func (r *reporter) has(s agentapi.Stage) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.marked[s]
+}
+
 // forget lets a stage be marked again.
 func (r *reporter) forget(stages ...agentapi.Stage) {
 	r.mu.Lock()

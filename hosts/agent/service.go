@@ -147,6 +147,7 @@ func (s *service) pursue(ctx context.Context) error {
 		var again <-chan time.Time
 		switch d := decide(now, a); d {
 		case goOn:
+			s.stay()
 			s.rep.update(false, func(r *agentapi.Report) { r.Staged = "" })
 			s.rep.fail(nil)
 			if isSettled {
@@ -185,6 +186,14 @@ func (s *service) pursue(ctx context.Context) error {
 			isSettled = false
 			tries.Reset()
 		}
+	}
+}
+
+// stay tells the server that an announced reboot does not come: a newer assignment is what runs already.
+func (s *service) stay() {
+	if s.rep.has(agentapi.StageReboot) {
+		s.rep.mark(agentapi.Mark{Stage: agentapi.StageStay})
+		s.rep.forget(agentapi.StageReboot)
 	}
 }
 
@@ -283,7 +292,7 @@ func (s *service) whileCurrent(ctx context.Context, f func(context.Context) erro
 
 // prepare does all that comes before the reboot into an assignment.
 func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision) error {
-	s.rep.forget(agentapi.StageStage, agentapi.StageReboot) // an earlier assignment may have come as far
+	s.rep.forget(agentapi.StageStage, agentapi.StageReboot, agentapi.StageStay) // an earlier assignment may have come as far
 	why, goal := "no host of the fleet is this machine any more", "discovery"
 	if d == discover {
 		if err := s.confirm(ctx); err != nil {

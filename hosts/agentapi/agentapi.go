@@ -185,6 +185,7 @@ const (
 	StageHealthy Stage = "healthy"     // every check passed
 	StageStage   Stage = "stage"       // another release was fetched in the background
 	StageReboot  Stage = "reboot"      // the node reboots to activate a release
+	StageStay    Stage = "stay"        // that reboot was called off: what runs is wanted again
 	StageFailed  Stage = "failed"      // it cannot go on without somebody's help: Detail says why
 )
 

@@ -15,7 +15,7 @@ const PHASES = { done: ["good", "✔"], running: ["busy", "▲"], queued: ["wait
 
 const STAGE_LOOK = { // of a boot's stage: whose time it took to get there
   "dhcp-offer": "s1", "tftp": "s1", "script": "s1", "kernel": "s2", "agent-up": "s2", "wait": "s3", "cache": "s3", "fetch": "s4",
-  "mount": "s3", "switch-root": "s3", "service": "s5", "healthy": "s6", "stage": "s4", "reboot": "s3", "failed": "fail",
+  "mount": "s3", "switch-root": "s3", "service": "s5", "healthy": "s6", "stage": "s4", "reboot": "s3", "stay": "s6", "failed": "fail",
 };
 const LEGEND = [["s1", "firmware and boot loader"], ["s2", "kernel"], ["s3", "agent"], ["s4", "fetching images"], ["s5", "operating system"], ["s6", "checks"]];
 
