@@ -250,10 +250,11 @@ func (b *boots) withMarks(host string, r agentapi.Report, received time.Time) (s
 	defer b.mu.Unlock()
 	boot := b.current[r.MAC]
 	before, bytes := len(boot.Marks), boot.Bytes
+	kernel, moved := settleClock(boot, received.Add(-r.Uptime))
 	for _, m := range r.Marks {
-		addReported(boot, m, received.Add(m.At-r.Uptime))
+		addReported(boot, m, kernel)
 	}
-	changed := b.dirty[r.MAC] || before != len(boot.Marks) || bytes != boot.Bytes || host != "" && boot.Host != host
+	changed := moved || b.dirty[r.MAC] || before != len(boot.Marks) || bytes != boot.Bytes || host != "" && boot.Host != host
 	boot.Host = cmp.Or(host, boot.Host)
 	if r.Error != boot.Error { // what the agent does not complain of any more is over, the firmware's troubles, too
 		boot.Error, changed = r.Error, true
@@ -268,13 +269,40 @@ func clone(boot *state.Boot) state.Boot {
 	return c
 }
 
+// lateness is how late a report may be and still be taken at its word: to move a timeline costs a write.
+const lateness = 100 * time.Millisecond
+
+// settleClock returns by which start of the node's kernel, on the server's clock, a report's marks are dated, and whether
+// it moved the marks that the timeline has. A report that waited for a server that was killed comes late, never early:
+// of all that a boot's reports say, the earliest start is the best, and dates those before it, too. Once the boot is
+// healthy each report speaks for itself, since the node's clock and the server's drift apart.
+func settleClock(boot *state.Boot, reported time.Time) (kernel time.Time, moved bool) {
+	switch {
+	case boot.Kernel.IsZero():
+		boot.Kernel = reported
+		return reported, true
+	case !boot.Healthy.IsZero():
+		return reported, false
+	case !reported.Before(boot.Kernel.Add(-lateness)):
+		return boot.Kernel, false
+	}
+	boot.Kernel = reported
+	for i := range boot.Marks {
+		if m := &boot.Marks[i]; m.At != 0 {
+			m.Time = reported.Add(m.At)
+		}
+	}
+	slices.SortStableFunc(boot.Marks, func(a, b state.Mark) int { return a.Time.Compare(b.Time) })
+	return reported, true
+}
+
 // addReported adds a mark that an agent may tell several times: it repeats what no reply acknowledged.
-func addReported(boot *state.Boot, m agentapi.Mark, at time.Time) {
+func addReported(boot *state.Boot, m agentapi.Mark, kernel time.Time) {
 	known := slices.ContainsFunc(boot.Marks, func(k state.Mark) bool {
-		return k.Stage == string(m.Stage) && k.Detail == m.Detail && k.Time.Sub(at).Abs() < 2*time.Second
+		return k.Stage == string(m.Stage) && k.Detail == m.Detail && k.At == m.At
 	})
 	if !known {
-		addMark(boot, state.Mark{Stage: string(m.Stage), Time: at, Detail: m.Detail, Bytes: m.Bytes})
+		addMark(boot, state.Mark{Stage: string(m.Stage), Time: kernel.Add(m.At), Detail: m.Detail, Bytes: m.Bytes, At: m.At})
 	}
 }
 

@@ -3,10 +3,13 @@ package reconciler
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/netboot"
@@ -85,6 +88,39 @@ func TestTimelineOfOneBoot(t *testing.T) {
 	}
 	if got.Host != "n1" {
 		t.Errorf("host: got %q", got.Host)
+	}
+}
+
+// TestLateReport has an agent whose first reports waited for a server that was being started again.
+func TestLateReport(t *testing.T) {
+	b := newBoots(openStore(t), slog.New(slog.DiscardHandler))
+	b.now = func() time.Time { return testStart }
+	id := b.id(testMAC)
+	b.observe(seen(netboot.StageKernel, 10))
+	report := func(second, uptime int, marks ...agentapi.Mark) {
+		t.Helper()
+		r := agentapi.Report{Identity: agentapi.Identity{MAC: testMAC}, BootID: id, Uptime: time.Duration(uptime) * time.Second, Marks: marks}
+		if err := b.report(t.Context(), "n1", r, testStart.Add(time.Duration(second)*time.Second)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	up := agentapi.Mark{Stage: agentapi.StageAgent, At: 4 * time.Second}
+	report(30, 5, up)                                                                  // made at 17, 13 seconds late
+	report(31, 19, up, agentapi.Mark{Stage: agentapi.StageCache, At: 6 * time.Second}) // in time: the first one's reply was lost
+	report(60, 40, agentapi.Mark{Stage: agentapi.StageFetch, At: 20 * time.Second})    // late again
+	report(62, 50, agentapi.Mark{Stage: agentapi.StageHealthy, At: 45 * time.Second})
+	report(99, 80, agentapi.Mark{Stage: agentapi.StageStage, At: 79 * time.Second})
+	got, err := state.Boots.Get(t.Context(), b.store, testMAC+"/"+id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var marks []string
+	for _, m := range got.Marks {
+		marks = append(marks, fmt.Sprint(m.Stage, " ", m.Time.Sub(testStart)))
+	}
+	want := []string{"kernel 10s", "agent-up 16s", "cache 18s", "fetch 32s", "healthy 57s", "stage 1m38s"}
+	if diff := cmp.Diff(want, marks); diff != "" {
+		t.Errorf("timeline (-want +got):\n%s", diff)
 	}
 }
 

@@ -148,6 +148,9 @@ type Boot struct {
 	Bytes   int64     `json:"bytes"` // image bytes fetched for this boot: during it, and staged during the one before
 	Healthy time.Time `json:"healthy,omitzero"`
 	Error   string    `json:"error,omitempty"` // the last thing that went wrong
+	// Kernel is when the node's kernel started, on the server's clock: the earliest time that any report of the boot
+	// allows, since a report may be late, but never early. Zero until the agent's first report.
+	Kernel time.Time `json:"kernel,omitzero"`
 }
 
 // A Mark is one stage of a Boot, on the server's clock.
@@ -157,6 +160,8 @@ type Mark struct {
 	Detail string    `json:"detail,omitempty"`
 	Bytes  int64     `json:"bytes,omitempty"`
 	Error  string    `json:"error,omitempty"`
+	// At is what an agent told: nanoseconds since its kernel started. Zero for what netboot's servers saw.
+	At time.Duration `json:"at,omitempty"`
 }
 
 // A Lease is an address of the dynamic range, given to a machine.
