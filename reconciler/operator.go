@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
@@ -16,10 +17,12 @@ import (
 )
 
 // API is the HTTP interface for operators and agents.
-func (r *Reconciler) API() *api.Server {
+func (r *Reconciler) API() *api.Server { return r.operators }
+
+func newAPI(r *Reconciler) *api.Server {
 	return &api.Server{
 		Store: r.cfg.Store, Agents: r.agents, Fleet: r.Fleet, Poke: r.Poke, Look: r.Look,
-		Planner: planner{r}, Images: imageBuilds{r}, Planned: r.planned, Boots: r.boots.newest, Log: r.log,
+		Planner: planner{r}, Images: imageBuilds{r}, Planned: r.planned, Boots: r.boots.newest, Started: time.Now(), Log: r.log,
 	}
 }
 

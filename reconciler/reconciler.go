@@ -62,6 +62,9 @@ type Reconciler struct {
 	assign *assign
 	agents *agents
 
+	operators *api.Server
+	silences  *silences
+
 	refresh chan struct{} // wakes the views controller for the fleet, which is no record
 }
 
@@ -91,6 +94,8 @@ func New(cfg Config) *Reconciler {
 		now: time.Now, limit: cfg.Jobs, wake: make(chan struct{}, 1), hasten: make(chan images.RecipeID),
 	}
 	r.assign = &assign{store: cfg.Store, plan: r.plan, events: r.events, now: time.Now, wake: make(chan struct{}, 1)}
+	r.operators = newAPI(r)
+	r.silences = &silences{hosts: r.operators.Hosts, store: cfg.Store, events: r.events, every: listenEvery}
 	return r
 }
 
@@ -147,6 +152,7 @@ func (r *Reconciler) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for name, run := range map[string]func(context.Context) error{
 		"views": r.runViews, "boots": r.boots.run, "assign": r.assign.run, "builds": r.builds.run, "follow": r.follow.run,
+		"silences": r.silences.run,
 	} {
 		g.Go(func() error { return r.keep(ctx, name, run) })
 	}

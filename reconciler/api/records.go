@@ -34,7 +34,7 @@ type Records struct {
 
 // records lists everything that Records has.
 func (s *Server) records(ctx context.Context) (*Records, error) {
-	r := &Records{Now: time.Now(), Started: s.shared.started, Version: version.String()}
+	r := &Records{Now: time.Now(), Started: s.Started, Version: version.String()}
 	if s.Planned != nil {
 		r.Planned = s.Planned() // before all that it is about, so that nothing counts as planned that is not
 	}

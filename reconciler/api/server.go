@@ -85,8 +85,8 @@ func (s *Server) Handler() http.Handler {
 	if s.Log == nil {
 		s.Log = slog.New(slog.DiscardHandler)
 	}
-	if s.shared.started = s.Started; s.Started.IsZero() {
-		s.shared.started = time.Now()
+	if s.Started.IsZero() {
+		s.Started = time.Now()
 	}
 	mux := http.NewServeMux()
 	for _, route := range s.routes() {

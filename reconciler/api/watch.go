@@ -31,8 +31,6 @@ type shared struct {
 	requests               requests
 	plans, watchers, looks gate
 
-	started time.Time // of the server; never changes once requests come
-
 	mu   sync.Mutex
 	last *frame
 }
@@ -157,6 +155,15 @@ func (s *Server) frame(ctx context.Context) (*frame, error) {
 	f.made, f.cost = start, time.Since(start)
 	s.shared.last = f
 	return f, nil
+}
+
+// Hosts are all hosts as the views show them, as of a moment ago.
+func (s *Server) Hosts(ctx context.Context) ([]Host, error) {
+	f, err := s.frame(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return f.snapshot.Hosts, nil
 }
 
 // forget has the next frame made from the records as they are then.
