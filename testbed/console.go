@@ -65,9 +65,8 @@ func (c *Client) AttachConsole(ctx context.Context, node string) (net.Conn, erro
 // Failure is what somebody wants to see who has to find out what went wrong: the last lines that the lab, the server and
 // each machine said.
 func (c *Client) Failure() string {
-	const lines = 50
 	var b strings.Builder
-	show := func(title, path string) {
+	show := func(title, path string, lines int) {
 		said, err := tailFile(path, lines)
 		switch {
 		case os.IsNotExist(err) || err == nil && said == "":
@@ -77,10 +76,10 @@ func (c *Client) Failure() string {
 		}
 		fmt.Fprintf(&b, "---- %s: the last lines of %s\n%s\n", title, path, said)
 	}
-	show("lab", filepath.Join(c.dir, logFile))
-	show("server", filepath.Join(c.dir, serveLog))
+	show("lab", filepath.Join(c.dir, logFile), 10)
+	show("server", filepath.Join(c.dir, serveLog), 40)
 	for _, n := range c.rec.Nodes {
-		show("console of "+n.Name, c.ConsolePath(n.Name))
+		show("console of "+n.Name, c.ConsolePath(n.Name), 12)
 	}
 	return b.String()
 }

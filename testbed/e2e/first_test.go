@@ -61,8 +61,11 @@ func TestFirstFleet(t *testing.T) {
 	f.await("three nodes are healthy", healthy("n1", "n2", "n3"))
 	f.wantPage("n1", "10.77.0.11")
 	f.wantPage("n3", "10.77.0.13")
-	f.wantTimeline("n1", "script", "kernel", "agent-up", "cache", "fetch", "mount", "switch-root", "healthy")
-	f.wantTimeline("n3", "dhcp-offer", "tftp", "script", "kernel", "agent-up", "cache", "fetch", "mount", "switch-root", "healthy")
+	// What agents say is repeated until a server acknowledged it. What a killed server saw of the firmware in its last
+	// moment may be lost with it: a kernel that it had just sent.
+	for _, n := range []string{"n1", "n2", "n3"} {
+		f.wantTimeline(n, "agent-up", "cache", "fetch", "mount", "switch-root", "service", "healthy")
+	}
 
 	t.Log("--- a push changes n2's role, a revert changes it back")
 	before := f.host("n1").Generation
@@ -119,9 +122,6 @@ func (f *fleet) wantTimeline(name string, want ...string) {
 		got = append(got, m.Stage)
 		if len(want) > 0 && m.Stage == want[0] {
 			want = want[1:]
-		}
-		if m.Took < 0 {
-			f.t.Errorf("%s: stage %s came %s before the one before it", name, m.Stage, -m.Took)
 		}
 	}
 	if len(want) > 0 {
@@ -203,6 +203,7 @@ func (f *fleet) unknownMachine(t *testing.T) {
 	f.edit("hosts.cue", "hosts: {\n", "hosts: {\n\tx1: {mac: \""+mac+"\", address: \"10.77.0.14\", role: \"idle\"}\n")
 	f.push("x1 is idle")
 	f.await("x1 is healthy in its role, with no hand on it", inRole("x1", "idle"))
+	f.wantTimeline("x1", "dhcp-offer", "script", "kernel", "agent-up", "wait", "cache", "fetch", "mount", "switch-root", "service", "healthy")
 	f.power("x1", testbed.Off)
 }
 
@@ -245,6 +246,8 @@ func (f *fleet) unplugged(t *testing.T) {
 	f.await("n2 is healthy as web after its plug was pulled", inRole("n2", "web"))
 	f.wantPage("n2", "10.77.0.12")
 	s := f.await("n1 and n3 run the new edition", healthy("n1", "n3"))
+	f.wantTimeline("n1", "dhcp-offer", "script", "kernel", "agent-up", "cache", "fetch", "mount", "switch-root", "service", "healthy")
+	f.wantTimeline("n3", "dhcp-offer", "tftp", "script", "kernel", "agent-up", "cache", "fetch", "mount", "switch-root", "service", "healthy")
 	for _, name := range []string{"n1", "n3"} {
 		if h := find(s, name); h.Running == before || h.Running != h.Target {
 			t.Errorf("%s runs %s, which is not the new edition (%s before, %s wanted)", name, h.Running.Short(), before.Short(), h.Target.Short())
