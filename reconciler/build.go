@@ -44,6 +44,7 @@ type Builder interface {
 // twice.
 type builds struct {
 	builder Builder
+	arch    string // of the images that can be booted
 	blobs   Blobs
 	store   *state.Store
 	plan    func(ctx context.Context) (plan.Plan, plan.Observed, error)
@@ -290,6 +291,10 @@ func (b *builds) one(ctx, bctx context.Context, want plan.Build, obs plan.Observ
 func (b *builds) build(ctx context.Context, want plan.Build, obs plan.Observed, p build.Progress) (keep func(context.Context) (images.Blob, error), err error) {
 	id := want.Recipe.String()
 	if want.Base != nil {
+		if want.Base.Arch != b.arch {
+			return nil, fmt.Errorf("image %s is for %s machines, and this server's agent for %s: it could boot none of them; "+
+				"give it to a server with an agent for %[2]s (see serve --agent)", want.Name, want.Base.Arch, b.arch)
+		}
 		base, err := b.builder.Base(ctx, *want.Base, p)
 		return func(ctx context.Context) (images.Blob, error) {
 			return base.Image, state.Bases.Put(ctx, b.store, id, base)

@@ -102,7 +102,7 @@ func newTestBuilds(t *testing.T) (*builds, *testBuilder) {
 	r.follow.fleet.Store(&inForce{fleet: testFleet(), commit: state.Commit{Hash: "c1"}})
 	builder.fleet = &r.follow.fleet
 	return &builds{
-		builder: builder, blobs: blobs, store: s, plan: r.plan, events: &recorder{store: s, log: log}, logs: logs{t.TempDir()},
+		builder: builder, arch: "amd64", blobs: blobs, store: s, plan: r.plan, events: &recorder{store: s, log: log}, logs: logs{t.TempDir()},
 		log: log, now: time.Now, limit: 2, wake: make(chan struct{}, 1), hasten: make(chan images.RecipeID),
 	}, builder
 }
@@ -212,6 +212,21 @@ func TestFailedBuildSaysWhyAndIsTriedAgain(t *testing.T) {
 	all = awaitBuilds(t, b, allDone)
 	if got := all[rec.Recipe.String()].Attempts; got != 2 {
 		t.Errorf("%d attempts, want 2", got)
+	}
+}
+
+func TestImageOfAnotherArchitectureIsNotBuilt(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	b.arch = "arm64"
+	stop := start(t, b)
+	defer stop()
+	for _, rec := range awaitBuilds(t, b, phases(state.BuildFailed)) {
+		if !strings.Contains(rec.Error, "is for amd64 machines, and this server's agent for arm64") {
+			t.Errorf("error: %s", rec.Error)
+		}
+	}
+	if got := builder.log(); got != "" {
+		t.Errorf("built: %s", got)
 	}
 }
 

@@ -46,6 +46,7 @@ type Config struct {
 	Builder Builder
 	Logs    string        // the directory of the builds' logs
 	Agent   digest.Digest // of the initramfs segment that holds the agent
+	Arch    string        // the agent's, and so that of every image: "amd64", "arm64"
 	Jobs    int           // builds at a time; 0 means 2
 	Log     *slog.Logger  // nil means none
 }
@@ -90,7 +91,7 @@ func New(cfg Config) *Reconciler {
 		changed: r.fleetChanged, wake: make(chan struct{}, 1),
 	}
 	r.builds = &builds{
-		builder: cfg.Builder, blobs: cfg.Blobs, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log,
+		builder: cfg.Builder, arch: cfg.Arch, blobs: cfg.Blobs, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log,
 		now: time.Now, limit: cfg.Jobs, wake: make(chan struct{}, 1), hasten: make(chan images.RecipeID),
 	}
 	r.assign = &assign{store: cfg.Store, plan: r.plan, events: r.events, now: time.Now, wake: make(chan struct{}, 1)}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -121,7 +122,7 @@ func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	agent, err := putAgent(ctx, blobs, o.agent)
+	agent, arch, err := putAgent(ctx, blobs, o.agent)
 	if err != nil {
 		return err
 	}
@@ -131,7 +132,7 @@ func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
 	}
 	rec := reconciler.New(reconciler.Config{
 		Repo: repo, Branch: o.branch, Path: o.path, Loader: &load.Loader{}, Store: records, Blobs: blobs, Builder: builder,
-		Logs: filepath.Join(o.data, "logs"), Agent: agent, Jobs: o.jobs, Log: log,
+		Logs: filepath.Join(o.data, "logs"), Agent: agent, Arch: arch, Jobs: o.jobs, Log: log,
 	})
 	return o.servers(ctx, log, rec, records)
 }
@@ -202,33 +203,41 @@ func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
 	return <-done
 }
 
-// putAgent makes the initramfs segment with the agent, and keeps it in the store.
-func putAgent(ctx context.Context, blobs *store.Store, name string) (digest.Digest, error) {
+// putAgent makes the initramfs segment with the agent, and keeps it in the store. arch is the agent's.
+func putAgent(ctx context.Context, blobs *store.Store, name string) (segment digest.Digest, arch string, err error) {
 	if name == "" {
 		self, err := os.Executable()
 		if err != nil {
-			return "", fmt.Errorf("finding troupe-agent: %w", err)
+			return "", "", fmt.Errorf("finding troupe-agent: %w", err)
 		}
 		name = filepath.Join(filepath.Dir(self), "troupe-agent")
 	}
 	f, err := os.Open(name)
 	if err != nil {
-		return "", fmt.Errorf("opening the agent that machines boot (see --agent): %w", err)
+		return "", "", fmt.Errorf("opening the agent that machines boot (see --agent): %w", err)
 	}
 	defer f.Close()
+	if arch, err = initramfs.Arch(f); err != nil {
+		return "", "", err
+	}
+	segment, err = putSegment(ctx, blobs, f)
+	if err != nil {
+		return "", "", fmt.Errorf("writing the agent's initramfs: %w", err)
+	}
+	return segment, arch, nil
+}
+
+func putSegment(ctx context.Context, blobs *store.Store, agent io.Reader) (digest.Digest, error) {
 	w, err := blobs.Create(ctx)
 	if err != nil {
-		return "", fmt.Errorf("writing the agent's initramfs: %w", err)
+		return "", err
 	}
 	defer func() { _ = w.Abort() }()
-	if err := initramfs.Agent(w, f); err != nil {
-		return "", fmt.Errorf("writing the agent's initramfs: %w", err)
+	if err := initramfs.Agent(w, agent); err != nil {
+		return "", err
 	}
 	b, err := w.Commit()
-	if err != nil {
-		return "", fmt.Errorf("writing the agent's initramfs: %w", err)
-	}
-	return b.Digest, nil
+	return b.Digest, err
 }
 
 func closeLogged(log *slog.Logger, what string, closer func() error) {

@@ -48,6 +48,21 @@ func Agent(w io.Writer, agent io.Reader) error {
 	return nil
 }
 
+// Arch is the architecture that agent, a program, was built for, in Debian's word for it: "amd64", "arm64".
+func Arch(agent io.ReaderAt) (string, error) {
+	f, err := elf.NewFile(agent)
+	if err != nil {
+		return "", fmt.Errorf("agent: not an ELF program: %w", err)
+	}
+	switch f.Machine {
+	case elf.EM_X86_64:
+		return "amd64", nil
+	case elf.EM_AARCH64:
+		return "arm64", nil
+	}
+	return "", fmt.Errorf("agent: is for %v, and machines of that architecture are not booted", f.Machine)
+}
+
 // checkStatic refuses what the kernel could not run as /init; all that it would say of it is "no working init found".
 func checkStatic(prog []byte) error {
 	f, err := elf.NewFile(bytes.NewReader(prog))

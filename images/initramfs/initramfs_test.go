@@ -402,6 +402,15 @@ func TestAgentMustBeStatic(t *testing.T) {
 	}
 }
 
+func TestArch(t *testing.T) {
+	for machine, want := range map[elf.Machine]string{elf.EM_X86_64: "amd64", elf.EM_AARCH64: "arm64", elf.EM_RISCV: ""} {
+		got, err := Arch(bytes.NewReader(fakeELF(machine, "")))
+		if got != want || (err == nil) != (want != "") {
+			t.Errorf("%v: got %q, %v; want %q", machine, got, err, want)
+		}
+	}
+}
+
 // pkg/cpio writes the low 32 bits of a size that needs more, and the archive is garbage from there on.
 func TestFilesOf4GiBAreRefused(t *testing.T) {
 	cw := cpio.Newc.Writer(io.Discard)
