@@ -122,16 +122,6 @@ func printLab(w io.Writer, s testbed.Status, output string) error {
 	return printNodes(w, s.Nodes)
 }
 
-// orUsage says how a verb is used to whom check refuses.
-func orUsage(check cobra.PositionalArgs) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if check(cmd, args) == nil {
-			return nil
-		}
-		return fmt.Errorf("usage: %s", cmd.UseLine())
-	}
-}
-
 func newLabRunCommand(dir *string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run -- COMMAND [ARGUMENTS]",
@@ -142,7 +132,7 @@ TROUPE_SERVER names the lab's server, so that troupe's own verbs ask that one.`,
 		Example: `  troupe lab run -- troupe status
   troupe lab run -- ping -c 1 10.77.0.11
   troupe lab run -- sh`,
-		Args: orUsage(cobra.MinimumNArgs(1)),
+		Args: cobra.MinimumNArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			lab, err := testbed.Open(*dir)
 			if err != nil {
@@ -162,7 +152,7 @@ func newLabPowerCommand(dir *string) *cobra.Command {
 		Long: `Does what a machine's buttons do: off is at once, as by pulling the plug, and its
 disk stays; reset is of a machine that is on; cycle is off and on.`,
 		Example:   "  troupe lab power n1 off\n  troupe lab power n1 cycle",
-		Args:      orUsage(cobra.ExactArgs(2)),
+		Args:      cobra.ExactArgs(2),
 		ValidArgs: []string{"on", "off", "reset", "cycle"},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			lab, err := testbed.Open(*dir)
@@ -179,7 +169,7 @@ func newLabLinkCommand(dir *string) *cobra.Command {
 		Use:     "link NODE up|down",
 		Short:   "Plug a machine's network cable in, or pull it out",
 		Example: "  troupe lab link n1 down",
-		Args:    orUsage(cobra.ExactArgs(2)),
+		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if args[1] != "up" && args[1] != "down" {
 				return fmt.Errorf("link %q: want up or down", args[1])
@@ -201,7 +191,7 @@ func newLabConsoleCommand(dir *string) *cobra.Command {
 		Long: `Shows what a machine's console said since it was last switched on, and goes on with
 what it says. On a terminal, what is typed goes to the machine; Ctrl-] leaves.`,
 		Example: "  troupe lab console n1\n  troupe lab console n1 --dump | less",
-		Args:    orUsage(cobra.ExactArgs(1)),
+		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			lab, err := testbed.Open(*dir)
 			if err != nil {

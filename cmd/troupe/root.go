@@ -36,7 +36,25 @@ Every flag can also be given as an environment variable: --data as TROUPE_DATA.`
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(newServeCommand(), newLabCommand(), newDemoCommand(), newVersionCommand(), newVetCommand(), newEvalCommand())
 	root.AddCommand(newStatusCommand(), newGetCommand(), newDescribeCommand(), newEventsCommand(), newPlanCommand(), newLogsCommand(), newImageCommand())
+	explainUsage(root)
 	return root
+}
+
+// explainUsage has every verb below cmd that refuses its arguments say which it takes.
+func explainUsage(cmd *cobra.Command) {
+	for _, c := range cmd.Commands() {
+		explainUsage(c)
+	}
+	check := cmd.Args
+	if check == nil || cmd.HasSubCommands() { // whose only mistake is a verb that is not there
+		return
+	}
+	cmd.Args = func(cmd *cobra.Command, args []string) error {
+		if check(cmd, args) == nil {
+			return nil
+		}
+		return fmt.Errorf("usage: %s (see %s --help)", cmd.UseLine(), cmd.CommandPath())
+	}
 }
 
 // flagsFromEnv sets every flag that the command line left alone from TROUPE_<NAME>, where that is set.
