@@ -65,7 +65,7 @@ type Stage string
 
 // The stages in the order in which they happen.
 const (
-	StageOffer  Stage = "dhcp-offer" // an address was offered to firmware: a new boot begins
+	StageOffer  Stage = "dhcp-offer" // firmware or iPXE was offered what to boot: a new boot begins
 	StageTFTP   Stage = "tftp"       // the boot loader was sent
 	StageScript Stage = "script"     // iPXE was sent its script
 	StageKernel Stage = "kernel"     // the kernel and the initramfs were sent

@@ -213,7 +213,7 @@ func (r *responder) discover(q *request) (*dhcpv4.DHCPv4, error) {
 	if !a.IsValid() {
 		var err error
 		if a, err = r.pool.propose(q.mac, addrOf(q.RequestedIPAddress()), q.network, r.taken(q)); err != nil {
-			r.tell(q, netip.Addr{}, "", err)
+			r.observe(q, netip.Addr{}, "", err) // answer logs it
 			return nil, err
 		}
 	}
@@ -311,14 +311,16 @@ func (r *responder) nak(q *request, why string) (*dhcpv4.DHCPv4, error) {
 	return m, nil
 }
 
+// decline tells the log alone of an address that two machines use: RFC 2131 (table 5) leaves no room in a DECLINE for what
+// tells firmware apart.
 func (r *responder) decline(ctx context.Context, q *request) {
 	a := addrOf(q.RequestedIPAddress())
 	if h := r.lookup(q); h.Address.IsValid() && h.Address == a {
-		r.tell(q, a, "", fmt.Errorf("another machine uses %s, the address of %s", a, h.Name))
+		r.noise.Warn("another machine uses the address of a host", "mac", q.mac, "address", a, "host", h.Name)
 		return
 	}
 	if r.pool.decline(ctx, q.mac, a) {
-		r.tell(q, a, "", fmt.Errorf("another machine uses %s: it is not given out for %s", a, declineHold))
+		r.noise.Warn("another machine uses an address of the dynamic range", "mac", q.mac, "address", a, "not_given_for", declineHold)
 	}
 }
 
@@ -375,7 +377,13 @@ func (r *responder) tell(q *request, a netip.Addr, detail string, err error) {
 	} else {
 		r.log.Info("DHCP offer", "mac", q.mac, "address", a, "program", q.Program.String(), "boot", detail)
 	}
-	if r.cfg.Observe != nil {
+	r.observe(q, a, detail, err)
+}
+
+// observe tells the observer of a machine that asked to boot. What an operating system, a telephone or a printer runs into
+// is no stage of a boot: it boots nothing from here.
+func (r *responder) observe(q *request, a netip.Addr, detail string, err error) {
+	if r.cfg.Observe != nil && q.Program != Other {
 		r.cfg.Observe(Event{MAC: q.MAC, Addr: a, Time: time.Now(), Detail: detail, Err: err})
 	}
 }

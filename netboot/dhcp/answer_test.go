@@ -2,6 +2,7 @@ package dhcp
 
 import (
 	"bytes"
+	"errors"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -214,11 +215,38 @@ func TestRangeIsExhausted(t *testing.T) {
 	if len(seen) != 4 {
 		t.Fatalf("four machines share %d addresses", len(seen))
 	}
-	if m := d.broadcast(discover, mac1); m != nil {
-		t.Errorf("got %s", kind(m))
+	wantKind(t, "an OS", d.broadcast(discover, mac1), dhcpv4.MessageTypeNone)
+	if len(d.events) > 0 {
+		t.Errorf("events: %+v, want none: an OS boots nothing", d.events)
 	}
-	if len(d.events) != 1 || d.events[0].Err == nil {
+	wantKind(t, "firmware", d.broadcast(discover, mac2, class("PXEClient:Arch:00007"), arch(7)), dhcpv4.MessageTypeNone)
+	if len(d.events) != 1 || !errors.Is(d.events[0].Err, errExhausted) || !bytes.Equal(d.events[0].MAC, mac2) {
 		t.Errorf("events: %+v, want one that says that the range is exhausted", d.events)
+	}
+}
+
+// TestOnlyBootsAreObserved: whatever befalls a client that boots nothing is told to the log alone.
+func TestOnlyBootsAreObserved(t *testing.T) {
+	d := newDesk(t, ModeServer)
+	var log bytes.Buffer
+	d.server.Log = slog.New(slog.NewTextHandler(&log, nil))
+	d.restart()
+	a := d.lease(mac1)
+	d.broadcast(dhcpv4.MessageTypeDecline, mac1, requested(a), serverID(server))
+	d.fleet.declare(mac2.String(), Host{Name: "n2", Address: ip("10.9.0.11")})
+	d.broadcast(dhcpv4.MessageTypeDecline, mac2, requested(ip("10.9.0.11")), serverID(server))
+	d.fleet.network.First, d.fleet.network.Last = netip.Addr{}, netip.Addr{} // a commit took the range away
+	wantKind(t, "renewing", d.broadcast(reqType, mac1, dhcpv4.WithClientIP(a.AsSlice())), nak)
+	for _, c := range []string{"", "MSFT 5.0", "android-dhcp-14", "troupe-agent", "U-Boot.armv8"} {
+		wantKind(t, c, d.broadcast(discover, mac1, class(c)), dhcpv4.MessageTypeNone)
+	}
+	if len(d.events) > 0 {
+		t.Errorf("events: %+v, want none", d.events)
+	}
+	for _, want := range []string{"another machine uses an address of the dynamic range", "host=n2", errNoRange.Error()} {
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("the log lacks %q:\n%s", want, &log)
+		}
 	}
 }
 
@@ -274,9 +302,6 @@ func TestDecline(t *testing.T) {
 		d.broadcast(dhcpv4.MessageTypeDecline, mac1, requested(b), serverID(server))
 		wantKind(t, "renewing what another machine declined", d.broadcast(reqType, mac2, dhcpv4.WithClientIP(b.AsSlice())), ack)
 		d.broadcast(dhcpv4.MessageTypeDecline, mac1, requested(a), serverID(server))
-		if len(d.events) != 1 || d.events[0].Err == nil {
-			t.Errorf("events: %+v, want one", d.events)
-		}
 		if got := d.lease(mac1); got == a {
 			t.Errorf("leased %s, which was declined", a)
 		}

@@ -65,7 +65,7 @@ type Server struct {
 	// HasFile says whether TFTP and HTTP serve a boot loader of this name. nil: they serve all.
 	HasFile func(name string) bool
 
-	// Observe is told of what concerns one machine. It must not block. nil: nobody is told.
+	// Observe is told of what concerns a machine that asked to boot. It must not block. nil: nobody is told.
 	Observe func(Event)
 	// Booting is told of each iPXE that asks for an offer, every time. It must not block. nil: nobody is told.
 	Booting func(mac net.HardwareAddr)
@@ -74,13 +74,13 @@ type Server struct {
 	Log     *slog.Logger // nil: nothing is logged
 }
 
-// An Event is something that happened to one machine.
+// An Event is something that happened to one machine that asked to boot.
 type Event struct {
 	MAC    net.HardwareAddr
 	Addr   netip.Addr // that it was offered, or has; the zero Addr where there is none
 	Time   time.Time
 	Detail string // for people
-	Err    error  // nil: the machine was offered a boot loader, and a new boot begins
+	Err    error  // nil: the machine was offered a boot loader, and a new boot begins. Else none does
 }
 
 // A Packet is a datagram that came in.
