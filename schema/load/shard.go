@@ -130,6 +130,9 @@ func (e *evaluation) admit(f *ast.File) bool {
 	}
 	for _, d := range f.Decls {
 		e.remember(d)
+		if p, isPackage := d.(*ast.Package); isPackage && p.Name.Name != packageName {
+			refuse(p.Name.Pos(), "%s", notOfFleet(p.Name.Name))
+		}
 		if a, isAttr := d.(*ast.Attribute); isAttr {
 			if key, _ := a.Split(); key == "extern" || key == "if" {
 				refuse(a.Pos(), "attribute @%s: a fleet is the same everywhere: it embeds no files and has no build tags", key)

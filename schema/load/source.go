@@ -14,9 +14,6 @@ import (
 	"slices"
 	"strings"
 
-	"cuelang.org/go/cue/ast"
-	"cuelang.org/go/cue/parser"
-
 	"github.com/troupe-dev/troupe/schema"
 )
 
@@ -111,37 +108,25 @@ func (s *sources) add(tree fs.FS, name string) error {
 	if s.total += len(text); s.total > maxTotal {
 		return schema.Problems{{Message: fmt.Sprintf("the fleet has more than %d MiB of CUE", maxTotal>>20)}}
 	}
-	f, err := parser.ParseFile(name, text, parser.PackageClauseOnly)
-	switch {
-	case err != nil: // it is evaluated, and so its errors are shown
-	case f.PackageName() == "":
+	switch c, ok := packageClause(text); {
+	case !ok, c.name == packageName: // where it is not ok, the evaluator says why
+		s.files = append(s.files, file{Name: name, Text: text, sum: sha256.Sum256(text)})
+	case c.name == "":
 		s.others[name] = "has no package clause"
-		return nil
-	case f.PackageName() != packageName && distance(strings.ToLower(f.PackageName()), packageName) <= maxTypo:
-		s.mistyped(name, f)
-		return nil
-	case f.PackageName() != packageName:
-		s.others[name] = "is of package " + f.PackageName()
-		return nil
+	case distance(strings.ToLower(c.name), packageName) <= maxTypo:
+		s.problems = append(s.problems, schema.Problem{File: name, Line: c.line, Column: c.column, Message: notOfFleet(c.name)})
+	default:
+		s.others[name] = "is of package " + c.name
 	}
-	s.files = append(s.files, file{Name: name, Text: text, sum: sha256.Sum256(text)})
-	return nil //nolint:nilerr // the evaluator says it again, with all else that is wrong
+	return nil
 }
 
 // maxTypo is how many letters the name of a package may differ from the fleet's for it to be a mistake: such a file
 // would be left out without a word.
 const maxTypo = 2
 
-func (s *sources) mistyped(name string, f *ast.File) {
-	p := schema.Problem{
-		File: name, Message: fmt.Sprintf("package %s is not part of the fleet (want package %s)", f.PackageName(), packageName),
-	}
-	for _, d := range f.Decls {
-		if clause, ok := d.(*ast.Package); ok {
-			p.Line, p.Column = clause.Name.Pos().Line(), clause.Name.Pos().Column()
-		}
-	}
-	s.problems = append(s.problems, p)
+func notOfFleet(name string) string {
+	return fmt.Sprintf("package %s is not part of the fleet (want package %s)", name, packageName)
 }
 
 func (s *sources) problem(name, format string, args ...any) {
