@@ -402,6 +402,54 @@ func TestEnsureLeavesOtherDisksAlone(t *testing.T) {
 	mounted(t, path, func(string) {})
 }
 
+// TestEnsureForgetsThePartitionsOfADiskThatItTakes begins with a disk whose partitions the kernel knows: the cache must
+// be as large as the disk, whatever lay at its start.
+func TestEnsureForgetsThePartitionsOfADiskThatItTakes(t *testing.T) {
+	for _, parts := range [][]string{
+		{"-n", "1:1M:+40M"},
+		{"-n", "1:1M:+1M", "-t", "1:ef02", "-n", "2:0:+100M"},
+		{"-n", "1:2M:+30M", "-n", "3:0:+30M"},
+	} {
+		t.Run(strings.Join(parts, " "), func(t *testing.T) {
+			d := newLoopDisk(t, 256<<20)
+			run(t, "sgdisk", append(parts, d.dev)...)
+			run(t, "partx", "-u", d.dev)
+			path, made, err := d.maker().Ensure(t.Context(), agentapi.Disks{Take: true})
+			if err != nil || !made {
+				t.Fatalf("Ensure: %q, %v, %v", path, made, err)
+			}
+			if known := d.maker().Scanner.withDefaults().kernelParts(d.name); len(known) != 1 || known[0].Path != path || known[0].Size != 254<<20 {
+				t.Errorf("the kernel knows %+v, the cache is %s", known, path)
+			}
+			mounted(t, path, func(dir string) {
+				var st unix.Statfs_t
+				if err := unix.Statfs(dir, &st); err != nil || int64(st.Blocks)*st.Bsize < 200<<20 {
+					t.Errorf("the cache has %d MiB of 256: %v", int64(st.Blocks)*st.Bsize>>20, err)
+				}
+			})
+		})
+	}
+}
+
+func TestEnsureWritesToNoDiskWithAPartitionInUse(t *testing.T) {
+	d := newLoopDisk(t, 256<<20)
+	run(t, "sgdisk", "-n", "1:1M:+40M", d.dev)
+	run(t, "partx", "-u", d.dev)
+	run(t, "mke2fs", "-q", "-F", "-t", "ext4", d.dev+"p1")
+	before := run(t, "sha256sum", d.dev)
+	held, err := os.Open(d.dev + "p1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	if path, _, err := d.maker().Ensure(t.Context(), agentapi.Disks{Take: true}); !errors.Is(err, unix.EBUSY) {
+		t.Errorf("Ensure: %q, %v", path, err)
+	}
+	if run(t, "sha256sum", d.dev) != before {
+		t.Error("the disk was written to")
+	}
+}
+
 func TestEnsureUsesAPartitionMadeByHandAndNothingBeside(t *testing.T) {
 	d := newLoopDisk(t, 128<<20)
 	run(t, "sgdisk", "-n", "1:1M:+16M", "-c", "1:home", "-n", "2:0:+64M", "-c", "2:"+Label, d.dev)

@@ -91,13 +91,17 @@ func (m Maker) show(d Disk, e Entry) (string, error) {
 }
 
 // partition writes the table and returns its one partition. What else was on the disk is wiped before, as far as it
-// would be seen again.
+// would be seen again. First of all the kernel forgets the partitions that it knows: one of them may have our number and
+// start where ours does, and is of another size. The kernel refuses that while one is open, and nothing was written then.
 func (m Maker) partition(d Disk) (Part, error) {
 	f, err := claim(d.Path)
 	if err != nil {
 		return Part{}, err
 	}
 	defer f.Close()
+	if err := m.forget(f, d.Name, func(Part) bool { return true }); err != nil {
+		return Part{}, err
+	}
 	if d.Holds != Blank {
 		if err := wipe(f, d.Size, d.Block); err != nil {
 			return Part{}, err
@@ -136,18 +140,19 @@ func wipe(f *os.File, size, block int64) error {
 }
 
 // appear makes the kernel see a partition, and returns its device. A kernel that reads the table itself is asked to;
-// one that does not (it was built without GPT) is told.
+// one that does not (it was built without GPT) is told, and forgets before what it has in the place of it.
 func (m Maker) appear(f *os.File, d Disk, e Entry) (string, error) {
 	s := m.Scanner.withDefaults()
 	if path := s.partPath(d.Name, e); path != "" {
 		return path, nil
 	}
-	rereadErr := unix.IoctlSetInt(int(f.Fd()), unix.BLKRRPART, 0)
+	err := unix.IoctlSetInt(int(f.Fd()), unix.BLKRRPART, 0)
 	if path := s.partPath(d.Name, e); path != "" {
 		return path, nil
 	}
-	if err := addPartition(f, e); err != nil {
-		return "", fmt.Errorf("making the kernel see partition %d of %s: %w", e.Number, d.Name, errors.Join(rereadErr, err))
+	err = errors.Join(err, m.forget(f, d.Name, func(p Part) bool { return p.Number == e.Number || p.overlaps(e) }))
+	if addErr := blkpg(f, unix.BLKPG_ADD_PARTITION, e); addErr != nil {
+		return "", fmt.Errorf("making the kernel see partition %d of %s: %w", e.Number, d.Name, errors.Join(err, addErr))
 	}
 	path := s.partPath(d.Name, e)
 	if path == "" {
@@ -156,14 +161,29 @@ func (m Maker) appear(f *os.File, d Disk, e Entry) (string, error) {
 	return path, nil
 }
 
-func addPartition(f *os.File, e Entry) error {
-	p := unix.BlkpgPartition{Start: e.First, Length: e.Size, Pno: int32(e.Number)} //nolint:gosec // at most 1024
-	arg := unix.BlkpgIoctlArg{Op: unix.BLKPG_ADD_PARTITION, Datalen: int32(unsafe.Sizeof(p)), Data: (*byte)(unsafe.Pointer(&p))}
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.BLKPG, uintptr(unsafe.Pointer(&arg)))
-	if errno != 0 {
-		return fmt.Errorf("adding it by hand: %w", errno)
+// forget makes the kernel forget partitions of a disk; what is in them stays where it is.
+func (m Maker) forget(f *os.File, disk string, which func(Part) bool) error {
+	var errs []error
+	for _, p := range m.Scanner.withDefaults().kernelParts(disk) {
+		if which(p) {
+			errs = append(errs, blkpg(f, unix.BLKPG_DEL_PARTITION, p.Entry))
+		}
 	}
-	return nil
+	return errors.Join(errs...)
+}
+
+// blkpg tells the kernel of a partition (ioctl BLKPG of linux/blkpg.h).
+func blkpg(f *os.File, op int32, e Entry) error {
+	p := unix.BlkpgPartition{Start: e.First, Length: e.Size, Pno: int32(e.Number)} //nolint:gosec // at most 1024
+	arg := unix.BlkpgIoctlArg{Op: op, Datalen: int32(unsafe.Sizeof(p)), Data: (*byte)(unsafe.Pointer(&p))}
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.BLKPG, uintptr(unsafe.Pointer(&arg)))
+	switch {
+	case errno == 0:
+		return nil
+	case op == unix.BLKPG_DEL_PARTITION:
+		return fmt.Errorf("making the kernel forget partition %d of %s: %w", e.Number, f.Name(), errno)
+	}
+	return fmt.Errorf("adding partition %d of %s by hand: %w", e.Number, f.Name(), errno)
 }
 
 // format makes ext4 with our label. mke2fs clears the place of the superblock first and writes the superblock last,

@@ -173,20 +173,36 @@ func (s Scanner) look(d *Disk) error {
 	return nil
 }
 
-// partPath is the device of a partition: the one with that number that starts there.
+// partPath is the device of a partition: the one with that number, start and size.
 func (s Scanner) partPath(disk string, e Entry) string {
-	m, err := filepath.Glob(filepath.Join(s.Sys, "block", disk, disk+"*", "partition"))
-	if err != nil {
-		return ""
-	}
-	for _, p := range m {
-		dir := filepath.Dir(p)
-		if number(dir, "partition") == int64(e.Number) && number(dir, "start")*512 == e.First {
-			return filepath.Join(s.Dev, filepath.Base(dir))
+	for _, p := range s.kernelParts(disk) {
+		if p.Number == e.Number && p.First == e.First && p.Size == e.Size {
+			return p.Path
 		}
 	}
 	return ""
 }
+
+// kernelParts are the partitions that the kernel knows of a disk. They are not those on the disk, where its table was
+// changed since the kernel read it.
+func (s Scanner) kernelParts(disk string) []Part {
+	m, err := filepath.Glob(filepath.Join(s.Sys, "block", disk, disk+"*", "partition"))
+	if err != nil {
+		return nil
+	}
+	var out []Part
+	for _, file := range m {
+		dir := filepath.Dir(file)
+		out = append(out, Part{
+			Entry: Entry{Number: int(number(dir, "partition")), First: number(dir, "start") * 512, Size: number(dir, "size") * 512},
+			Path:  filepath.Join(s.Dev, filepath.Base(dir)),
+		})
+	}
+	return out
+}
+
+// overlaps says whether two partitions have a byte in common.
+func (e Entry) overlaps(o Entry) bool { return e.First < o.First+o.Size && o.First < e.First+e.Size }
 
 // extUUID is the UUID of an ext file system, in hex; "" for another.
 func extUUID(r io.ReaderAt) string {
