@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"cuelang.org/go/cue"
 	cueerrors "cuelang.org/go/cue/errors"
@@ -101,6 +102,9 @@ func parse[T any](e *evaluation, one func(string) (T, error), path ...string) (T
 		return none, false
 	}
 	v, err := one(s)
+	if err != nil && len(s) > maxLabel {
+		err = fmt.Errorf("%s is too long", brief(strconv.Quote(s)))
+	}
 	if err != nil {
 		if !e.told(path) {
 			e.complain(path, "%v", err)
@@ -316,7 +320,7 @@ func (e *evaluation) checkPaths(paths []string, at ...string) {
 		}
 		for d := path.Dir(p); d != "/"; d = path.Dir(d) {
 			if set[d] {
-				e.complain(append(slices.Clone(at), p), "%q is a file, so nothing can lie below it", d)
+				e.complain(append(slices.Clone(at), p), "%s is a file, so nothing can lie below it", brief(strconv.Quote(d)))
 			}
 		}
 	}
@@ -324,7 +328,12 @@ func (e *evaluation) checkPaths(paths []string, at ...string) {
 
 // badPath says what is wrong with the path of a file, or "".
 func badPath(p string) string {
+	long := func(name string) bool { return len(name) > 255 }
 	switch {
+	case len(p) > 4000 || slices.ContainsFunc(strings.Split(p, "/"), long):
+		return "this cannot be the path of a file: it is too long"
+	case strings.ContainsFunc(p, unicode.IsControl):
+		return "the path of a file has no control characters"
 	case !strings.HasPrefix(p, "/"):
 		return "the path of a file is absolute: it begins with \"/\""
 	case slices.Contains(strings.Split(p, "/"), ".."):
@@ -332,9 +341,7 @@ func badPath(p string) string {
 	case p == "/" || strings.HasSuffix(p, "/"):
 		return "this is the path of a directory, not of a file"
 	case path.Clean(p) != p:
-		return fmt.Sprintf("the path of a file is clean: want %q", path.Clean(p))
-	case strings.ContainsRune(p, 0) || len(p) > 4000 || slices.ContainsFunc(strings.Split(p, "/"), func(s string) bool { return len(s) > 255 }):
-		return "this cannot be the path of a file: it is too long or has a NUL"
+		return fmt.Sprintf("the path of a file is clean: want %s", brief(strconv.Quote(path.Clean(p))))
 	}
 	return ""
 }

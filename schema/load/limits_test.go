@@ -12,6 +12,8 @@ import (
 	"testing"
 	"testing/fstest"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/tools/txtar"
@@ -283,5 +285,50 @@ hosts: big: {serial: "s2", role: "web", node: files: "/etc/own": strings.Repeat(
 	const want = `hosts.cue:4:8: hosts.big: its node files, with those of role "web", have 524289 bytes, more than the 524288 that a host may have`
 	if !strings.HasPrefix(ps[0].String(), want) {
 		t.Errorf("got  %s\nwant %s…", ps[0], want)
+	}
+}
+
+// TestLongProblems has names and values that fill a file, wherever one can stand: each problem stays short, and still
+// says what is wrong.
+func TestLongProblems(t *testing.T) {
+	long := strings.Repeat("é\u0007", 400_000)
+	quoted := strings.ReplaceAll(long, "\u0007", `\u0007`)
+	word := strings.Repeat("x", 1_200_000)
+	digits := strings.Repeat("0.", 600_000)
+	for name, tc := range map[string]struct{ text, want string }{
+		"a field of a role":     {`roles: web: "` + quoted + `": 1`, ": unknown field"},
+		"a field at the top":    {`"` + quoted + `": 1`, ": unknown field"},
+		"the name of a role":    {`roles: "` + quoted + `": os: "debian"`, "this is not the name of an image or a role"},
+		"a path":                {`roles: web: files: "/` + quoted + `": "x"`, "it is too long"},
+		"a path not clean":      {`roles: web: files: "/a//` + strings.Repeat("b/", 1900) + `x": "x"`, "is clean: want"},
+		"a path below another":  {`_d: "/` + strings.Repeat("b/", 1900) + `x", roles: web: files: {(_d): "", (_d + "/y"): ""}`, "so nothing can lie below it"},
+		"a role that is not":    {`hosts: a: {serial: "s", role: "` + quoted + `"}`, "is not the name of an image or a role"},
+		"a subnet":              {`network: subnet: "` + digits + `/24"`, "too long"},
+		"a lease":               {`network: lease: "` + strings.Repeat("9", 1_000_000) + `h"`, "too long"},
+		"a number":              {`hosts: a: {serial: "s", role: "web", mac: ` + strings.Repeat("9", 10_000) + `}`, "is not a MAC address"},
+		"an import":             {`import "x.` + word + `"`, "only packages of CUE's own library can be imported"},
+		"a reference":           {`roles: web: os: ` + word, "reference"},
+		"a syntax error":        {word + " " + word, "expected"},
+		"a field and its place": {`roles: web: files: "/a": "` + quoted + `": 1`, "roles.web.files"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var l Loader
+			_, err := l.Load(t.Context(), fstest.MapFS{
+				"root.cue": {Data: []byte(strings.Replace(goodRoot, "network:", "_network:", 1))},
+				"a.cue":    {Data: []byte("package fleet\n" + tc.text + "\n")},
+			})
+			var ps schema.Problems
+			if !errors.As(err, &ps) {
+				t.Fatalf("error %v; want problems", err)
+			}
+			for _, p := range ps {
+				if len(p.Message) > maxMessage || !utf8.ValidString(p.Message) || strings.ContainsFunc(p.Message, unicode.IsControl) {
+					t.Errorf("a problem has %d bytes, UTF-8 %v: %.100q", len(p.Message), utf8.ValidString(p.Message), p.Message)
+				}
+			}
+			if !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("error %.4000q; want %q in it", err, tc.want)
+			}
+		})
 	}
 }

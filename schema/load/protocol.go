@@ -107,7 +107,7 @@ type place [3]int
 
 // problem makes a problem at a place in a file of s.
 func (s *shard) problem(at place, format string, args ...any) schema.Problem {
-	p := schema.Problem{Message: fmt.Sprintf(format, args...)}
+	p := schema.Problem{Message: cut(fmt.Sprintf(format, args...), maxMessage)}
 	if p.File = s.file(at); p.File != "" {
 		p.Line, p.Column = at[1], at[2]
 	}

@@ -143,7 +143,7 @@ func (e *evaluation) admit(f *ast.File) bool {
 		name, err := strconv.Unquote(spec.Path.Value)
 		first, _, _ := strings.Cut(name, "/")
 		if err == nil && strings.Contains(first, ".") {
-			refuse(spec.Pos(), "import %q: only packages of CUE's own library can be imported; what directories share goes into a parent directory", name)
+			refuse(spec.Pos(), "import %s: only packages of CUE's own library can be imported; what directories share goes into a parent directory", brief(strconv.Quote(name)))
 		}
 	}
 	return ok
@@ -172,7 +172,7 @@ func (e *evaluation) run(inst *build.Instance) {
 	}
 	for fields.Next() {
 		if name := fields.Selector().Unquoted(); !slices.Contains(topLevel, name) {
-			e.add(e.userPos(fields.Value()), "%s: unknown field%s", name, suggest(name, topLevel))
+			e.add(e.userPos(fields.Value()), "%s: unknown field%s", pathText([]string{name}), suggest(name, topLevel))
 		}
 	}
 	e.unified = e.fleet.Unify(e.user)
@@ -217,7 +217,7 @@ func items[T any](e *evaluation, part string, fields []string, one func(name str
 		it := item[T]{At: e.places(iter.Value(), fields, part, name)}
 		before := e.faults
 		if !named.Allows(iter.Selector()) {
-			e.addAt(it.At[""], "%s.%s: this is not %s", part, label(name), e.schema.nameOf(part))
+			e.addAt(it.At[""], "%s: this is not %s", pathText([]string{part, name}), e.schema.nameOf(part))
 		} else {
 			one(name, iter.Value(), &it)
 		}
@@ -322,13 +322,16 @@ func (e *evaluation) selectors(path []string) []cue.Selector {
 	return sels
 }
 
-// pathText writes a path as CUE does.
+// maxLabel is how many bytes of a name are told. A valid name of anything but a file is shorter.
+const maxLabel = 256
+
+// pathText writes a path as CUE does, its names cut.
 func pathText(path []string) string {
 	out := make([]string, len(path))
 	for i, p := range path {
-		out[i] = label(unquote(p))
+		out[i] = cut(label(unquote(p)), maxLabel)
 	}
-	return strings.Join(out, ".")
+	return cut(strings.Join(out, "."), 4*maxLabel)
 }
 
 // label quotes a name where CUE needs that.

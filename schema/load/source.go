@@ -13,6 +13,8 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/troupe-dev/troupe/schema"
 )
@@ -226,8 +228,30 @@ func compareProblems(a, b schema.Problem) int {
 // maxProblems is how many problems are told; nobody reads more.
 const maxProblems = 1000
 
-// tidy arranges problems, and bounds their number.
+// maxMessage is how many bytes the text of one problem may have: it may quote names and values that fill a file.
+const maxMessage = 2 << 10
+
+// cut makes of s one line of at most n bytes, where it ends with an ellipsis if there was more.
+func cut(s string, n int) string {
+	if len(s) > n {
+		for n -= len("…"); n > 0 && !utf8.RuneStart(s[n]); {
+			n--
+		}
+		s = s[:n] + "…"
+	}
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, s)
+}
+
+// tidy arranges problems, and bounds their number and their length.
 func tidy(ps schema.Problems) schema.Problems {
+	for i := range ps {
+		ps[i].Message = cut(ps[i].Message, maxMessage)
+	}
 	ps = arrange(ps)
 	if more := len(ps) - maxProblems; more > 0 {
 		ps = append(ps[:maxProblems:maxProblems], schema.Problem{Message: fmt.Sprintf("and %d more problems", more)})
