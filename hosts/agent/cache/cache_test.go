@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -22,6 +23,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/hosts/agentapi/agentapitest"
@@ -647,4 +649,105 @@ func TestDeltaIDsDiffer(t *testing.T) {
 		}
 		seen[id] = strings.Join(k[:], " ")
 	}
+}
+
+// chattr makes a file immutable, or append-only, until the test ends.
+func chattr(t *testing.T, flag, path string) {
+	t.Helper()
+	if out, err := exec.Command("chattr", "+"+flag, path).CombinedOutput(); err != nil {
+		t.Fatalf("chattr +%s %s: %v: %s", flag, path, err, out)
+	}
+	t.Cleanup(func() { _ = exec.Command("chattr", "-"+flag, path).Run() }) // where it was removed, nothing is to be done
+}
+
+// TestDeltasGoThoughARoleMadeFilesImmutable has one delta with each kind of file that a mere unlink does not remove.
+func TestDeltasGoThoughARoleMadeFilesImmutable(t *testing.T) {
+	disk := smallDisk(t, 256<<20)
+	c := open(t, disk)
+	b := agentapi.Blob{Digest: digest.Of([]byte("b"))}
+	for _, id := range []string{"aa", "bb"} {
+		use(t, c, id, b, b)
+		etc := c.path("deltas", id, "upper/etc")
+		if err := os.Mkdir(etc, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for name, flag := range map[string]string{"resolv.conf": "i", "log": "a"} {
+			if err := os.WriteFile(filepath.Join(etc, name), []byte(name), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			chattr(t, flag, filepath.Join(etc, name))
+		}
+		if err := unix.Mkfifo(filepath.Join(etc, "pipe"), 0o600); err != nil { // which nobody may open
+			t.Fatal(err)
+		}
+		if err := os.Symlink("/proc/self/nothing", filepath.Join(etc, "link")); err != nil {
+			t.Fatal(err)
+		}
+		chattr(t, "i", etc)
+	}
+	if gone, err := c.evictDelta(nil, func(u Use) bool { return u.NodeDelta == "aa" }); !gone || err != nil || deltasIn(t, c) != "bb" {
+		t.Errorf("evictDelta: %v, %v; there are %q", gone, err, deltasIn(t, c))
+	}
+	if err := os.Remove(c.path("deltas/bb/seeded")); err != nil {
+		t.Fatal(err)
+	}
+	if d, err := c.Delta("bb"); err != nil || !d.Fresh {
+		t.Errorf("Delta: %+v, %v", d, err)
+	}
+	if left, err := os.ReadDir(c.path("deltas/bb/upper")); err != nil || len(left) != 0 {
+		t.Errorf("left in a fresh delta: %v, %v", left, err)
+	}
+}
+
+// TestADeltaThatCannotBeRemovedIsPassedOver has a mount in the way, which no flag explains.
+func TestADeltaThatCannotBeRemovedIsPassedOver(t *testing.T) {
+	c := open(t, t.TempDir())
+	b := agentapi.Blob{Digest: digest.Of([]byte("b"))}
+	for _, id := range []string{"aa", "bb", "cc"} {
+		use(t, c, id, b, b)
+	}
+	stuck := c.path("deltas/aa/upper/mnt")
+	if err := os.Mkdir(stuck, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", stuck, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(stuck, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	if gone, err := c.evictDelta([]string{"cc"}, func(Use) bool { return true }); !gone || err != nil || deltasIn(t, c) != "aa cc" {
+		t.Errorf("evictDelta: %v, %v; there are %q", gone, err, deltasIn(t, c))
+	}
+	if gone, err := c.evictDelta([]string{"cc"}, func(Use) bool { return true }); gone || err != nil {
+		t.Errorf("evictDelta with nothing that goes: %v, %v", gone, err)
+	}
+	if d, err := c.Delta("cc"); err != nil || d.Fresh {
+		t.Errorf("the one that was to be kept: %+v, %v", d, err)
+	}
+}
+
+// smallDisk is ext4 of size bytes, mounted on a loop device.
+func smallDisk(t *testing.T, size int64) string {
+	t.Helper()
+	image, dir := filepath.Join(t.TempDir(), "disk.img"), t.TempDir()
+	if err := os.WriteFile(image, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(image, size); err != nil {
+		t.Fatal(err)
+	}
+	for _, cmd := range [][]string{{"mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", image}, {"mount", "-o", "loop", image, dir}} {
+		if out, err := exec.Command(cmd[0], cmd[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v: %s", cmd[0], err, out)
+		}
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("umount", dir).CombinedOutput(); err != nil {
+			t.Errorf("umount: %v: %s", err, out)
+		}
+	})
+	return dir
 }

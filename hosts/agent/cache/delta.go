@@ -46,7 +46,7 @@ func (c *Cache) Delta(id string) (*Delta, error) {
 		return nil, fmt.Errorf("node delta %s: %w", id, err)
 	}
 	d.Fresh = true
-	if err := os.RemoveAll(dir); err != nil {
+	if err := removeAll(dir); err != nil {
 		return nil, fmt.Errorf("clearing node delta %s: %w", id, err)
 	}
 	for _, p := range []string{d.Upper, d.Work} {

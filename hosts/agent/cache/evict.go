@@ -123,17 +123,23 @@ func (c *Cache) oldest(keep []digest.Digest) (digest.Digest, error) {
 	return found, nil
 }
 
-// evictDelta removes the least recently used node delta outside keep that may go.
+// evictDelta removes the least recently used node delta outside keep that may go. One that cannot be removed is passed
+// over: it must not stand between this node and every other release.
 func (c *Cache) evictDelta(keep []string, mayGo func(Use) bool) (bool, error) {
 	all, err := c.deltas()
 	if err != nil {
 		return false, err
 	}
 	for _, u := range all {
-		if !slices.Contains(keep, u.NodeDelta) && mayGo(u) {
-			c.log.Info("removing a node delta", "id", u.NodeDelta, "role", u.Role, "generation", u.Generation)
-			return true, c.removeDelta(u.NodeDelta)
+		if slices.Contains(keep, u.NodeDelta) || !mayGo(u) {
+			continue
 		}
+		c.log.Info("removing a node delta", "id", u.NodeDelta, "role", u.Role, "generation", u.Generation)
+		err := c.removeDelta(u.NodeDelta)
+		if err == nil {
+			return true, nil
+		}
+		c.log.Error("a node delta cannot be removed, and takes room", "id", u.NodeDelta, "error", err)
 	}
 	return false, nil
 }
@@ -162,17 +168,17 @@ func (c *Cache) deltas() ([]Use, error) {
 	return all, nil
 }
 
-// removeDelta takes the mark away first: a removal that a power cut breaks off leaves nothing that looks whole.
+// removeDelta takes the mark away first: a removal that breaks off leaves nothing that looks whole.
 func (c *Cache) removeDelta(id string) error {
 	dir := c.path("deltas", id)
-	err := os.Remove(c.path("deltas", id, "seeded"))
+	err := removeAll(c.path("deltas", id, "seeded"))
 	if err == nil {
 		err = atomicfile.SyncDir(dir)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("removing node delta %s: %w", id, err)
 	}
-	if err := os.RemoveAll(dir); err != nil {
+	if err := removeAll(dir); err != nil {
 		return fmt.Errorf("removing node delta %s: %w", id, err)
 	}
 	return nil
