@@ -2,6 +2,7 @@ package reconciler
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"net"
 	"net/netip"
@@ -26,15 +27,22 @@ type agents struct {
 	events *recorder
 	now    func() time.Time
 	each   *striped // one report or hello of a machine at a time: both write its records
+
+	strangers *strangers
 }
 
-// Hello takes up a machine and answers with its assignment.
+// Hello takes up a machine and answers with its assignment. While no fleet is in force nothing is written, since nobody
+// can tell yet who belongs to it.
 func (a *agents) Hello(ctx context.Context, peer netip.Addr, h agentapi.Hello) (agentapi.Assignment, error) {
 	id, err := cleanIdentity(h.Identity)
 	if err != nil {
 		return agentapi.Assignment{}, err
 	}
 	h.BootID = bootID(h.BootID)
+	v, _, err := a.fleetView()
+	if err != nil {
+		return agentapi.Assignment{}, err
+	}
 	defer a.each.lock(id.MAC)()
 	now := a.now()
 	m, err := state.Machines.Get(ctx, a.store, id.MAC)
@@ -43,8 +51,7 @@ func (a *agents) Hello(ctx context.Context, peer netip.Addr, h agentapi.Hello) (
 	}
 	if notFound(err) {
 		m.FirstSeen = now
-		v, _ := a.views.get()
-		if v.host(id) == "" && v.fleet != nil && len(v.machines) >= len(v.fleet.Hosts)+maxStrangers {
+		if !v.declares(id.MAC) && !a.strangers.enter() { // a UUID or a serial number anybody can claim
 			return agentapi.Assignment{}, &UnavailableError{Reason: "too many machines are known that no host declares"}
 		}
 		if v.host(id) == "" {
@@ -65,8 +72,7 @@ func (a *agents) Hello(ctx context.Context, peer netip.Addr, h agentapi.Hello) (
 	if err := state.Nodes.Put(ctx, a.store, id.MAC, n); err != nil {
 		return agentapi.Assignment{}, err
 	}
-	v, _, err := a.fleetView()
-	if err != nil {
+	if v, _, err = a.fleetView(); err != nil {
 		return agentapi.Assignment{}, err
 	}
 	return v.assignment(id), nil
@@ -106,7 +112,8 @@ func (a *agents) Assignment(ctx context.Context, mac, after string, wait time.Du
 	}
 }
 
-// Report writes down how a node is. What it acknowledges is on disk.
+// Report writes down how a node is. What it acknowledges is on disk, unless it is of a machine without a record that no
+// host declares by its MAC: that one is asked to say hello first.
 func (a *agents) Report(ctx context.Context, _ netip.Addr, r agentapi.Report) (agentapi.ReportReply, error) {
 	id, err := cleanIdentity(r.Identity)
 	if err != nil {
@@ -120,6 +127,14 @@ func (a *agents) Report(ctx context.Context, _ netip.Addr, r agentapi.Report) (a
 	if err != nil {
 		return agentapi.ReportReply{}, err
 	}
+	_, err = state.Machines.Get(ctx, a.store, id.MAC)
+	if err != nil && !notFound(err) {
+		return agentapi.ReportReply{}, err
+	}
+	reply := agentapi.ReportReply{Version: v.assignment(id).Version, Hello: notFound(err)}
+	if reply.Hello && !v.declares(id.MAC) {
+		return reply, nil
+	}
 	host := v.host(id)
 	if err := a.boots.report(ctx, host, r, now); err != nil {
 		return agentapi.ReportReply{}, err
@@ -132,11 +147,7 @@ func (a *agents) Report(ctx context.Context, _ netip.Addr, r agentapi.Report) (a
 		return agentapi.ReportReply{}, err
 	}
 	a.tell(ctx, host, before, r)
-	_, err = state.Machines.Get(ctx, a.store, id.MAC)
-	if err != nil && !notFound(err) {
-		return agentapi.ReportReply{}, err
-	}
-	return agentapi.ReportReply{Version: v.assignment(id).Version, Hello: notFound(err)}, nil
+	return reply, nil
 }
 
 // nodeOf is the record that a report makes of the one before.
@@ -238,18 +249,31 @@ func (e *InvalidError) Error() string { return e.Reason }
 // Invalid marks the error for package api, which answers it with 400.
 func (e *InvalidError) Invalid() bool { return true }
 
-// Bounds of what a stranger's words may take in records.
+// Bounds of what a machine's words may take in records.
 const (
-	maxText  = 1024
-	maxItems = 256
+	maxText      = 1024
+	maxItems     = 256
+	maxStage     = 64
+	maxFailing   = 8 << 10  // bytes of all checks that do not pass
+	maxInventory = 48 << 10 // bytes of JSON: what 256 disks take
 )
 
 // cut bounds a text, in bytes.
-func cut(s string) string {
-	if len(s) <= maxText {
+func cut(s string) string { return cutTo(s, maxText) }
+
+// cutTo bounds a text to most bytes, and its JSON to twice as many: for a control character or a broken one that would
+// be six.
+func cutTo(s string, most int) string {
+	s = strings.Map(func(r rune) rune {
+		if r < ' ' && r != '\n' && r != '\t' {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, "\uFFFD"))
+	if len(s) <= most {
 		return s
 	}
-	return strings.ToValidUTF8(s[:maxText], "") + "…"
+	return strings.ToValidUTF8(s[:most], "") + "…"
 }
 
 // clean bounds a report.
@@ -257,19 +281,30 @@ func clean(r agentapi.Report) agentapi.Report {
 	r.Error, r.Agent, r.BootID = cut(r.Error), cut(r.Agent), bootID(r.BootID)
 	r.Marks = slices.Clone(r.Marks[:min(len(r.Marks), maxItems)])
 	for i := range r.Marks {
-		r.Marks[i].Detail, r.Marks[i].Stage = cut(r.Marks[i].Detail), agentapi.Stage(cut(string(r.Marks[i].Stage)))
+		r.Marks[i].Detail, r.Marks[i].Stage = cut(r.Marks[i].Detail), agentapi.Stage(cutTo(string(r.Marks[i].Stage), maxStage))
 	}
 	r.Cached = r.Cached[:min(len(r.Cached), maxItems)]
 	if r.Running != nil {
 		run := *r.Running
 		run.Host, run.Role = cut(run.Host), cut(run.Role)
-		run.Health.Failing = slices.Clone(run.Health.Failing[:min(len(run.Health.Failing), maxItems)])
-		for i, line := range run.Health.Failing {
-			run.Health.Failing[i] = cut(line)
-		}
+		run.Health.Failing = cleanFailing(run.Health.Failing)
 		r.Running = &run
 	}
 	return r
+}
+
+// cleanFailing bounds what is said of checks.
+func cleanFailing(all []string) []string {
+	var out []string
+	size := 0
+	for i, line := range all {
+		line = cut(line)
+		if size += len(line); size > maxFailing || i == maxItems {
+			return append(out, fmt.Sprintf("and %d more", len(all)-i))
+		}
+		out = append(out, line)
+	}
+	return out
 }
 
 // bootID is an id that a machine told, as far as it may be part of a key: ours have digits, letters and dashes.
@@ -295,7 +330,19 @@ func cleanInventory(inv agentapi.Inventory) agentapi.Inventory {
 	b := &inv.SMBIOS
 	b.Vendor, b.Product, b.Serial, b.UUID, b.Board, b.BIOS = cut(b.Vendor), cut(b.Product), cut(b.Serial), cut(b.UUID), cut(b.Board), cut(b.BIOS)
 	inv.CPU.Model, inv.CPU.Arch, inv.Firmware = cut(inv.CPU.Model), cut(inv.CPU.Arch), cut(inv.Firmware)
+	for len(inv.Disks)+len(inv.NICs) > 0 && jsonSize(inv) > maxInventory {
+		if len(inv.Disks) >= len(inv.NICs) {
+			inv.Disks = inv.Disks[:len(inv.Disks)*7/8]
+		} else {
+			inv.NICs = inv.NICs[:len(inv.NICs)*7/8]
+		}
+	}
 	return inv
+}
+
+func jsonSize(inv agentapi.Inventory) int {
+	b, _ := json.Marshal(inv) // of strings and numbers alone, which always have a form
+	return len(b)
 }
 
 // describe is an inventory in a few words.

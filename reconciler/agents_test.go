@@ -1,7 +1,9 @@
 package reconciler
 
 import (
+	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"strings"
@@ -34,9 +36,20 @@ func testAgents(t *testing.T) *agents {
 	t.Helper()
 	s := openStore(t)
 	log := slog.New(slog.DiscardHandler)
-	return &agents{
+	a := &agents{
 		store: s, views: newViews(), boots: newBoots(s, log), events: &recorder{store: s, log: log},
 		now: func() time.Time { return testStart }, each: newStriped(),
+	}
+	a.boots.standing = a.views.standing
+	a.strangers = newStrangers(a)
+	return a
+}
+
+// hello has a machine say hello.
+func (a *agents) hello(t *testing.T, id agentapi.Identity) {
+	t.Helper()
+	if _, err := a.Hello(t.Context(), testPeer, agentapi.Hello{Identity: id, BootID: "b"}); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -52,6 +65,9 @@ func TestNobodyIsUnclaimedBeforeAFleetIsInForce(t *testing.T) {
 	}
 	if _, err := a.Assignment(t.Context(), testMAC, "", 0); !errors.As(err, &unavailable) {
 		t.Errorf("Assignment: %v, want an UnavailableError", err)
+	}
+	if all, err := state.Machines.List(t.Context(), a.store); err != nil || len(all) != 0 {
+		t.Errorf("%d machines are on record, %v; want none while nobody can tell a stranger", len(all), err)
 	}
 }
 
@@ -129,6 +145,29 @@ func TestReportOfAnUnknownMachineAsksForHello(t *testing.T) {
 	}
 }
 
+// Whoever makes up a MAC for each report leaves nothing behind, whatever UUID it claims.
+func TestReportsOfMadeUpMachinesAreNotWritten(t *testing.T) {
+	a := testAgents(t)
+	a.views.set(newView(testFleet()))
+	for i := range 30 {
+		id := agentapi.Identity{MAC: fmt.Sprintf("52:54:00:00:01:%02x", i), UUID: n2UUID}
+		reply, err := a.Report(t.Context(), testPeer, agentapi.Report{
+			Identity: id, BootID: "b", Error: "x", Marks: []agentapi.Mark{{Stage: agentapi.StageAgent}},
+		})
+		if err != nil || !reply.Hello {
+			t.Fatalf("got %+v, %v; want hello", reply, err)
+		}
+	}
+	nodes, err := state.Nodes.List(t.Context(), a.store)
+	if err != nil || len(nodes) != 0 {
+		t.Errorf("%d nodes are on record, %v; want none", len(nodes), err)
+	}
+	boots, err := state.Boots.List(t.Context(), a.store)
+	if err != nil || len(boots)+len(a.boots.current) != 0 {
+		t.Errorf("%d boots are on record, %d in memory, %v; want none", len(boots), len(a.boots.current), err)
+	}
+}
+
 func TestHostileIdentityIsRefused(t *testing.T) {
 	a := testAgents(t)
 	a.views.set(newView(testFleet()))
@@ -183,26 +222,41 @@ func TestNodeOfALostStoreIsShownAsItRuns(t *testing.T) {
 func TestAStrangersWordsAreBounded(t *testing.T) {
 	a := testAgents(t)
 	a.views.set(newView(testFleet()))
-	long := strings.Repeat("x", 1<<20)
-	r := agentapi.Report{Identity: agentapi.Identity{MAC: "52:54:00:00:00:66"}, BootID: "../../" + long, Error: long}
-	for range 10_000 {
-		r.Marks = append(r.Marks, agentapi.Mark{Stage: agentapi.StageFetch, Detail: long[:2000]})
+	long := strings.Repeat("\x01", 1<<20) // JSON has six bytes for each
+	h := agentapi.Hello{Identity: agentapi.Identity{MAC: "52:54:00:00:00:66"}, Agent: long}
+	r := agentapi.Report{Identity: h.Identity, BootID: "../../" + long, Error: long, Running: &agentapi.Running{Host: long, Role: long}}
+	for i := range 10_000 {
+		h.Inventory.Disks = append(h.Inventory.Disks, agentapi.Disk{Name: "sda", Model: long[:2000]})
+		h.Inventory.NICs = append(h.Inventory.NICs, agentapi.NIC{Name: long[:2000]})
+		r.Marks = append(r.Marks, agentapi.Mark{Stage: agentapi.Stage(long[:100]), At: time.Duration(i), Detail: fmt.Sprint(i, long[:2000])})
 		r.Cached = append(r.Cached, digest.Of(nil))
+		r.Running.Health.Failing = append(r.Running.Health.Failing, long[:2000])
+	}
+	if _, err := a.Hello(t.Context(), testPeer, h); err != nil {
+		t.Fatal(err)
 	}
 	if _, err := a.Report(t.Context(), testPeer, r); err != nil {
 		t.Fatal(err)
 	}
 	n, err := state.Nodes.Get(t.Context(), a.store, r.MAC)
-	if err != nil || len(n.Error) > maxText+10 || len(n.Cached) > maxItems || n.BootID != "" {
-		t.Errorf("node: error of %d bytes, %d cached, boot %q, %v", len(n.Error), len(n.Cached), n.BootID, err)
+	if err != nil || n.BootID != "" || !strings.HasPrefix(n.Running.Health.Failing[len(n.Running.Health.Failing)-1], "and 99") {
+		t.Errorf("node: boot %q, %v, failing checks %d", n.BootID, err, len(n.Running.Health.Failing))
 	}
-	boots, err := state.Boots.List(t.Context(), a.store)
-	if err != nil || len(boots) != 1 {
-		t.Fatalf("%d boots, %v", len(boots), err)
+	wantSize(t, a.store, state.Machines, 52<<10)
+	wantSize(t, a.store, state.Nodes, 48<<10)
+	wantSize(t, a.store, state.Boots, 64<<10)
+	wantSize(t, a.store, state.Events, 16<<10)
+}
+
+// wantSize checks that there are records of a kind, and that they have at most so many bytes.
+func wantSize[T any](t *testing.T, s *state.Store, kind state.Kind[T], most int) {
+	t.Helper()
+	all, err := kind.List(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
 	}
-	for _, b := range boots {
-		if len(b.Marks) > maxMarks || len(b.Error) > maxText+10 {
-			t.Errorf("boot: %d marks, error of %d bytes", len(b.Marks), len(b.Error))
-		}
+	b, err := json.Marshal(all)
+	if err != nil || len(all) == 0 || len(b) > most {
+		t.Errorf("records %s: %d of %d bytes, %v; want at most %d bytes", kind.Prefix(), len(all), len(b), err, most)
 	}
 }

@@ -19,14 +19,14 @@ import (
 const (
 	// keepBoots is how many boots of one machine are kept.
 	keepBoots = 10
-	// maxMarks bounds one timeline: a machine that asks for its script for a week fills no disk.
-	maxMarks = 200
+	// keepOfOthers is how many are kept of a machine that no host is.
+	keepOfOthers = 3
+	// maxMarks and maxDetails, in bytes, bound one timeline: a machine that asks for its script for a week fills no disk.
+	maxMarks   = 200
+	maxDetails = 16 << 10
 	// sameBoot is how long firmware may go on asking without it being a new boot: it repeats its DHCP requests, tries
 	// its other interfaces, and iPXE asks again.
 	sameBoot = 3 * time.Minute
-	// maxStrangers bounds of how many machines boots are kept that are not known: anybody on the network can make up
-	// MACs.
-	maxStrangers = 10_000
 )
 
 // boots keeps the timeline of each machine's boots. Timelines change in memory at once, since netboot's servers may not
@@ -39,19 +39,23 @@ type boots struct {
 	// writing is held, for one machine, from taking a copy of its timeline until that is written, so that no older copy
 	// overwrites a newer. It is taken before mu, and mu is never held over I/O: DHCP waits for it.
 	writing *striped
-	// known says whether a MAC is of a machine that the fleet declares or that an agent spoke for.
-	known func(mac string) bool
+	// standing tells what each machine is to the fleet in force. It is nil while there is none: then nobody can tell.
+	standing func() func(mac string) standing
+	most     int // maxStrangers; fewer in tests
 
 	mu      sync.Mutex
 	current map[string]*state.Boot // by MAC
 	dirty   map[string]bool        // MACs whose current boot is not written yet
+	gone    map[string]bool        // MACs whose boots are to be deleted but for the current one
+	room    int                    // for so many more strangers, at least
 	wake    chan struct{}
 }
 
 func newBoots(store *state.Store, log *slog.Logger) *boots {
 	return &boots{
-		store: store, log: log, now: time.Now, writing: newStriped(), known: func(string) bool { return false },
-		current: map[string]*state.Boot{}, dirty: map[string]bool{}, wake: make(chan struct{}, 1),
+		store: store, log: log, now: time.Now, writing: newStriped(), most: maxStrangers,
+		standing: func() func(string) standing { return func(string) standing { return stranger } },
+		current:  map[string]*state.Boot{}, dirty: map[string]bool{}, gone: map[string]bool{}, wake: make(chan struct{}, 1),
 	}
 }
 
@@ -83,9 +87,9 @@ func (b *boots) observe(ev netboot.Event) {
 	if !ok {
 		return
 	}
-	m := state.Mark{Stage: string(ev.Stage), Time: ev.Time, Detail: ev.Detail}
+	m := state.Mark{Stage: string(ev.Stage), Time: ev.Time, Detail: cut(ev.Detail)}
 	if ev.Err != nil {
-		m.Error = ev.Err.Error()
+		m.Error = cut(ev.Err.Error())
 		boot.Error = m.Error
 	}
 	addMark(boot, m)
@@ -104,11 +108,11 @@ func (b *boots) id(mac string) string {
 	return boot.ID
 }
 
-// at is the boot to which a stage of mac belongs; ok is false where there are too many machines to keep another one's.
+// at is the boot to which a stage of mac belongs; ok is false where it is a machine whose boots are not kept.
 // The caller holds mu.
 func (b *boots) at(mac, stage string, now time.Time) (boot *state.Boot, ok bool) {
 	cur := b.current[mac]
-	if cur == nil && len(b.current) >= maxStrangers && !b.known(mac) {
+	if cur == nil && !b.admit(mac) {
 		return nil, false
 	}
 	if cur == nil || beginsBoot(cur, stage, now) {
@@ -116,6 +120,88 @@ func (b *boots) at(mac, stage string, now time.Time) (boot *state.Boot, ok bool)
 		b.current[mac], cur = next, next
 	}
 	return cur, true
+}
+
+// admit says whether the boots of a machine are kept that has none yet. For a stranger the one goes that was silent for
+// longest: whoever booted a year ago must not keep out what was racked today. While no fleet is in force a stranger
+// cannot be told from a host; nothing can be booted then, either. The caller holds mu.
+func (b *boots) admit(mac string) bool {
+	of := b.standing()
+	if of == nil {
+		return false
+	}
+	if of(mac) != stranger {
+		return true
+	}
+	if b.room == 0 {
+		b.evict(of)
+	}
+	b.room--
+	return true
+}
+
+// evict counts the strangers and lets go of an eighth of them where there are as many as there may be, so that not
+// every next one costs a count. The caller holds mu.
+func (b *boots) evict(of func(string) standing) {
+	var strange []string
+	for mac := range b.current {
+		if of(mac) == stranger {
+			strange = append(strange, mac)
+		}
+	}
+	slices.SortFunc(strange, func(x, y string) int { return lastSign(b.current[x]).Compare(lastSign(b.current[y])) })
+	for ; len(strange) > b.most*7/8; strange = strange[1:] {
+		b.drop(strange[0])
+		b.gone[strange[0]] = true // by run, which may wait
+	}
+	b.room = b.most - len(strange)
+	b.wakeUp()
+}
+
+// lastSign is when the last was seen of a boot.
+func lastSign(boot *state.Boot) time.Time {
+	if n := len(boot.Marks); n > 0 {
+		return boot.Marks[n-1].Time
+	}
+	return boot.Started
+}
+
+// drop takes a machine's boot out of memory. The caller holds mu.
+func (b *boots) drop(mac string) {
+	delete(b.current, mac)
+	delete(b.dirty, mac)
+}
+
+// forget deletes all boots of a machine.
+func (b *boots) forget(ctx context.Context, mac string) error {
+	b.mu.Lock()
+	b.drop(mac)
+	b.mu.Unlock()
+	return b.clear(ctx, mac)
+}
+
+// clear deletes all boots of a machine but the one that it is in.
+func (b *boots) clear(ctx context.Context, mac string) error {
+	defer b.writing.lock(mac)()
+	b.mu.Lock()
+	delete(b.gone, mac)
+	current := ""
+	if cur := b.current[mac]; cur != nil {
+		current = mac + "/" + cur.ID
+	}
+	b.mu.Unlock()
+	all, err := state.Boots.ListUnder(ctx, b.store, mac+"/")
+	for id := range all {
+		if err == nil && id != current {
+			err = state.Boots.Delete(ctx, b.store, id)
+		}
+	}
+	if err != nil {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.gone[mac] = true // deleted with what is written next
+	}
+	return err
 }
 
 // stagedBytes are the image bytes that were fetched in the background during a boot: they are the next one's.
@@ -163,6 +249,7 @@ func addMark(boot *state.Boot, m state.Mark) {
 	if m.Stage != string(agentapi.StageStage) {
 		boot.Bytes += m.Bytes
 	}
+	details := len(m.Detail) + len(m.Error)
 	if n := len(boot.Marks); n > 0 {
 		last := &boot.Marks[n-1]
 		if last.Stage == m.Stage && last.Detail == m.Detail && last.Error == m.Error && m.Bytes == 0 {
@@ -171,6 +258,12 @@ func addMark(boot *state.Boot, m state.Mark) {
 	}
 	if len(boot.Marks) >= maxMarks {
 		return
+	}
+	for _, k := range boot.Marks {
+		details += len(k.Detail) + len(k.Error)
+	}
+	if details > maxDetails {
+		m.Detail, m.Error = "", ""
 	}
 	at, _ := slices.BinarySearchFunc(boot.Marks, m, func(a, b state.Mark) int {
 		if a.Time.After(b.Time) {
@@ -299,7 +392,7 @@ func settleClock(boot *state.Boot, reported time.Time) (kernel time.Time, moved 
 // addReported adds a mark that an agent may tell several times: it repeats what no reply acknowledged.
 func addReported(boot *state.Boot, m agentapi.Mark, kernel time.Time) {
 	known := slices.ContainsFunc(boot.Marks, func(k state.Mark) bool {
-		return k.Stage == string(m.Stage) && k.Detail == m.Detail && k.At == m.At
+		return k.Stage == string(m.Stage) && k.At == m.At && (k.Detail == m.Detail || k.Detail == "")
 	})
 	if !known {
 		addMark(boot, state.Mark{Stage: string(m.Stage), Time: kernel.Add(m.At), Detail: m.Detail, Bytes: m.Bytes, At: m.At})
@@ -319,6 +412,10 @@ func (b *boots) newest() []state.Boot {
 
 func (b *boots) changed(mac string) {
 	b.dirty[mac] = true
+	b.wakeUp()
+}
+
+func (b *boots) wakeUp() {
 	select {
 	case b.wake <- struct{}{}:
 	default:
@@ -347,11 +444,16 @@ func (b *boots) flushLast(ctx context.Context) {
 
 func (b *boots) flush(ctx context.Context) {
 	b.mu.Lock()
-	macs := slices.Collect(maps.Keys(b.dirty))
+	macs, gone := slices.Collect(maps.Keys(b.dirty)), slices.Collect(maps.Keys(b.gone))
 	b.mu.Unlock()
 	for _, mac := range macs {
 		if err := b.flushOne(ctx, mac); err != nil {
 			b.log.Warn("a boot's timeline is not written", "mac", mac, "error", err)
+		}
+	}
+	for _, mac := range gone {
+		if err := b.clear(ctx, mac); err != nil {
+			b.log.Warn("a stranger's boots are not deleted", "mac", mac, "error", err)
 		}
 	}
 }
@@ -384,8 +486,12 @@ func (b *boots) put(ctx context.Context, boot state.Boot) error {
 	if err != nil {
 		return err
 	}
+	keep := keepBoots
+	if of := b.standing(); of != nil && of(boot.MAC) != declared {
+		keep = keepOfOthers
+	}
 	ids := slices.Sorted(maps.Keys(all)) // a boot's id starts with its time
-	for len(ids) > keepBoots {
+	for len(ids) > keep {
 		if err := state.Boots.Delete(ctx, b.store, ids[0]); err != nil {
 			return err
 		}

@@ -2,10 +2,10 @@ package reconciler
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -176,10 +176,9 @@ func TestHealthyEndsABootsError(t *testing.T) {
 
 func TestOldBootsAreDropped(t *testing.T) {
 	b := newBoots(openStore(t), slog.New(slog.DiscardHandler))
+	b.standing = func() func(string) standing { return func(string) standing { return declared } }
 	for i := range keepBoots + 5 {
-		ev := seen(netboot.StageOffer, i*1000)
-		ev.Err = errors.New("no address")
-		b.observe(ev)
+		b.observe(seen(netboot.StageOffer, i*1000))
 		b.flush(t.Context())
 	}
 	all, err := state.Boots.List(t.Context(), b.store)
@@ -223,18 +222,83 @@ func TestStagedBytesCountForTheNextBoot(t *testing.T) {
 	}
 }
 
+// Only some strangers have a place, and no old one keeps out a new one. Machines of the fleet do not count.
 func TestMadeUpMACsFillNothing(t *testing.T) {
+	const most, hosts = 16, 40
 	b := newBoots(openStore(t), slog.New(slog.DiscardHandler))
-	b.known = func(mac string) bool { return mac == testMAC }
-	for i := range maxStrangers + 100 {
-		b.observe(netboot.Event{MAC: net.HardwareAddr{2, 0, 0, byte(i >> 16), byte(i >> 8), byte(i)}, Stage: netboot.StageOffer, Time: testStart})
+	b.most = most
+	b.standing = func() func(string) standing {
+		return func(mac string) standing {
+			if strings.HasPrefix(mac, "52:") {
+				return declared
+			}
+			return stranger
+		}
 	}
-	if len(b.current) > maxStrangers {
-		t.Errorf("boots of %d machines are kept, want at most %d", len(b.current), maxStrangers)
+	offer := func(first byte, i int) string {
+		mac := net.HardwareAddr{first, 0, 0, 0, 0, byte(i)}
+		b.observe(netboot.Event{MAC: mac, Stage: netboot.StageOffer, Time: testStart.Add(time.Duration(i) * time.Second)})
+		b.flush(t.Context())
+		return mac.String()
 	}
+	for i := range hosts {
+		offer(0x52, i)
+	}
+	for i := range 5 * most {
+		if mac := offer(2, i); b.id(mac) != b.id(mac) || b.current[mac] == nil {
+			t.Fatalf("stranger %d has no boot: the ones before keep it out", i)
+		}
+	}
+	check := func(b *boots) {
+		t.Helper()
+		n := 0
+		for mac := range b.current {
+			if strings.HasPrefix(mac, "02:") {
+				n++
+			}
+		}
+		if len(b.current)-n != hosts || n > most {
+			t.Errorf("boots of %d hosts and %d strangers are in memory, want all %d and at most %d", len(b.current)-n, n, hosts, most)
+		}
+	}
+	check(b)
+	all, err := state.Boots.List(t.Context(), b.store)
+	if err != nil || len(all) > hosts+most {
+		t.Errorf("%d boots are on record, %v; want at most %d", len(all), err, hosts+most)
+	}
+	again := newBoots(b.store, b.log)
+	again.most, again.standing = most, b.standing
+	if err := again.load(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b = again
+	offer(2, 5*most)
+	check(b)
+}
+
+func TestNobodyIsEvictedWhileNoFleetIsInForce(t *testing.T) {
+	b := newBoots(openStore(t), slog.New(slog.DiscardHandler))
 	b.observe(seen(netboot.StageOffer, 0))
-	if b.current[testMAC] == nil {
-		t.Error("a machine of the fleet has no place beside the strangers")
+	b.standing = func() func(string) standing { return nil }
+	b.most = 1
+	b.observe(netboot.Event{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}, Stage: netboot.StageOffer, Time: testStart})
+	if len(b.current) != 1 || b.current[testMAC] == nil {
+		t.Errorf("boots of %d machines, want those of the one that was there alone", len(b.current))
+	}
+}
+
+func TestAForgottenMachineHasNoBoots(t *testing.T) {
+	b := newBoots(openStore(t), slog.New(slog.DiscardHandler))
+	b.observe(seen(netboot.StageOffer, 0))
+	b.flush(t.Context())
+	b.observe(seen(netboot.StageScript, 1)) // and this is not written yet
+	if err := b.forget(t.Context(), testMAC); err != nil {
+		t.Fatal(err)
+	}
+	b.flush(t.Context())
+	all, err := state.Boots.List(t.Context(), b.store)
+	if err != nil || len(all)+len(b.current) != 0 {
+		t.Errorf("%d boots are on record, %d in memory, %v; want none", len(all), len(b.current), err)
 	}
 }
 

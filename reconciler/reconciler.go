@@ -9,6 +9,7 @@
 //	assign      fleet, bases, deltas           assignments, releases
 //	views       all of these                   the view that machines are answered from (memory)
 //	agents      what agents say                machines, nodes, boots
+//	strangers   machines, nodes, the fleet     removes machines, nodes and boots of those that no host is
 //	boots       what netboot's servers see     boots
 package reconciler
 
@@ -22,7 +23,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/backoff"
@@ -81,11 +81,8 @@ func New(cfg Config) *Reconciler {
 	r.events = &recorder{store: cfg.Store, log: cfg.Log}
 	r.boots = newBoots(cfg.Store, cfg.Log)
 	r.agents = &agents{store: cfg.Store, views: r.views, boots: r.boots, events: r.events, now: time.Now, each: newStriped()}
-	r.boots.known = func(mac string) bool {
-		v, _ := r.views.get()
-		_, spoke := v.machines[mac]
-		return spoke || v.host(agentapi.Identity{MAC: mac}) != ""
-	}
+	r.boots.standing = r.views.standing
+	r.agents.strangers = newStrangers(r.agents)
 	r.follow = &follow{
 		repo: cfg.Repo, branch: cfg.Branch, path: cfg.Path, loader: cfg.Loader, store: cfg.Store, events: r.events, log: cfg.Log, now: time.Now,
 		changed: r.fleetChanged, wake: make(chan struct{}, 1),
@@ -153,7 +150,7 @@ func (r *Reconciler) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for name, run := range map[string]func(context.Context) error{
 		"views": r.runViews, "boots": r.boots.run, "assign": r.assign.run, "builds": r.builds.run, "follow": r.follow.run,
-		"silences": r.silences.run,
+		"silences": r.silences.run, "strangers": r.agents.strangers.run,
 	} {
 		g.Go(func() error { return r.keep(ctx, name, run) })
 	}

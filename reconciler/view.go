@@ -49,6 +49,20 @@ func newView(f *schema.Fleet) *view {
 // host finds the declared host that a machine is; "" for none.
 func (v *view) host(id agentapi.Identity) string { return v.match().Host(id) }
 
+// declares says whether a host declares this MAC.
+func (v *view) declares(mac string) bool { return v.match().Declares(mac) }
+
+// standing is what a machine is to the fleet.
+func (v *view) standing(mac string) standing {
+	if v.host(agentapi.Identity{MAC: mac}) != "" {
+		return declared
+	}
+	if _, spoke := v.machines[mac]; spoke {
+		return unclaimed
+	}
+	return stranger
+}
+
 // assignment is what a machine shall run.
 func (v *view) assignment(id agentapi.Identity) agentapi.Assignment {
 	name := v.host(id)
@@ -139,6 +153,15 @@ func (vs *views) get() (*view, <-chan struct{}) {
 	vs.mu.Lock()
 	defer vs.mu.Unlock()
 	return vs.current, vs.changed
+}
+
+// standing is that of each machine in the newest view; nil before a fleet is in force.
+func (vs *views) standing() func(mac string) standing {
+	v, _ := vs.get()
+	if v.fleet == nil {
+		return nil
+	}
+	return v.standing
 }
 
 func (vs *views) set(v *view) {

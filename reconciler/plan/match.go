@@ -115,12 +115,15 @@ func (m *Matching) Host(id agentapi.Identity) string {
 	return name
 }
 
+// Declares says whether a host declares a MAC.
+func (m *Matching) Declares(mac string) bool { return m.declared[strings.ToLower(mac)] != "" }
+
 // Settled says whether Host's answer for a machine stays what it is when other machines come up: another that says the
 // same of itself may take the host from a machine that has no record yet.
 func (m *Matching) Settled(id agentapi.Identity) bool {
 	mac := strings.ToLower(id.MAC)
 	_, recorded := m.hosts[mac]
-	return recorded || m.declared[mac] != ""
+	return recorded || m.Declares(mac)
 }
 
 // Unclaimed are the MACs of the machines on record that are no host, sorted.

@@ -12,6 +12,7 @@
 //	delta       deltas/<recipe>         builds            what came out of it
 //	machine     machines/<mac>          agents            what a machine is made of, when it was first seen
 //	node        nodes/<mac>             agents            what it runs and how it is: changes often
+//	            (both are deleted by strangers, where no host is that machine)
 //	boot        boots/<mac>/<boot>      boots             the timeline of one boot; the last few of each machine
 //	lease       leases/<mac>            dhcp              an address of the dynamic range
 //	event       events/<time>-<n>       the recorder      what happened, for people; the last two thousand
