@@ -181,10 +181,29 @@ func watchRecords(ctx context.Context, records interface {
 	}
 }
 
+// Bounds of a client of the HTTP server that does not say otherwise for itself, as the API and netboot's servers do.
+const (
+	slowHeader = 10 * time.Second
+	slowBody   = 10 * time.Second // of a request that should have none
+	slowAnswer = time.Minute
+)
+
+// bodies has h serve requests whose body may never come. http.Server reads what a handler left of a body, after it and
+// without a deadline.
+func bodies(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength != 0 {
+			w.Header().Set("Connection", "close")
+			_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(slowBody)) // a net.Conn has deadlines
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
 // serveHTTP serves until ctx ends. Transfers and long polls get a moment to end by themselves: agents come back.
 func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
 	srv := &http.Server{
-		Handler: h, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		Handler: bodies(h), ReadHeaderTimeout: slowHeader, WriteTimeout: slowAnswer, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
 	done := make(chan error, 1)

@@ -13,6 +13,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -64,13 +65,36 @@ type Transfer struct {
 	Err      error // nil: all bytes went to the machine
 }
 
-const maxQuery = 2048 // bytes
+const (
+	maxQuery = 2048 // bytes
 
-// Routes adds the handler's URLs to mux.
+	// slowMachine is how long a machine may take nothing of what is sent to it before it is dropped. An agent that writes
+	// an image at idle priority beside a busy disk stops for many seconds, and goes on.
+	slowMachine = time.Minute
+	// part is how many bytes are sent before a machine gets slowMachine anew: some KiB a second are enough, of which a
+	// thousand machines that boot at once over 1 Gbit/s have 120 each.
+	part = 256 << 10
+)
+
+// Routes adds the handler's URLs to mux. Its answers move the connection's deadline for writing, and leave it behind: what
+// else is served on the same connections needs one of its own, such as http.Server's WriteTimeout.
 func (h *Handler) Routes(mux *http.ServeMux) {
-	mux.HandleFunc("GET /boot/ipxe", h.script)
-	mux.HandleFunc("GET /boot/files/{name}", h.file)
-	mux.HandleFunc("GET /blobs/sha256/{hex}", h.blob)
+	mux.HandleFunc("GET /boot/ipxe", bounded(h.script))
+	mux.HandleFunc("GET /boot/files/{name}", bounded(h.file))
+	mux.HandleFunc("GET /blobs/sha256/{hex}", bounded(h.blob))
+}
+
+// bounded gives a small answer its deadline, which is also that of what http.Server sends after serve has returned.
+func bounded(serve http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		extend(w)
+		serve(w, r)
+	}
+}
+
+// extend gives w slowMachine from now on for its next bytes.
+func extend(w http.ResponseWriter) {
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(slowMachine)) // only a test's writer has none
 }
 
 func (h *Handler) log() *slog.Logger {
@@ -253,7 +277,8 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, f io.ReadSeeker,
 	h.Sent(t)
 }
 
-// A counter notes how a response went. It has ReadFrom so that the kernel can still copy from file to socket.
+// A counter notes how a response went, and bounds how long each part of it may take. It has ReadFrom so that the kernel can
+// still copy from file to socket.
 type counter struct {
 	http.ResponseWriter
 	status int
@@ -267,16 +292,29 @@ func (c *counter) WriteHeader(status int) {
 }
 
 func (c *counter) Write(p []byte) (int, error) {
+	extend(c.ResponseWriter)
 	n, err := c.ResponseWriter.Write(p)
 	c.note(int64(n), err)
 	return n, err
 }
 
-// ReadFrom implements io.ReaderFrom.
+// ReadFrom implements io.ReaderFrom. The kernel copies from a file, or from an io.LimitedReader over a file, but not from
+// one over another: http.ServeContent's is taken apart.
 func (c *counter) ReadFrom(r io.Reader) (int64, error) {
-	n, err := io.Copy(c.ResponseWriter, r)
-	c.note(n, err)
-	return n, err
+	all, ok := r.(*io.LimitedReader)
+	if !ok {
+		all = &io.LimitedReader{R: r, N: math.MaxInt64}
+	}
+	for sent := int64(0); ; {
+		extend(c.ResponseWriter)
+		want := min(part, all.N)
+		n, err := io.Copy(c.ResponseWriter, &io.LimitedReader{R: all.R, N: want})
+		c.note(n, err)
+		sent, all.N = sent+n, all.N-n
+		if err != nil || n < want || all.N == 0 {
+			return sent, err
+		}
+	}
 }
 
 // Unwrap is for http.ResponseController.

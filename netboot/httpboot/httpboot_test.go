@@ -1,6 +1,7 @@
 package httpboot
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -12,8 +13,12 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
@@ -281,6 +286,142 @@ func TestMachineThatGoesAway(t *testing.T) {
 	}
 	if tr := <-s.sent; tr.Err == nil || tr.Bytes == int64(len(kernel)) {
 		t.Errorf("told %+v, want a failure", tr)
+	}
+}
+
+// pipe is a connection whose deadlines go by the clock of a synctest bubble, and a listener that accepts it alone.
+type pipe struct {
+	theirs chan net.Conn
+	end    chan struct{}
+}
+
+func (p pipe) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.theirs:
+		return c, nil
+	case <-p.end:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p pipe) Close() error   { close(p.end); return nil }
+func (p pipe) Addr() net.Addr { return &net.UnixAddr{Name: "pipe"} }
+
+// askByPipe sends a request to h and returns what the answer is read from.
+func askByPipe(t *testing.T, h *Handler, path string) net.Conn {
+	t.Helper()
+	ours, theirs := net.Pipe()
+	l := pipe{theirs: make(chan net.Conn, 1), end: make(chan struct{})}
+	l.theirs <- theirs
+	mux := http.NewServeMux()
+	h.Routes(mux)
+	srv := &http.Server{Handler: mux}
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(l) }()
+	t.Cleanup(func() {
+		_ = ours.Close()
+		_ = srv.Close()
+		<-done
+	})
+	if _, err := fmt.Fprintf(ours, "GET %s HTTP/1.1\r\nHost: x\r\n\r\n", path); err != nil {
+		t.Fatal(err)
+	}
+	return ours
+}
+
+// TestSlowMachines: one that takes a little now and then gets its blob; one that takes nothing is dropped.
+func TestSlowMachines(t *testing.T) {
+	path := "/blobs/sha256/" + sum.Hex() + "?mac=02:00:00:00:00:01"
+	handler := func(sent chan Transfer) *Handler {
+		return &Handler{
+			Blobs: func(context.Context, digest.Digest) (io.ReadSeekCloser, error) {
+				return file{bytes.NewReader(kernel)}, nil
+			},
+			Sent: func(tr Transfer) { sent <- tr },
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		sent := make(chan Transfer, 1)
+		c := askByPipe(t, handler(sent), path)
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for err == nil {
+			time.Sleep(slowMachine/2 - time.Second) // on the bubble's clock; what is read may end one part and begin another
+			_, err = io.CopyN(io.Discard, resp.Body, part)
+		}
+		if err != io.EOF {
+			t.Error(err)
+		}
+		if tr := <-sent; tr.Err != nil || tr.Bytes != int64(len(kernel)) {
+			t.Errorf("slow: told %+v", tr)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		sent := make(chan Transfer, 1)
+		c := askByPipe(t, handler(sent), path)
+		start := time.Now()
+		if _, err := io.ReadFull(c, make([]byte, 1000)); err != nil {
+			t.Fatal(err)
+		}
+		tr := <-sent
+		if took := time.Since(start); !errors.Is(tr.Err, os.ErrDeadlineExceeded) || took != slowMachine {
+			t.Errorf("stuck: told %+v after %s", tr, took)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		script := func(context.Context, Request) (string, error) { return "#!ipxe\n", nil }
+		c := askByPipe(t, &Handler{Script: script}, "/boot/ipxe?mac=02:00:00:00:00:01")
+		time.Sleep(slowMachine + time.Second)
+		if b, err := io.ReadAll(c); err != nil || len(b) > 0 {
+			t.Errorf("stuck before its script: got %q, %v; want a closed connection", b, err)
+		}
+	})
+}
+
+// A kernelWriter stands for http.Server's: it notes whether the kernel could copy what it is given to read, as
+// net.TCPConn decides that.
+type kernelWriter struct {
+	http.ResponseWriter
+	parts, slow int
+}
+
+func (w *kernelWriter) ReadFrom(r io.Reader) (int64, error) {
+	w.parts++
+	if l, ok := r.(*io.LimitedReader); ok {
+		r = io.LimitReader(l.R, l.N)
+		if _, ok := l.R.(*os.File); ok {
+			return io.Copy(w.ResponseWriter, r)
+		}
+	}
+	w.slow++
+	return io.Copy(w.ResponseWriter, r)
+}
+
+// TestKernelCopies: of a file every byte goes from file to socket without us.
+func TestKernelCopies(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "blob")
+	if err := os.WriteFile(name, kernel, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h := &Handler{Blobs: func(context.Context, digest.Digest) (io.ReadSeekCloser, error) { return os.Open(name) }}
+	mux := http.NewServeMux()
+	h.Routes(mux)
+	for _, want := range [][]byte{kernel, kernel[100 : len(kernel)-100]} {
+		rec := httptest.NewRecorder()
+		w := &kernelWriter{ResponseWriter: rec}
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/blobs/sha256/"+sum.Hex(), nil)
+		if len(want) < len(kernel) {
+			r.Header.Set("Range", fmt.Sprintf("bytes=100-%d", len(kernel)-101))
+		}
+		mux.ServeHTTP(w, r)
+		if !bytes.Equal(rec.Body.Bytes(), want) {
+			t.Errorf("got %d bytes, want %d", rec.Body.Len(), len(want))
+		}
+		if w.parts < len(want)/part || w.slow > 0 {
+			t.Errorf("%d parts, %d of which the kernel cannot copy", w.parts, w.slow)
+		}
 	}
 }
 
