@@ -5,11 +5,14 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/troupe-dev/troupe/reconciler/state"
 )
 
 // slowClient is how long a client may take no byte of what is sent to it before it is dropped.
@@ -49,8 +52,8 @@ func (g *gate) enter(most int64) bool {
 
 func (g *gate) leave() { g.inside.Add(-1) }
 
-// A frame is the fleet at one moment, with each of its objects encoded, so that watchers compare and send bytes. It
-// never changes once made.
+// A frame is the fleet at one moment, with each of its objects encoded, so that watchers compare bytes. It never changes
+// once made.
 type frame struct {
 	snapshot Snapshot
 	made     time.Time
@@ -62,7 +65,7 @@ type frame struct {
 // An object is one thing that may change.
 type object struct {
 	kind string // the name of its field in Change
-	same []byte // its JSON without what changes all the time
+	same []byte // what tells it from its next state: JSON without what changes all the time
 	send Change
 	gone Change // what is sent when it is no longer there; none if zero
 }
@@ -79,8 +82,9 @@ func (r *Records) Snapshot() Snapshot {
 	return Snapshot{Status: r.Status(hosts, images), Hosts: hosts, Images: images, Events: events}
 }
 
-func newFrame(s Snapshot) (*frame, error) {
-	f := &frame{snapshot: s, objects: make(map[string]object, len(s.Hosts))}
+func newFrame(r *Records) (*frame, error) {
+	s := r.Snapshot()
+	f := &frame{snapshot: s, objects: make(map[string]object, len(s.Hosts)+len(r.Events))}
 	for i := range s.Hosts {
 		h := &s.Hosts[i]
 		if err := f.add(h.Key(), "host", h, Change{Host: h}, Change{Gone: h.Key()}); err != nil {
@@ -94,12 +98,7 @@ func newFrame(s Snapshot) (*frame, error) {
 			return nil, err
 		}
 	}
-	for _, e := range slices.Backward(s.Events) { // the oldest first: that is how they are told
-		key := e.Time.String() + e.Subject + e.Message
-		if err := f.add(key, "event", e, Change{Event: &e}, Change{}); err != nil {
-			return nil, err
-		}
-	}
+	f.addEvents(r.Events)
 	timeless := s.Status
 	timeless.Time = time.Time{}
 	return f, f.add("", "status", timeless, Change{Status: &s.Status}, Change{})
@@ -114,6 +113,17 @@ func (f *frame) add(key, kind string, same any, send, gone Change) error {
 	f.order = append(f.order, key)
 	f.objects[key] = object{kind: kind, same: b, send: send, gone: gone}
 	return nil
+}
+
+// addEvents adds all events, and not only those of the snapshot: a commit may change a thousand hosts between two frames.
+// The oldest comes first, since that is how they are told and how their ids sort. What is the same of an event is its id:
+// it never changes.
+func (f *frame) addEvents(all map[string]state.Event) {
+	for _, id := range slices.Sorted(maps.Keys(all)) {
+		e, key := all[id], "event "+id
+		f.order = append(f.order, key)
+		f.objects[key] = object{kind: "event", same: []byte(id), send: Change{Event: &e}}
+	}
 }
 
 // since are the changes that make f of old, in the order in which they are to be told.
@@ -148,7 +158,7 @@ func (s *Server) frame(ctx context.Context) (*frame, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := newFrame(recs.Snapshot())
+	f, err := newFrame(recs)
 	if err != nil {
 		return nil, err
 	}
