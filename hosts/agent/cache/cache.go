@@ -7,6 +7,7 @@
 //	deltas/ID/seeded       the delta has what it shall start with; without this file it is made anew. The 16 deltas
 //	                       that were used last are kept, and fewer where an image needs the room
 //	state.json             what this node runs and ran: see State
+//	spare                  room for state.json on a disk that is full
 //
 // Every step is on the disk before the next begins, so that a power cut leaves the old state or the new one.
 package cache
@@ -91,6 +92,9 @@ func Open(dir string, log *slog.Logger) (*Cache, error) {
 	if _, err := atomicfile.Sweep(dir); err != nil {
 		return nil, fmt.Errorf("opening the cache: %w", err)
 	}
+	if err := c.keepSpare(); err != nil {
+		log.Warn("the cache is full", "error", err)
+	}
 	b, err := os.ReadFile(c.path("state.json"))
 	if err == nil {
 		err = json.Unmarshal(b, &c.state)
@@ -152,7 +156,7 @@ func (c *Cache) SetState(change func(*State)) error {
 	if err != nil {
 		return fmt.Errorf("writing the cache's state: %w", err)
 	}
-	if err := atomicfile.WriteFile(c.path("state.json"), b, 0o600); err != nil {
+	if err := c.writeState(b); err != nil {
 		return fmt.Errorf("writing the cache's state: %w", err)
 	}
 	c.state = s

@@ -751,3 +751,88 @@ func smallDisk(t *testing.T, size int64) string {
 	})
 	return dir
 }
+
+// fill writes to a file until the disk has no block left, and returns how many bytes that were.
+func fill(t *testing.T, name string) int64 {
+	t.Helper()
+	f, err := os.Create(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var n int64
+	for size := 1 << 20; size >= 512; size /= 2 {
+		for err = nil; err == nil; {
+			var m int
+			m, err = f.Write(make([]byte, size))
+			n += int64(m)
+		}
+		if !errors.Is(err, unix.ENOSPC) {
+			t.Fatal(err)
+		}
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// TestAFullDiskCanBeChanged has a role that filled the disk, and then another node delta on images that are here.
+func TestAFullDiskCanBeChanged(t *testing.T) {
+	dir := smallDisk(t, 256<<20)
+	c, err := Open(dir, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s agentapitest.Server
+	b := s.Add(randomBytes(1<<20, 40))
+	f := Fetch{Source: serve(t, &s), Blobs: []agentapi.Blob{b}, Deltas: []string{"bb"}}
+	if _, err := c.Fetch(t.Context(), f); err != nil {
+		t.Fatal(err)
+	}
+	use(t, c, "aa", b, b)
+	if err := os.WriteFile(c.path("deltas/aa/upper/old"), make([]byte, 100<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	use(t, c, "cc", b, b)
+	fill(t, c.path("deltas/cc/upper/log"))
+	if n, err := c.Fetch(t.Context(), f); err != nil || n != 0 {
+		t.Fatalf("Fetch of nothing: %d bytes, %v", n, err)
+	}
+	if got := deltasIn(t, c); got != "cc" {
+		t.Errorf("there are %q, and want cc, which runs", got)
+	}
+	use(t, c, "bb", b, b)
+	if !c.Has(b.Digest, b.Size) {
+		t.Error("the image that is needed was evicted")
+	}
+}
+
+func TestFetchOfNothingIsNoErrorOnADiskThatStaysFull(t *testing.T) {
+	c := open(t, t.TempDir())
+	content := randomBytes(1000, 41)
+	b := agentapi.Blob{Digest: digest.Of(content), Size: 1000}
+	if err := os.WriteFile(c.Path(b.Digest), content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.free = func() (int64, error) { return 0, nil }
+	if n, err := c.Fetch(t.Context(), Fetch{Blobs: []agentapi.Blob{b}}); n != 0 || err != nil || !c.Has(b.Digest, b.Size) {
+		t.Errorf("Fetch: %d bytes, %v", n, err)
+	}
+}
+
+func TestStateIsWrittenOnAFullDisk(t *testing.T) {
+	dir := smallDisk(t, 64<<20)
+	c := open(t, dir)
+	fill(t, filepath.Join(dir, "log"))
+	// A directory entry and an inode cost a block at times: what is left is filled again and again.
+	for i := range 20 {
+		if err := c.SetState(func(s *State) { s.Goal, s.GoalTries = strings.Repeat("g", 10_000), i+1 }); err != nil {
+			t.Fatalf("write %d: %v", i+1, err)
+		}
+		fill(t, filepath.Join(dir, "log"+strconv.Itoa(i)))
+	}
+	if got := open(t, dir).State().GoalTries; got != 20 {
+		t.Errorf("%d was kept, want 20", got)
+	}
+}

@@ -16,7 +16,7 @@ import (
 // ErrNoSpace is in the chain of the error that says that an image does not fit, even with all evicted that may be.
 var ErrNoSpace = errors.New("not enough space in the cache")
 
-// reserve stays free for the node deltas, in bytes.
+// reserve is free for the node delta when a Fetch ends, in bytes.
 const reserve = 64 << 20
 
 // maxDeltas is how many node deltas are kept, however much room there is: the last ones that were used.

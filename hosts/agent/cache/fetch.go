@@ -38,7 +38,8 @@ type Fetch struct {
 
 // Fetch brings into the cache what is missing, and returns how many bytes came over the network, also with an error.
 // It tries again for as long as ctx lasts, each time from where the last try broke off; only what no further try can
-// mend is an error: no space, and a disk that fails.
+// mend is an error: no space, and a disk that fails. Where nothing is missing, it makes room for the node delta all the
+// same, as far as that goes: a change of node files, or back to images that are here, needs some, too.
 func (c *Cache) Fetch(ctx context.Context, f Fetch) (int64, error) {
 	var missing []agentapi.Blob
 	var done, total, net int64
@@ -56,6 +57,9 @@ func (c *Cache) Fetch(ctx context.Context, f Fetch) (int64, error) {
 		}
 	}
 	if len(missing) == 0 {
+		if err := c.makeRoom(nil, f); err != nil {
+			c.log.Warn("the node delta may not find the room that it needs", "error", err)
+		}
 		return 0, nil
 	}
 	if err := c.makeRoom(missing, f); err != nil {
