@@ -146,17 +146,11 @@ func (m *merged) checkAddress(h found[schema.Host]) {
 	m.add(h.problem("address", "hosts.%s.address: %v %s", label(h.Value.Name), a, why))
 }
 
-// maxNode bounds the node files of one host, in bytes of paths and contents: they are part of its assignment, which is
-// one record, and which its agent asks for again and again. What is bigger belongs into the role's files.
-const maxNode = 512 << 10
-
+// checkNode bounds the node files of one host: they are part of its assignment, which is one record, and which its agent
+// asks for again and again.
 func (m *merged) checkNode(h found[schema.Host]) {
-	size := 0
-	for path, f := range h.Value.Node.Files {
-		size += len(path) + len(f.Content)
-	}
-	if size > maxNode {
-		m.add(h.problem("", "hosts.%s: its node files, with those of role %q, have %d bytes, more than the %d that a host may have; what all hosts of a role share belongs into the role's files",
+	if size := nodeSize(h.Value.Node.Files); size > maxNode {
+		m.add(h.problem("", "hosts.%s: its node files, with those of role %q, have %d bytes as JSON, more than the %d that a host may have; what all hosts of a role share belongs into the role's files",
 			label(h.Value.Name), h.Value.Role, size, maxNode))
 	}
 }

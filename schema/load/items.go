@@ -201,6 +201,7 @@ func (e *evaluation) role(name string, v cue.Value, it *item[schema.Role]) {
 	}
 	it.Value.Files = wire.Files.files()
 	it.Value.Name = name
+	e.roleSize(it.Value)
 	for i := range it.Value.Apps {
 		it.At["apps."+strconv.Itoa(i)] = e.place(e.posOf("roles", name, "apps", strconv.Itoa(i)))
 	}

@@ -16,7 +16,6 @@ import (
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
-	"golang.org/x/tools/txtar"
 
 	"github.com/troupe-dev/troupe/schema"
 )
@@ -255,37 +254,6 @@ func FuzzEvaluate(f *testing.F) {
 			}
 		}
 	})
-}
-
-// TestBigNode has hosts whose node files are more than a record takes, by their role's node and their own together.
-func TestBigNode(t *testing.T) {
-	fleet := func(own int) string {
-		return fmt.Sprintf(`
--- fleet.cue --
-package fleet
-import "strings"
-network: subnet: "10.77.0.0/24"
-images: debian: {kind: "os", from: debian: {suite: "bookworm", kernel: "linux-image-cloud-amd64"}}
-roles: web: {os: "debian", node: files: "/etc/role": strings.Repeat("r", 256*1024)}
--- hosts.cue --
-package fleet
-import "strings"
-hosts: small: {serial: "s1", role: "web"}
-hosts: big: {serial: "s2", role: "web", node: files: "/etc/own": strings.Repeat("o", %d)}
-`, own)
-	}
-	const most = maxNode - 256<<10 - len("/etc/role") - len("/etc/own")
-	var l Loader
-	loadText(t, &l, fleet(most))
-	_, err := l.Load(t.Context(), tree(t, txtar.Parse([]byte(fleet(most+1)))))
-	var ps schema.Problems
-	if !errors.As(err, &ps) || len(ps) != 1 {
-		t.Fatalf("got %v, want one problem", err)
-	}
-	const want = `hosts.cue:4:8: hosts.big: its node files, with those of role "web", have 524289 bytes, more than the 524288 that a host may have`
-	if !strings.HasPrefix(ps[0].String(), want) {
-		t.Errorf("got  %s\nwant %s…", ps[0], want)
-	}
 }
 
 // TestLongProblems has names and values that fill a file, wherever one can stand: each problem stays short, and still
