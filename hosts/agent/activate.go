@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -48,7 +49,6 @@ func (b *boot) activate(ctx context.Context, a agentapi.Assignment) (*mounted, e
 	if err != nil {
 		return nil, err
 	}
-	b.rep.fail(nil)
 	if b.fetched > 0 { // again: for a newer assignment, or because an image was broken
 		b.rep.forget(agentapi.StageFetch)
 	}
@@ -57,6 +57,9 @@ func (b *boot) activate(ctx context.Context, a agentapi.Assignment) (*mounted, e
 	m, err := b.mount(a)
 	if errors.Is(err, rootfs.ErrImage) {
 		return nil, b.dropBroken(blobs, err)
+	}
+	if err == nil {
+		b.rep.fail(nil) // not before: a mount that fails each time is one failure, not another with each try
 	}
 	return m, err
 }
@@ -211,7 +214,10 @@ func (b *boot) mount(a agentapi.Assignment) (*mounted, error) {
 
 func (b *boot) seed(a agentapi.Assignment, d *cache.Delta) error {
 	if !d.Fresh {
-		return b.refreshResolv()
+		if err := refreshResolv(newRoot, b.lease.Load().ResolvConf()); err != nil {
+			b.log.Warn("resolv.conf stays as it was", "error", err) // on a full disk, too, the role runs on
+		}
+		return nil
 	}
 	if err := rootfs.Seed(newRoot, seedFiles(a, b.id, b.lease.Load())); err != nil {
 		return err
@@ -221,13 +227,12 @@ func (b *boot) seed(a agentapi.Assignment, d *cache.Delta) error {
 }
 
 // refreshResolv writes resolv.conf again where it is ours: the name servers may be others than at the last boot.
-func (b *boot) refreshResolv() error {
-	conf := b.lease.Load().ResolvConf()
-	old, err := os.ReadFile(newRoot + "/etc/resolv.conf")
+func refreshResolv(root, conf string) error {
+	old, err := os.ReadFile(filepath.Join(root, "etc/resolv.conf"))
 	if err != nil || conf == "" || string(old) == conf || !strings.HasPrefix(string(old), netup.ResolvConfMark) {
 		return nil //nolint:nilerr // a file that is not there, or a link to one, is somebody else's
 	}
-	return rootfs.Seed(newRoot, []rootfs.File{{Path: "/etc/resolv.conf", Content: conf, Mode: 0o644, KeepLink: true}})
+	return rootfs.Seed(root, []rootfs.File{{Path: "/etc/resolv.conf", Content: conf, Mode: 0o644, KeepLink: true}})
 }
 
 // seedFiles are what a node delta starts with. What the fleet declares comes last: it has the last word.

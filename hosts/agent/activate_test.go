@@ -1,0 +1,107 @@
+package agent
+
+import (
+	"bytes"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/troupe-dev/troupe/hosts/agent/cache"
+	"github.com/troupe-dev/troupe/hosts/agent/netup"
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/hosts/agentapi/agentapitest"
+)
+
+// cacheWith is a cache that has the images of an assignment.
+func cacheWith(t *testing.T, dir string, a agentapi.Assignment, contents ...string) *cache.Cache {
+	t.Helper()
+	c, err := cache.Open(dir, nothing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, b := range []agentapi.Blob{a.Release.Base, a.Release.Delta} {
+		if err := os.WriteFile(c.Path(b.Digest), []byte(contents[i]), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return c
+}
+
+// TestAMountThatFailsEachTimeIsOneFailure tries as pursue does: the timeline of a boot has room for so many marks.
+func TestAMountThatFailsEachTimeIsOneFailure(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	dir := t.TempDir()
+	b := &boot{log: nothing, cache: cacheWith(t, dir, a, "base", "delta of web"), rep: newReporter(nil, nothing, agentapi.Report{})}
+	if err := os.Remove(filepath.Join(dir, "deltas")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "deltas"), nil, 0o600); err != nil { // where no node delta can be made
+		t.Fatal(err)
+	}
+	var stages []string
+	for range 3 {
+		m, err := b.activate(t.Context(), a)
+		if m != nil || err == nil {
+			t.Fatalf("activate: %+v, %v", m, err)
+		}
+		b.rep.fail(err)
+	}
+	for _, m := range b.rep.pending() {
+		stages = append(stages, string(m.Stage))
+	}
+	if got := strings.Join(stages, " "); got != "fetch failed" {
+		t.Errorf("marks %q, want one failure", got)
+	}
+}
+
+func TestRefreshResolvLeavesAloneWhatIsNotOurs(t *testing.T) {
+	const conf = netup.ResolvConfMark + "nameserver 10.77.0.1\n"
+	for _, tt := range []struct{ name, old, conf, want string }{
+		{"ours", netup.ResolvConfMark + "nameserver 10.77.0.9\n", conf, conf},
+		{"the role's", "nameserver 192.0.2.1\n", conf, "nameserver 192.0.2.1\n"},
+		{"nothing to write", netup.ResolvConfMark + "old\n", "", netup.ResolvConfMark + "old\n"},
+	} {
+		root := t.TempDir()
+		name := filepath.Join(root, "etc/resolv.conf")
+		if err := os.Mkdir(filepath.Dir(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(name, []byte(tt.old), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := refreshResolv(root, tt.conf); err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		if got, err := os.ReadFile(name); err != nil || string(got) != tt.want {
+			t.Errorf("%s: %q, want %q; %v", tt.name, got, tt.want, err)
+		}
+	}
+	if err := refreshResolv(t.TempDir(), conf); err != nil {
+		t.Errorf("no file: %v", err)
+	}
+}
+
+// TestACacheThatForgetsIsNoReasonNotToSwitch has a disk that takes no write any more.
+func TestACacheThatForgetsIsNoReasonNotToSwitch(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	dir := filepath.Join(t.TempDir(), "cache")
+	var said bytes.Buffer
+	b := &boot{log: slog.New(slog.NewTextHandler(&said, nil)), cache: cacheWith(t, dir, a, "base", "delta of web")}
+	m := &mounted{assignment: a, delta: &cache.Delta{ID: deltaID(a)}}
+	b.remember(m)
+	if got := b.cache.State().Current; got.Release != a.Release.ID || got.NodeDelta != m.delta.ID || got.Host != "n1" || said.Len() > 0 {
+		t.Errorf("remembered %+v, said %q", got, said.String())
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	m.assignment.Generation++
+	b.remember(m)
+	if !strings.Contains(said.String(), "does not remember") {
+		t.Errorf("said %q", said.String())
+	}
+}
