@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
 
@@ -140,13 +141,9 @@ func (s *Server) getLog(w http.ResponseWriter, r *http.Request) error {
 	if s.Images == nil {
 		return notHere("image builder")
 	}
-	recs, err := s.records(r.Context())
+	recipe, err := s.recipe(r.Context(), r.PathValue("recipe"))
 	if err != nil {
 		return err
-	}
-	recipe, ok := recs.recipe(r.PathValue("recipe"))
-	if !ok {
-		return notFound("there is no build of %q", r.PathValue("recipe"))
 	}
 	follow, _ := strconv.ParseBool(r.FormValue("follow"))
 	log, err := s.Images.Log(r.Context(), recipe, follow)
@@ -162,6 +159,26 @@ func (s *Server) getLog(w http.ResponseWriter, r *http.Request) error {
 		s.Log.Debug("a build log ended early", "recipe", recipe, "error", err)
 	}
 	return nil
+}
+
+// recipe finds a recipe by what people call it.
+func (s *Server) recipe(ctx context.Context, name string) (digest.Digest, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	leave, err := s.lists.enter(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer leave()
+	recs, err := s.records(ctx)
+	if err != nil {
+		return "", err
+	}
+	recipe, ok := recs.recipe(name)
+	if !ok {
+		return "", notFound("there is no build of %q", name)
+	}
+	return recipe, nil
 }
 
 // A flusher sends each write at once, and gives up on a client that takes none of it.

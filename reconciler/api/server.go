@@ -64,6 +64,7 @@ type Server struct {
 	Log *slog.Logger // nil: nothing is logged
 
 	shared shared
+	lists  *queue // of requests that read all records
 }
 
 // Bounds of one request.
@@ -88,6 +89,9 @@ func (s *Server) Handler() http.Handler {
 	if s.Started.IsZero() {
 		s.Started = time.Now()
 	}
+	if s.lists == nil {
+		s.lists = newQueue()
+	}
 	mux := http.NewServeMux()
 	for _, route := range s.routes() {
 		mux.Handle(route.pattern, s.answer(route))
@@ -100,37 +104,50 @@ func (s *Server) Handler() http.Handler {
 // A route is one endpoint. Its function writes the whole answer and returns nil, or returns an error.
 type route struct {
 	pattern string
-	streams bool // it lives as long as the client likes
+	kind    routeKind
 	serve   func(http.ResponseWriter, *http.Request) error
 }
 
+// A routeKind is how long a request may take, and of how many others it waits for the end.
+type routeKind uint8
+
+const (
+	quick   routeKind = iota // within answerTime
+	lists                    // as quick, but it reads all records: it waits for its turn
+	streams                  // it lives as long as the client likes
+)
+
 func (s *Server) routes() []route {
 	return []route{
-		{"GET /api/v1/status", false, s.getStatus},
-		{"GET /api/v1/hosts", false, s.getHosts},
-		{"GET /api/v1/hosts/{host}", false, s.getHost},
-		{"GET /api/v1/roles", false, s.getRoles},
-		{"GET /api/v1/images", false, s.getImages},
-		{"GET /api/v1/images/{image}", false, s.getImage},
-		{"POST /api/v1/images/{image}/build", false, s.buildImage},
-		{"GET /api/v1/builds/{recipe}/log", true, s.getLog},
-		{"GET /api/v1/releases", false, s.getReleases},
-		{"GET /api/v1/events", false, s.getEvents},
-		{"POST /api/v1/poke", true, s.poke}, // within lookTime
-		{"POST /api/v1/plan", true, s.plan}, // within planTime
-		{"GET /api/v1/watch", true, s.watch},
-		{"GET /api/v1/openapi.json", false, s.getOpenAPI},
-		{"POST /node/v1/hello", false, s.hello},
-		{"GET /node/v1/assignment", true, s.assignment}, // waits for up to maxWait
-		{"POST /node/v1/report", false, s.report},
-		{"GET /healthz", false, s.healthz},
-		{"GET /metrics", false, s.metrics},
+		{"GET /api/v1/status", lists, s.getStatus},
+		{"GET /api/v1/hosts", lists, s.getHosts},
+		{"GET /api/v1/hosts/{host}", lists, s.getHost},
+		{"GET /api/v1/roles", lists, s.getRoles},
+		{"GET /api/v1/images", lists, s.getImages},
+		{"GET /api/v1/images/{image}", lists, s.getImage},
+		{"POST /api/v1/images/{image}/build", quick, s.buildImage},
+		{"GET /api/v1/builds/{recipe}/log", streams, s.getLog},
+		{"GET /api/v1/releases", lists, s.getReleases},
+		{"GET /api/v1/events", lists, s.getEvents},
+		{"POST /api/v1/poke", streams, s.poke}, // within lookTime
+		{"POST /api/v1/plan", streams, s.plan}, // within planTime
+		{"GET /api/v1/watch", streams, s.watch},
+		{"GET /api/v1/openapi.json", quick, s.getOpenAPI},
+		{"POST /node/v1/hello", quick, s.hello},
+		{"GET /node/v1/assignment", streams, s.assignment}, // waits for up to maxWait
+		{"POST /node/v1/report", quick, s.report},
+		{"GET /healthz", quick, s.healthz},
+		{"GET /metrics", lists, s.metrics},
 	}
 }
 
 // answer bounds a request in time and answers its error. The deadlines are the connection's, which serves other
 // requests after this one, and not only ours: the one for writing is taken off again.
 func (s *Server) answer(rt route) http.Handler {
+	serve := rt.serve
+	if rt.kind == lists {
+		serve = s.queued(serve)
+	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ctl := http.NewResponseController(w) // not every writer has deadlines; those of a net.Conn do
 		if r.ContentLength != 0 {
@@ -145,7 +162,7 @@ func (s *Server) answer(rt route) http.Handler {
 			// Some of what nobody read of the body is read now. The next request gets a new deadline.
 			_ = ctl.SetReadDeadline(time.Now().Add(slowClient))
 		}()
-		if rt.streams {
+		if rt.kind == streams {
 			_ = ctl.SetReadDeadline(time.Time{}) // its end would end the request
 			_ = ctl.SetWriteDeadline(time.Time{})
 		} else {
@@ -153,7 +170,7 @@ func (s *Server) answer(rt route) http.Handler {
 			defer cancel()
 			r = r.WithContext(ctx)
 		}
-		if err := rt.serve(w, r); err != nil {
+		if err := serve(w, r); err != nil {
 			s.fail(w, r, err)
 		}
 	})

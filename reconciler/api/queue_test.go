@@ -1,0 +1,133 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// fill takes all places in q, inside and waiting. The function that it returns lets one of them go; end lets all go.
+func fill(t *testing.T, q *queue) (leave, end func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	for range maxLists {
+		if _, err := q.enter(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range maxQueued {
+		go func() {
+			if leave, err := q.enter(ctx); err == nil {
+				<-ctx.Done()
+				leave()
+			}
+		}()
+	}
+	synctest.Wait()
+	return func() { <-q.slots }, func() {
+		cancel()
+		synctest.Wait()
+	}
+}
+
+func refusedAsBusy(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.Status == http.StatusServiceUnavailable
+}
+
+func TestQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		q := newQueue()
+		leave, end := fill(t, q)
+		defer end()
+		start := time.Now()
+		if _, err := q.enter(t.Context()); !refusedAsBusy(err) || time.Since(start) > 0 {
+			t.Errorf("beyond those that may wait: %v after %s", err, time.Since(start))
+		}
+		leave() // one that waits goes in, and another may wait, as long as it likes
+		synctest.Wait()
+		if in, waiting := len(q.slots), q.waiting.inside.Load(); in != maxLists || waiting != maxQueued-1 {
+			t.Errorf("%d inside and %d waiting, want %d and %d", in, waiting, maxLists, maxQueued-1)
+		}
+		short, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		if _, err := q.enter(short); !refusedAsBusy(err) || time.Since(start) != 30*time.Second {
+			t.Errorf("who has waited for long enough: %v after %s", err, time.Since(start))
+		}
+		gone, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := q.enter(gone); !errors.Is(err, context.Canceled) {
+			t.Errorf("who went away: %v", err)
+		}
+	})
+}
+
+// Each request that reads all records waits for its turn; agents and monitoring do not wait for operators.
+func TestListsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &Server{} // without a store: nothing may be read
+		h := s.Handler()
+		_, end := fill(t, s.lists)
+		defer end()
+		for path, want := range map[string]int{
+			"GET /api/v1/status": 503, "GET /api/v1/hosts": 503, "GET /api/v1/hosts/n1": 503, "GET /api/v1/roles": 503, "GET /api/v1/images": 503,
+			"GET /api/v1/images/web": 503, "GET /api/v1/releases": 503, "GET /api/v1/events": 503, "GET /metrics": 503,
+			"GET /api/v1/openapi.json": 200, "GET /node/v1/assignment": 501, "GET /api/v1/nosuch": 404,
+		} {
+			method, path, _ := strings.Cut(path, " ")
+			w := httptest.NewRecorder()
+			h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), method, path, nil))
+			if w.Code != want || (want == 503) != (w.Header().Get("Retry-After") != "") {
+				t.Errorf("%s: %d, Retry-After %q, want %d", path, w.Code, w.Header().Get("Retry-After"), want)
+			}
+		}
+		if _, err := s.recipe(t.Context(), "web"); !refusedAsBusy(err) {
+			t.Errorf("a log: %v", err)
+		}
+	})
+}
+
+// deadlined has the deadline of a connection.
+type deadlined struct {
+	http.ResponseWriter
+	at time.Time
+}
+
+func (d *deadlined) SetWriteDeadline(at time.Time) error {
+	d.at = at
+	return nil
+}
+
+// A client may be slow with an answer that was made of all records, but not for ever: others wait for its place.
+func TestAnswersAreTaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &Server{lists: newQueue()}
+		conn := &deadlined{ResponseWriter: httptest.NewRecorder()}
+		start := time.Now()
+		serve := s.queued(func(w http.ResponseWriter, r *http.Request) error {
+			if got := conn.at.Sub(start); got != takeTime {
+				t.Errorf("at first the deadline is in %s, want %s", got, takeTime)
+			}
+			out := &flusher{w: w, ctl: http.NewResponseController(w)}
+			for _, left := range []time.Duration{slowClient, slowClient, 0} {
+				_, _ = out.Write([]byte("x"))
+				if got := time.Until(conn.at); got != left {
+					t.Errorf("after %s: the deadline is in %s, want %s", time.Since(start), got, left)
+				}
+				time.Sleep(takeTime / 2)
+			}
+			return nil
+		})
+		if err := serve(conn, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil)); err != nil {
+			t.Error(err)
+		}
+		if len(s.lists.slots) != 0 {
+			t.Error("its place was not given back")
+		}
+	})
+}
