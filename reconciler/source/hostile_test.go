@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/go-git/go-git/v5/plumbing"
 )
 
 // mktree makes a tree of "mode type hash\tname" lines.
@@ -57,6 +59,24 @@ func TestHostileTrees(t *testing.T) {
 		if !errors.Is(err, ErrTree) || rev.Commit.Hash != h || rev.Tree != nil {
 			t.Errorf("%s: got %v, %+v", name, err, rev)
 		}
+	}
+}
+
+// What is no directory, with a hash that says that it is meant so, stays that.
+func TestMalformedDirectory(t *testing.T) {
+	work := newGitRepo(t)
+	work.commit("a", "1")
+	r := open(t, Config{Repo: work.dir})
+	fetch(t, r)
+	cmd := exec.CommandContext(t.Context(), "git", "hash-object", "-t", "tree", "-w", "--literally", "--stdin")
+	cmd.Dir, cmd.Stdin = r.mirror.dir, strings.NewReader("no tree")
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = r.mirror.objects.tree(plumbing.NewHash(strings.TrimSpace(string(out))))
+	if !errors.Is(blame(err), ErrTree) {
+		t.Errorf("got %v, want one that is the commit's fault", err)
 	}
 }
 

@@ -274,6 +274,9 @@ func (m *mirror) keep(got refs) refs {
 	return next
 }
 
+// head is that of a branch as it was when a fetch last found it; zero for none.
+func (m *mirror) head(branch string) plumbing.Hash { return (*m.refs.Load())[followedName(branch)] }
+
 // setRefs replaces all names.
 func (m *mirror) setRefs(next refs) error {
 	if old := m.refs.Load(); old != nil && maps.Equal(*old, next) {

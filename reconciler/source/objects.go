@@ -67,17 +67,25 @@ func (o *objects) commit(h plumbing.Hash) (*object.Commit, error) {
 	return c, err
 }
 
+// tree reads a directory. What is no directory although it has the right hash is the commit's fault.
 func (o *objects) tree(h plumbing.Hash) (*object.Tree, error) {
-	var t *object.Tree
-	err := o.with(func(s *filesystem.Storage) error {
-		obj, err := s.EncodedObject(plumbing.TreeObject, h)
-		if err != nil {
-			return err
-		}
-		t, err = object.DecodeTree(nil, obj)
-		return err
-	})
-	return t, err
+	b, err := o.read(plumbing.TreeObject, h)
+	if err != nil {
+		return nil, err
+	}
+	if got := plumbing.ComputeHash(plumbing.TreeObject, b); got != h {
+		return nil, fmt.Errorf("what the mirror has as directory %s is %s", h, got)
+	}
+	obj := &plumbing.MemoryObject{}
+	obj.SetType(plumbing.TreeObject)
+	if _, err := obj.Write(b); err != nil {
+		return nil, err
+	}
+	t, err := object.DecodeTree(nil, obj)
+	if err != nil {
+		return nil, faultf("directory %s: %v", h, err)
+	}
+	return t, nil
 }
 
 func (o *objects) size(h plumbing.Hash) (int64, error) {
@@ -89,13 +97,19 @@ func (o *objects) size(h plumbing.Hash) (int64, error) {
 	return n, err
 }
 
-// blob reads a blob whose size was checked before.
-func (o *objects) blob(h plumbing.Hash) ([]byte, error) {
+// blob reads a file.
+func (o *objects) blob(h plumbing.Hash) ([]byte, error) { return o.read(plumbing.BlobObject, h) }
+
+// read reads an object that is not bigger than MaxFileSize.
+func (o *objects) read(typ plumbing.ObjectType, h plumbing.Hash) ([]byte, error) {
 	var b []byte
 	err := o.with(func(s *filesystem.Storage) error {
-		obj, err := s.EncodedObject(plumbing.BlobObject, h)
+		obj, err := s.EncodedObject(typ, h) // of a pack, which all are in: what is big is not read before its Reader is
 		if err != nil {
 			return err
+		}
+		if obj.Size() > MaxFileSize {
+			return errTooBig
 		}
 		r, err := obj.Reader()
 		if err != nil {

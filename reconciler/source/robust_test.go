@@ -273,6 +273,55 @@ func TestDamagedWhileOpen(t *testing.T) {
 	want(t, old, old.Commit.Hash, "a", "1")
 }
 
+// split fetches two commits, of which the second has a directory that only the first one's pack has, and returns that
+// pack without its ending.
+func split(t *testing.T) (r *Repo, head, pack string) {
+	t.Helper()
+	work := newGitRepo(t)
+	work.commit("dir/a", "1")
+	r = open(t, Config{Repo: work.dir})
+	fetch(t, r)
+	packs, err := filepath.Glob(filepath.Join(r.mirror.dir, "objects/pack/*.pack"))
+	if err != nil || len(packs) != 1 {
+		t.Fatalf("packs %q, %v", packs, err)
+	}
+	head = work.commit("b", "2")
+	fetch(t, r)
+	r = open(t, r.cfg) // which has read no directory yet
+	return r, head, strings.TrimSuffix(packs[0], ".pack")
+}
+
+// A mirror that cannot be read is not the commit's fault: the commit is asked for again, and taken when it can be.
+func TestUnreadableMirror(t *testing.T) {
+	r, head, pack := split(t)
+	if err := errors.Join(os.Rename(pack+".pack", pack+".away"), os.Mkdir(pack+".pack", 0o700)); err != nil { // which is read with EISDIR
+		t.Fatal(err)
+	}
+	rev, err := r.Fetch(t.Context())
+	if err == nil || errors.Is(err, ErrTree) || errors.Is(err, ErrNoPath) || rev.Tree != nil {
+		t.Errorf("got %v, want an error that blames no commit", err)
+	}
+	if now, ok := r.look(t.Context()); !ok || !r.differs(now) {
+		t.Error("nobody would ask again")
+	}
+	if err := errors.Join(os.Remove(pack+".pack"), os.Rename(pack+".away", pack+".pack")); err != nil {
+		t.Fatal(err)
+	}
+	want(t, fetch(t, r), head, "dir/a", "1")
+	if now, ok := r.look(t.Context()); !ok || r.differs(now) {
+		t.Error("everybody would ask again")
+	}
+}
+
+// A directory that a running server's mirror lost is fetched again, though the commit that has it is still there.
+func TestLostDirectory(t *testing.T) {
+	r, head, pack := split(t)
+	if err := errors.Join(os.Remove(pack+".pack"), os.Remove(pack+".idx")); err != nil {
+		t.Fatal(err)
+	}
+	want(t, fetch(t, r), head, "dir/a", "1")
+}
+
 const killMe = "TROUPE_TEST_SOURCE_FETCH"
 
 // A process is killed again and again while it fetches. The next one goes on.

@@ -92,7 +92,7 @@ type Revision struct {
 	// of a file or directory: what has the same id has the same content. It is safe for use by several goroutines and
 	// stays readable as long as the Repo's directory does.
 	Tree fs.FS
-	// Rewritten says that the commit does not descend from the head that the Fetch before gave: a force-push.
+	// Rewritten says that the commit does not descend from the head that was known: a force-push.
 	Rewritten bool
 }
 
@@ -152,17 +152,40 @@ func (r *Repo) Answered() time.Time {
 	return r.answered
 }
 
-// Fetch brings the mirror up to date and gives the head of the branch. It is one of ErrNoBranch (there is no such
-// branch, or nothing at all in the repository), ErrAuth (credentials or host key), ErrUnreachable (anything else about
-// the remote), ErrNoPath and ErrTree when it fails, or ctx's error. With ErrNoPath and ErrTree the Revision has its
-// Commit: it exists, but is no fleet.
-func (r *Repo) Fetch(ctx context.Context) (Revision, error) {
+// Fetch is FetchSince the head that the Fetch before gave, to this process or to one before it.
+func (r *Repo) Fetch(ctx context.Context) (Revision, error) { return r.FetchSince(ctx, "") }
+
+// FetchSince brings the mirror up to date and gives the head of the branch, and says whether that descends from known:
+// the hash of the head that the caller dealt with last. The mirror's own knowledge, which "" stands for, is ahead of a
+// caller that was killed before it wrote down what it was given.
+//
+// It fails with ErrNoBranch (there is no such branch, or nothing at all in the repository), ErrAuth (credentials or host
+// key), ErrUnreachable (anything else about the remote), ErrNoPath or ErrTree, or ctx's error; any other error is one of
+// this machine, which Watch tells of again at the next poll. With ErrNoPath and ErrTree the Revision has its Commit: it
+// exists, but is no fleet.
+func (r *Repo) FetchSince(ctx context.Context, known string) (Revision, error) {
 	select {
 	case r.busy <- struct{}{}:
 		defer func() { <-r.busy }()
 	case <-ctx.Done():
 		return Revision{}, fmt.Errorf("fetching %s: %w", r.Repo(), ctx.Err())
 	}
+	since := r.mirror.head(r.cfg.Branch) // before it moves
+	if known != "" {
+		since = plumbing.NewHash(known)
+	}
+	rev, err := r.fetch(ctx)
+	if errors.Is(err, errMirror) && ctx.Err() == nil {
+		if err = r.rebuild(err); err == nil {
+			rev, err = r.fetch(ctx)
+		}
+	}
+	rev.Rewritten = rev.Commit.Hash != "" && !since.IsZero() && !r.mirror.descends(plumbing.NewHash(rev.Commit.Hash), since)
+	return rev, err
+}
+
+// fetch brings the mirror up to date, and opens the head of the branch.
+func (r *Repo) fetch(ctx context.Context) (Revision, error) {
 	got, err := r.sync(ctx)
 	if err != nil {
 		if ctx.Err() == nil {
@@ -171,7 +194,17 @@ func (r *Repo) Fetch(ctx context.Context) (Revision, error) {
 		return Revision{}, err
 	}
 	r.note(observe(got))
-	return r.advance(got)
+	rev, err := r.advance(got)
+	if err != nil && !errors.Is(err, ErrNoBranch) && !errors.Is(err, ErrNoPath) && !errors.Is(err, ErrTree) {
+		r.note(observation{kind: kindMirror}) // so that the next poll finds something else
+	}
+	return rev, err
+}
+
+// rebuild makes the mirror anew.
+func (r *Repo) rebuild(why error) error {
+	r.log.Warn("making the mirror anew", "dir", r.cfg.Dir, "why", r.scrub.text(why.Error()))
+	return r.mirror.rebuild()
 }
 
 // sync brings the mirror's objects up to date with the remote.
@@ -180,13 +213,6 @@ func (r *Repo) sync(ctx context.Context) (refs, error) {
 	tctx, cancel := context.WithTimeout(ctx, r.cfg.Timeout)
 	defer cancel()
 	got, err := r.remote.fetch(tctx, r.mirror)
-	if errors.Is(err, errMirror) {
-		r.log.Warn("making the mirror anew", "dir", r.cfg.Dir, "why", r.scrub.text(err.Error()))
-		if rerr := r.mirror.rebuild(); rerr != nil {
-			return nil, rerr
-		}
-		got, err = r.remote.fetch(tctx, r.mirror)
-	}
 	if err == nil {
 		return got, nil
 	}
@@ -201,20 +227,13 @@ func (r *Repo) sync(ctx context.Context) (refs, error) {
 
 // advance makes what was fetched the mirror's own, and opens the head of the branch.
 func (r *Repo) advance(got refs) (Revision, error) {
-	branch := plumbing.NewBranchReferenceName(r.cfg.Branch)
-	followed := followedName(r.cfg.Branch)
 	next := r.mirror.keep(got)
-	head, ok := got[branch]
-	old, had := next[followed]
-	var rewritten bool
+	head, ok := got[plumbing.NewBranchReferenceName(r.cfg.Branch)]
 	if ok {
-		next[followed] = head
-		if had && old != head {
-			rewritten = !r.mirror.descends(head, old)
-		}
-		if rewritten {
+		if old := r.mirror.head(r.cfg.Branch); !old.IsZero() && old != head && !r.mirror.descends(head, old) {
 			next[seenName(old)] = old
 		}
+		next[followedName(r.cfg.Branch)] = head
 	}
 	if err := r.mirror.setRefs(next); err != nil {
 		return Revision{}, err
@@ -225,9 +244,7 @@ func (r *Repo) advance(got refs) (Revision, error) {
 	if err := r.mirror.compact(); err != nil {
 		r.log.Warn("packing the mirror", "dir", r.cfg.Dir, "err", err)
 	}
-	rev, err := r.open(head)
-	rev.Rewritten = rewritten
-	return rev, err
+	return r.open(head)
 }
 
 // Revision gives any commit of the mirror by its hash, a unique abbreviation of at least four digits, a branch, a tag,
@@ -246,8 +263,11 @@ func (r *Repo) Revision(ctx context.Context, rev string) (Revision, error) {
 
 func (r *Repo) open(h plumbing.Hash) (Revision, error) {
 	c, err := r.mirror.objects.commit(h)
+	if errors.Is(err, plumbing.ErrObjectNotFound) {
+		err = fmt.Errorf("%w: %w", ErrNoRevision, err)
+	}
 	if err != nil {
-		return Revision{}, fmt.Errorf("commit %s of %s: %w: %w", h, r.Repo(), ErrNoRevision, err)
+		return Revision{}, fmt.Errorf("commit %s of %s: %w", h, r.Repo(), err)
 	}
 	rev := Revision{Commit: commitOf(c)}
 	t, err := newTree(r.mirror.objects, c, r.cfg.Path)

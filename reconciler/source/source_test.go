@@ -180,6 +180,27 @@ func TestRewritten(t *testing.T) {
 	}
 }
 
+// A process is killed after the mirror moved, and before its caller wrote down what it was given: the next one is told.
+func TestRewrittenSinceWhatIsKnown(t *testing.T) {
+	work := newGitRepo(t)
+	first := work.commit("a", "1")
+	second := work.commit("a", "2")
+	cfg := Config{Repo: work.dir, Dir: filepath.Join(t.TempDir(), "mirror")}
+	fetch(t, open(t, cfg))
+	work.git("reset", "-q", "--hard", first)
+	third := work.commit("a", "3")
+	fetch(t, open(t, cfg)) // killed with what it was given
+	fourth := work.commit("a", "4")
+	for known, rewritten := range map[string]bool{
+		"": false, first: false, second: true, third: false, fourth: false, strings.Repeat("0", 40): false, strings.Repeat("1", 40): true,
+	} {
+		rev, err := open(t, cfg).FetchSince(t.Context(), known)
+		if err != nil || rev.Commit.Hash != fourth || rev.Rewritten != rewritten {
+			t.Errorf("since %q: got %s, rewritten %v, %v; want %s, %v", known, rev.Commit.Hash, rev.Rewritten, err, fourth, rewritten)
+		}
+	}
+}
+
 func TestTreeIsAFileSystem(t *testing.T) {
 	work := newGitRepo(t)
 	work.write("fleet.cue", "package fleet\n")

@@ -27,9 +27,16 @@ const (
 	maxName     = 255      // bytes
 )
 
+// A fault is something wrong with a commit's tree itself: it stays so however often the tree is read.
+type fault string
+
+func (f fault) Error() string { return string(f) }
+
+func faultf(format string, args ...any) error { return fault(fmt.Sprintf(format, args...)) }
+
 var (
-	errSymlink = errors.New("is a symbolic link, and those are not followed")
-	errTooBig  = fmt.Errorf("is bigger than %d bytes", MaxFileSize)
+	errSymlink = fault("is a symbolic link, and those are not followed")
+	errTooBig  = faultf("is bigger than %d bytes", MaxFileSize)
 )
 
 // A tree is a directory of a commit, as it lies in the mirror. Symbolic links are listed, can be read as links, and are
@@ -59,19 +66,31 @@ func newTree(o *objects, c *object.Commit, dirname string) (*tree, error) {
 	case errors.Is(err, fs.ErrNotExist) || err == nil && e.mode != filemode.Dir:
 		return nil, fmt.Errorf("%w: %q", ErrNoPath, dirname)
 	case err != nil:
-		return nil, fmt.Errorf("%w: %q: %w", ErrTree, dirname, err)
+		return nil, blame(fmt.Errorf("%q: %w", dirname, err))
 	}
 	t.root = e.hash
 	if _, err := t.survey(t.root, 0, map[plumbing.Hash]int{}); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrTree, err)
+		return nil, blame(err)
 	}
 	return t, nil
+}
+
+// blame says whose fault it is that a tree cannot be used: the commit's, which nobody can mend, or that of the mirror or
+// this machine, which may be over soon.
+func blame(err error) error {
+	if _, ok := errors.AsType[fault](err); ok {
+		return fmt.Errorf("%w: %w", ErrTree, err)
+	}
+	if errors.Is(err, plumbing.ErrObjectNotFound) { // a fetch brings all directories of a commit, or not the commit
+		err = fmt.Errorf("%w: %w", errMirror, err)
+	}
+	return fmt.Errorf("reading the tree: %w", err)
 }
 
 // survey reads all directories once, and counts what they hold as often as it can be reached.
 func (t *tree) survey(h plumbing.Hash, depth int, counts map[plumbing.Hash]int) (int, error) {
 	if depth > MaxDepth {
-		return 0, fmt.Errorf("directories are nested more than %d deep", MaxDepth)
+		return 0, faultf("directories are nested more than %d deep", MaxDepth)
 	}
 	if n, ok := counts[h]; ok {
 		return n, nil
@@ -90,7 +109,7 @@ func (t *tree) survey(h plumbing.Hash, depth int, counts map[plumbing.Hash]int) 
 			return 0, fmt.Errorf("%q: %w", e.name, err)
 		}
 		if n += below; n > MaxFiles {
-			return 0, fmt.Errorf("there are more than %d files", MaxFiles)
+			return 0, faultf("there are more than %d files", MaxFiles)
 		}
 	}
 	counts[h] = n
@@ -114,14 +133,14 @@ func (t *tree) dir(h plumbing.Hash) (*dir, error) {
 			continue
 		}
 		if e.Name == "" || e.Name == "." || e.Name == ".." || len(e.Name) > maxName || strings.ContainsAny(e.Name, "/\x00") {
-			return nil, fmt.Errorf("directory %s has an entry named %q", h, bounded(e.Name, maxName))
+			return nil, faultf("directory %s has an entry named %q", h, bounded(e.Name, maxName))
 		}
 		d.entries = append(d.entries, entry{e.Name, e.Mode, e.Hash})
 	}
 	slices.SortFunc(d.entries, func(a, b entry) int { return strings.Compare(a.name, b.name) })
 	for i := range d.entries[min(1, len(d.entries)):] {
 		if d.entries[i].name == d.entries[i+1].name {
-			return nil, fmt.Errorf("directory %s has two entries named %q", h, d.entries[i].name)
+			return nil, faultf("directory %s has two entries named %q", h, d.entries[i].name)
 		}
 	}
 	t.dirs[h] = d
@@ -192,16 +211,7 @@ func (t *tree) read(e entry) ([]byte, error) {
 	return t.content(e.hash)
 }
 
-func (t *tree) content(h plumbing.Hash) ([]byte, error) {
-	n, err := t.objects.size(h)
-	if err != nil {
-		return nil, err
-	}
-	if n > MaxFileSize {
-		return nil, errTooBig
-	}
-	return t.objects.blob(h)
-}
+func (t *tree) content(h plumbing.Hash) ([]byte, error) { return t.objects.blob(h) }
 
 // ReadFile is as fs.ReadFileFS has it.
 func (t *tree) ReadFile(name string) ([]byte, error) {
