@@ -126,8 +126,9 @@ func (r *responder) serve(ctx context.Context, q *request) (*dhcpv4.DHCPv4, erro
 	case dhcpv4.MessageTypeDecline:
 		r.decline(ctx, q)
 	case dhcpv4.MessageTypeRelease:
-		if l, ok := r.pool.record(q.mac); ok && l.Address == addrOf(q.ClientIPAddr) {
-			r.pool.forgetLease(ctx, q.mac, l.Address)
+		a := addrOf(q.ClientIPAddr)
+		if l, ok := r.pool.record(q.mac); ok && l.Address == a {
+			r.pool.forgetLease(ctx, q.mac, func(l Lease) bool { return l.Address == a })
 			r.log.Info("address released", "mac", q.mac, "address", l.Address)
 		}
 	}
@@ -259,7 +260,7 @@ func (r *responder) request(ctx context.Context, q *request) (*dhcpv4.DHCPv4, er
 			return r.nak(q, fmt.Sprintf("%s is declared to have %s, not %s", h.Name, h.Address, want))
 		}
 		r.pool.forgetOffer(q.mac)
-		r.pool.forgetLease(ctx, q.mac, netip.Addr{}) // of the time before it was declared
+		r.pool.forgetLease(ctx, q.mac, func(Lease) bool { return true }) // of the time before it was declared
 		return r.ack(q, want, h)
 	}
 	if !q.network.dynamic(want) || r.taken(q)(want) {

@@ -2,6 +2,7 @@ package dhcp
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"log/slog"
 	"net"
@@ -292,6 +293,96 @@ func TestOfferIsHeldForAMinute(t *testing.T) {
 		time.Sleep(offerHold + time.Second)
 		wantKind(t, "the second, later", d.broadcast(discover, mac2), dhcpv4.MessageTypeOffer)
 		wantKind(t, "the first, too late", d.broadcast(reqType, mac1, requested(d.fleet.network.First), serverID(server)), nak)
+	})
+}
+
+// TestOfferTakesNothingAway: an address whose lease has run out is offered to another machine, which never asks for it.
+func TestOfferTakesNothingAway(t *testing.T) {
+	for _, comesBack := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			d := newDesk(t, ModeServer)
+			d.fleet.network.Last = d.fleet.network.First
+			a := d.lease(mac1)
+			time.Sleep(2 * time.Hour)
+			wantKind(t, "another machine", d.broadcast(discover, mac2), dhcpv4.MessageTypeOffer)
+			wantKind(t, "its old holder meanwhile", d.broadcast(reqType, mac1, requested(a)), nak)
+			time.Sleep(offerHold + time.Second)
+			d.r.pool.sweep(t.Context())
+			if comesBack {
+				wantKind(t, "its old holder, a minute later", d.broadcast(reqType, mac1, requested(a)), ack)
+				return
+			}
+			time.Sleep(expiredKeep)
+			d.r.pool.sweep(t.Context())
+			if l, ok := d.store.get(mac1); ok {
+				t.Errorf("still stored: %+v", l)
+			}
+			d.restart()
+			if n := len(d.r.pool.leases); n != 0 {
+				t.Errorf("%d leases after a restart", n)
+			}
+		})
+	}
+}
+
+// TestTwoLeasesOfOneAddress are what a crash leaves while an address changes hands. The one that is gone is not kept.
+func TestTwoLeasesOfOneAddress(t *testing.T) {
+	d := newDesk(t, ModeServer)
+	a := ip("10.9.0.100")
+	d.store.leases[mac1.String()] = Lease{MAC: mac1.String(), Address: a, Expires: time.Now().Add(-time.Minute)}
+	d.store.leases[mac2.String()] = Lease{MAC: mac2.String(), Address: a, Expires: time.Now().Add(time.Hour)}
+	d.restart()
+	if l, ok := d.store.get(mac1); ok {
+		t.Errorf("still stored: %+v", l)
+	}
+	wantKind(t, "its holder", d.broadcast(reqType, mac2, requested(a)), ack)
+	wantKind(t, "the one before", d.broadcast(reqType, mac1, requested(a), serverID(server)), nak)
+}
+
+// lockedStore is a memStore that wants the record's lock to be held while it is changed.
+type lockedStore struct {
+	*memStore
+	t *testing.T
+	p *pool
+}
+
+func (s *lockedStore) check(mac string) {
+	s.t.Helper()
+	if lock := &s.p.writing[startOf(mac, uint32(len(s.p.writing)))]; lock.TryLock() {
+		lock.Unlock()
+		s.t.Errorf("the record of %s changes while another change of it may be under way", mac)
+	}
+}
+
+func (s *lockedStore) Put(ctx context.Context, l Lease) error {
+	s.check(l.MAC)
+	return s.memStore.Put(ctx, l)
+}
+
+func (s *lockedStore) Delete(ctx context.Context, mac string) error {
+	s.check(mac)
+	return s.memStore.Delete(ctx, mac)
+}
+
+// TestOneChangeOfARecordAtATime: a machine whose old address is taken up by another may be given a new one at that moment.
+func TestOneChangeOfARecordAtATime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(t, ModeServer)
+		d.r.pool.store = &lockedStore{d.store, t, d.r.pool}
+		d.fleet.network.Last = d.fleet.network.First
+		d.lease(mac1)
+		time.Sleep(2 * time.Hour)
+		a := d.lease(mac2)
+		if _, ok := d.store.get(mac1); ok {
+			t.Error("the lease before is still stored")
+		}
+		d.send(server, ServerPort, message(t, dhcpv4.MessageTypeRelease, mac2, dhcpv4.WithClientIP(a.AsSlice())))
+		d.lease(mac3)
+		time.Sleep(expiredKeep + 2*time.Hour)
+		d.r.pool.sweep(t.Context())
+		if n := len(d.store.leases); n != 0 {
+			t.Errorf("%d leases are stored a day later", n)
+		}
 	})
 }
 

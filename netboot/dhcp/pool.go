@@ -8,6 +8,7 @@ import (
 	"hash/fnv"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 )
@@ -26,47 +27,48 @@ var (
 )
 
 // A pool gives out the addresses of the dynamic range. mu guards the maps; the store is written without it, so that one
-// slow write holds up one machine. Packets of one machine are handled one after the other, so a MAC is never in two
-// commits at once.
+// slow write holds up one machine, or a few. What is in leases is what is in the store: an offer takes nothing away from anybody,
+// and who loses an address to another machine that takes it up loses its record as well.
 type pool struct {
 	store LeaseStore
 	log   *slog.Logger
 
+	// writing is held, for one machine, while its record is written or deleted, so that the deletion of its old lease does
+	// not come after the writing of a new one. It is taken before mu, and no two of it at a time.
+	writing [64]sync.Mutex
+
 	mu       sync.Mutex
-	leases   map[string]Lease // by MAC; expired ones too, until the address is wanted or expiredKeep is over
-	offers   map[string]offer // by MAC
-	owner    map[netip.Addr]string
+	leases   map[string]Lease         // by MAC; expired ones too, until the address is taken up or expiredKeep is over
+	leased   map[netip.Addr]string    // whose lease of an address is
+	offers   map[string]offer         // by MAC
+	offered  map[netip.Addr]string    // whose offer of an address is
 	declined map[netip.Addr]time.Time // until when
 }
 
 type offer struct {
 	addr  netip.Addr
 	until time.Time
-	// before is the MAC whose lease of addr had run out when the offer was made; it is deleted from the store once the
-	// offer was taken up.
-	before string
 }
 
 func loadPool(ctx context.Context, store LeaseStore, log *slog.Logger) (*pool, error) {
 	p := &pool{
 		store: store, log: log,
-		leases: map[string]Lease{}, offers: map[string]offer{},
-		owner: map[netip.Addr]string{}, declined: map[netip.Addr]time.Time{},
+		leases: map[string]Lease{}, leased: map[netip.Addr]string{},
+		offers: map[string]offer{}, offered: map[netip.Addr]string{}, declined: map[netip.Addr]time.Time{},
 	}
 	ls, err := store.Load(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("loading the leases: %w", err)
 	}
+	// A crash between writing a lease and deleting the expired one before it leaves two for one address.
+	slices.SortFunc(ls, func(a, b Lease) int { return b.Expires.Compare(a.Expires) })
 	for _, l := range ls {
-		// A crash between writing a lease and deleting the expired one before it leaves two for one address.
-		if mac, twice := p.owner[l.Address]; twice {
-			if p.leases[mac].Expires.After(l.Expires) {
-				continue
-			}
-			delete(p.leases, mac)
+		if _, twice := p.leased[l.Address]; twice {
+			p.deleteStored(ctx, l.MAC)
+			continue
 		}
 		p.leases[l.MAC] = l
-		p.owner[l.Address] = l.MAC
+		p.leased[l.Address] = l.MAC
 	}
 	return p, nil
 }
@@ -105,36 +107,33 @@ func (p *pool) free(a netip.Addr, mac string, now time.Time) bool {
 	if now.Before(p.declined[a]) {
 		return false
 	}
-	other, owned := p.owner[a]
-	if !owned || other == mac {
-		return true
-	}
-	l, o := p.leases[other], p.offers[other]
-	leased, offered := l.Address == a && now.Before(l.Expires), o.addr == a && now.Before(o.until)
+	holder, bidder := p.leased[a], p.offered[a]
+	leased := holder != mac && now.Before(p.leases[holder].Expires)
+	offered := bidder != mac && now.Before(p.offers[bidder].until)
 	return !leased && !offered
 }
 
-// hold makes a mac's for offerHold. Whoever had it before loses it; free said that nobody has it now.
+// hold makes a mac's for offerHold. free said that nobody else has it now: an offer to another machine has run out.
 func (p *pool) hold(mac string, a netip.Addr, now time.Time) {
-	o := offer{addr: a, until: now.Add(offerHold)}
-	old, ok := p.offers[mac]
-	switch {
-	case ok && old.addr == a:
-		o.before = old.before
-	case ok && p.leases[mac].Address != old.addr:
-		p.disown(old.addr, mac)
-	}
-	if other := p.owner[a]; other != "" && other != mac && p.leases[other].Address == a {
-		delete(p.leases, other)
-		o.before = other
-	}
-	p.offers[mac] = o
-	p.owner[a] = mac
+	p.dropOffer(mac)
+	p.dropOffer(p.offered[a])
+	p.offers[mac] = offer{addr: a, until: now.Add(offerHold)}
+	p.offered[a] = mac
 }
 
-func (p *pool) disown(a netip.Addr, mac string) {
-	if p.owner[a] == mac {
-		delete(p.owner, a)
+func (p *pool) dropOffer(mac string) {
+	if o, ok := p.offers[mac]; ok {
+		delete(p.offers, mac)
+		delete(p.offered, o.addr)
+	}
+}
+
+// dropLease leaves alone who else has the address by now.
+func (p *pool) dropLease(mac string) {
+	l := p.leases[mac]
+	delete(p.leases, mac)
+	if p.leased[l.Address] == mac {
+		delete(p.leased, l.Address)
 	}
 }
 
@@ -149,48 +148,61 @@ func (p *pool) record(mac string) (Lease, bool) {
 // claim makes a the leased address of mac for ttl, and returns once that is stored. It returns errHeld where a is not
 // mac's to have.
 func (p *pool) claim(ctx context.Context, mac string, a netip.Addr, hostname string, ttl time.Duration) error {
-	now := time.Now()
-	p.mu.Lock()
-	if !p.free(a, mac, now) {
-		p.mu.Unlock()
-		return errHeld
+	before, err := p.put(ctx, Lease{MAC: mac, Address: a, Hostname: hostname}, ttl)
+	if err == nil && before != mac {
+		p.forgetLease(ctx, before, func(l Lease) bool { return l.Address == a })
 	}
-	p.hold(mac, a, now) // nobody else gets it while it is being stored
-	before := p.offers[mac].before
-	p.mu.Unlock()
-
-	l := Lease{MAC: mac, Address: a, Hostname: hostname, Expires: now.Add(ttl)}
-	if err := p.store.Put(ctx, l); err != nil {
-		return fmt.Errorf("storing the lease of %s for %s: %w", a, mac, err)
-	}
-	p.mu.Lock()
-	if old, ok := p.leases[mac]; ok && old.Address != a {
-		p.disown(old.Address, mac)
-	}
-	p.leases[mac] = l
-	delete(p.offers, mac)
-	p.owner[a] = mac
-	_, leased := p.leases[before]
-	_, offered := p.offers[before]
-	p.mu.Unlock()
-	if before != "" && !leased && !offered { // else it came back, and its record in the store is a newer one, or will be
-		p.deleteStored(ctx, before)
-	}
-	return nil
+	return err
 }
 
-// forgetLease drops the lease of mac, if it is of a or a is the zero Addr.
-func (p *pool) forgetLease(ctx context.Context, mac string, a netip.Addr) {
+// put stores l, and returns the MAC that had its address before.
+func (p *pool) put(ctx context.Context, l Lease, ttl time.Duration) (before string, err error) {
+	defer p.write(l.MAC)()
+	now := time.Now()
+	l.Expires = now.Add(ttl)
+	p.mu.Lock()
+	if !p.free(l.Address, l.MAC, now) {
+		p.mu.Unlock()
+		return "", errHeld
+	}
+	p.hold(l.MAC, l.Address, now) // nobody else gets it while it is being stored
+	p.mu.Unlock()
+
+	if err := p.store.Put(ctx, l); err != nil {
+		return "", fmt.Errorf("storing the lease of %s for %s: %w", l.Address, l.MAC, err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.dropOffer(l.MAC)
+	before, ok := p.leased[l.Address]
+	if !ok {
+		before = l.MAC
+	}
+	p.dropLease(l.MAC)
+	p.leases[l.MAC] = l
+	p.leased[l.Address] = l.MAC
+	return before, nil
+}
+
+// write takes the lock of writing for mac, and returns what gives it back.
+func (p *pool) write(mac string) (unlock func()) {
+	m := &p.writing[startOf(mac, uint32(len(p.writing)))]
+	m.Lock()
+	return m.Unlock
+}
+
+// forgetLease drops the lease of mac, if it is one that is meant.
+func (p *pool) forgetLease(ctx context.Context, mac string, meant func(Lease) bool) {
+	defer p.write(mac)()
 	p.mu.Lock()
 	l, ok := p.leases[mac]
-	if !ok || a.IsValid() && l.Address != a {
-		p.mu.Unlock()
-		return
+	if ok = ok && meant(l); ok {
+		p.dropLease(mac)
 	}
-	delete(p.leases, mac)
-	p.disown(l.Address, mac)
 	p.mu.Unlock()
-	p.deleteStored(ctx, mac)
+	if ok {
+		p.deleteStored(ctx, mac)
+	}
 }
 
 // deleteStored does not fail its caller: what stays in the store is an old lease, which is swept after the next start.
@@ -204,25 +216,22 @@ func (p *pool) deleteStored(ctx context.Context, mac string) {
 func (p *pool) forgetOffer(mac string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	o, ok := p.offers[mac]
-	delete(p.offers, mac)
-	if ok && p.leases[mac].Address != o.addr {
-		p.disown(o.addr, mac)
-	}
+	p.dropOffer(mac)
 }
 
 // decline rests an address that mac found in use by somebody else. An address that mac was not given stays as it is, or
 // one machine could take every address away from all others.
 func (p *pool) decline(ctx context.Context, mac string, a netip.Addr) bool {
 	p.mu.Lock()
-	ours := p.owner[a] == mac
+	now := time.Now()
+	ours := (p.leased[a] == mac || p.offered[a] == mac) && p.free(a, mac, now)
 	if ours {
-		p.declined[a] = time.Now().Add(declineHold)
-		delete(p.offers, mac)
+		p.declined[a] = now.Add(declineHold)
+		p.dropOffer(mac)
 	}
 	p.mu.Unlock()
 	if ours {
-		p.forgetLease(ctx, mac, a)
+		p.forgetLease(ctx, mac, func(l Lease) bool { return l.Address == a })
 	}
 	return ours
 }
@@ -230,14 +239,12 @@ func (p *pool) decline(ctx context.Context, mac string, a netip.Addr) bool {
 // sweep forgets what ran out. Leases are kept for expiredKeep longer than they last.
 func (p *pool) sweep(ctx context.Context) {
 	now := time.Now()
+	expired := func(l Lease) bool { return now.After(l.Expires.Add(expiredKeep)) }
 	var old []string
 	p.mu.Lock()
 	for mac, o := range p.offers {
 		if now.After(o.until) {
-			delete(p.offers, mac)
-			if p.leases[mac].Address != o.addr {
-				p.disown(o.addr, mac)
-			}
+			p.dropOffer(mac)
 		}
 	}
 	for a, until := range p.declined {
@@ -246,13 +253,13 @@ func (p *pool) sweep(ctx context.Context) {
 		}
 	}
 	for mac, l := range p.leases {
-		if now.After(l.Expires.Add(expiredKeep)) {
+		if expired(l) {
 			old = append(old, mac)
 		}
 	}
 	p.mu.Unlock()
 	for _, mac := range old {
-		p.forgetLease(ctx, mac, netip.Addr{})
+		p.forgetLease(ctx, mac, expired)
 	}
 }
 

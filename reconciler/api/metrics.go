@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"strconv"
 	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -34,9 +35,20 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) error {
 	}
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-		&gauges{recs: recs, leases: len(leases), requests: &s.shared.requests})
+		&gauges{recs: recs, leases: countLeases(leases, recs.Now), requests: &s.shared.requests})
 	promhttp.HandlerFor(reg, promhttp.HandlerOpts{}).ServeHTTP(w, r)
 	return nil
+}
+
+// countLeases leaves out those that are kept only for a machine that comes back.
+func countLeases(leases map[string]state.Lease, now time.Time) int {
+	n := 0
+	for _, l := range leases {
+		if l.Expires.After(now) {
+			n++
+		}
+	}
+	return n
 }
 
 // gauges collects the metrics of one scrape.

@@ -275,7 +275,9 @@ func TestNoControllers(t *testing.T) {
 }
 
 func TestMetrics(t *testing.T) {
-	c, _ := serve(t, apitest.Mixed(ahead()), &apitest.Controllers{})
+	f := apitest.Mixed(ahead())
+	f.Leases[apitest.MAC(98)] = state.Lease{MAC: apitest.MAC(98), Expires: time.Now().Add(-time.Minute)} // kept, and not counted
+	c, _ := serve(t, f, &apitest.Controllers{})
 	_, body := request(t, "GET", c.URL+"metrics", "", nil)
 	for _, want := range []string{
 		"troupe_converged 0", "troupe_source_ok 0", `troupe_hosts{state="healthy"} 1`, `troupe_hosts{state="unclaimed"} 1`,
