@@ -171,7 +171,7 @@ func (f *follow) step(ctx context.Context) error {
 	}
 	before := rec
 	rec.Repo, rec.Branch, rec.Path = f.repo.Repo(), f.branch, f.path
-	rev, err := f.repo.Fetch(ctx)
+	rev, err := f.repo.FetchSince(ctx, known(before, rec))
 	unusable := errors.Is(err, source.ErrNoPath) || errors.Is(err, source.ErrTree)
 	if err != nil && !unusable {
 		return f.unreachable(ctx, rec, err)
@@ -198,6 +198,14 @@ func (f *follow) step(ctx context.Context) error {
 		return f.put(ctx, rec)
 	}
 	return f.attempt(ctx, rec, rev)
+}
+
+// known is the head of the branch that was dealt with last, before what rec follows; "" where that was another branch.
+func known(before, rec state.Source) string {
+	if before.Attempted == nil || before.Repo != rec.Repo || before.Branch != rec.Branch {
+		return ""
+	}
+	return before.Attempted.Hash
 }
 
 // unreachable records why the repo cannot be followed now. The fleet in force stays.

@@ -237,3 +237,25 @@ func TestFleetInForceIsTriedUntilItLoads(t *testing.T) {
 		t.Errorf("in force after the second try: %+v, want the good commit's 2 hosts", cur)
 	}
 }
+
+func TestForcePushIsToldAfterAKill(t *testing.T) {
+	f := newFollowed(t)
+	f.looked()
+	killed := func(subject string) { // before it wrote down what it was given
+		f.clock = f.clock.Add(time.Hour)
+		f.git("commit", "-q", "--amend", "-m", subject)
+		if _, err := f.repo.Fetch(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	killed("another")
+	told := f.looked()
+	if !told.Rewritten.Equal(f.clock) || told.Attempted.Subject != "another" {
+		t.Errorf("after a force-push: %+v", told)
+	}
+	killed("a third")
+	f.branch = "other" // than the one of which the record tells
+	if rec := f.looked(); !rec.Rewritten.Equal(told.Rewritten) {
+		t.Errorf("after a change of the branch: %+v", rec)
+	}
+}
