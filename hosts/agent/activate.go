@@ -74,11 +74,11 @@ func (b *boot) openCache(ctx context.Context, spec agentapi.Disks) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	path, made, err := b.ensureDisk(ctx, spec)
+	found, err := disk.Maker{Settle: lateDisks, Rescan: b.coldplug, Log: b.log}.Ensure(ctx, spec)
 	if err != nil {
 		return err
 	}
-	if err := disk.Mount(path, cacheDir); err != nil {
+	if err := disk.Mount(found.Path, cacheDir); err != nil {
 		return err
 	}
 	c, err := cache.Open(cacheDir, b.log)
@@ -86,33 +86,21 @@ func (b *boot) openCache(ctx context.Context, spec agentapi.Disks) error {
 		return errors.Join(err, unix.Unmount(cacheDir, 0))
 	}
 	b.cache = c
-	detail := "found on " + path
-	if made {
-		detail = "made on " + path
+	detail := "found on " + found.Path
+	if found.Made {
+		detail = "made on " + found.Path
+	}
+	if found.Note != "" {
+		detail += ", " + found.Note
 	}
 	b.rep.update(false, func(r *agentapi.Report) { r.Cached = cached(c) })
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageCache, Detail: detail})
 	return nil
 }
 
-// lateDisks is how long a disk may take to show after its driver was loaded, before its lack is an error.
+// lateDisks is how long a disk may take to show after its driver was loaded, before another one is written to, or its
+// lack is an error. A boot that finds its cache does not wait.
 const lateDisks = 6 * time.Second
-
-// ensureDisk finds or makes the cache's file system.
-func (b *boot) ensureDisk(ctx context.Context, spec agentapi.Disks) (path string, made bool, err error) {
-	began := sinceBoot()
-	for {
-		// A disk that is half partitioned is finished at the next boot, but there is no reason to let it come to that.
-		path, made, err = disk.Maker{Log: b.log}.Ensure(context.WithoutCancel(ctx), spec)
-		if !errors.Is(err, disk.ErrNoDisk) || sinceBoot()-began > lateDisks {
-			return path, made, err
-		}
-		if err := backoff.Sleep(ctx, 300*time.Millisecond); err != nil {
-			return "", false, err
-		}
-		b.coldplug()
-	}
-}
 
 // cached lists the cache for a report; what cannot be listed is not there.
 func cached(c *cache.Cache) []digest.Digest {

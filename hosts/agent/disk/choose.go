@@ -15,44 +15,114 @@ var ErrNoDisk = errors.New("no disk for the cache")
 // MinSize is the smallest disk that a cache is made on, in bytes: a base, its successor and a node delta must fit.
 const MinSize = 1 << 30
 
-// findCache returns the partition that is, or was being made, our cache. Where there are several, one that is whole
-// comes first, then the one whose file system has the lowest UUID: names of disks change from boot to boot, that does
-// not.
-func findCache(disks []Disk, spec agentapi.Disks) (Disk, Part, bool) {
-	type place struct {
-		d Disk
-		p Part
+// A place is where a cache is, or was being made.
+type place struct {
+	disk Disk
+	part Part
+}
+
+// findCache returns our cache, whole. Where there are several, one on the disk that the fleet names comes first, then the
+// one whose file system has the lowest UUID: names of disks change from boot to boot, that does not.
+func findCache(disks []Disk, spec agentapi.Disks) (place, bool) {
+	return first(disks, spec, func(p Part) bool { return p.Holds == Troupe })
+}
+
+// findUnfinished returns a place where a cache was being made.
+func findUnfinished(disks []Disk, spec agentapi.Disks) (place, bool) {
+	return first(disks, spec, func(p Part) bool { return p.Holds != Troupe })
+}
+
+func first(disks []Disk, spec agentapi.Disks, which func(Part) bool) (place, bool) {
+	for _, p := range places(disks, spec) {
+		if which(p.part) {
+			return p, true
+		}
 	}
-	var found []place
+	return place{}, false
+}
+
+// places are all caches on disks that may be used, whole and unfinished, the best first.
+func places(disks []Disk, spec agentapi.Disks) []place {
+	var out []place
 	for _, d := range disks {
-		if d.Err != nil || d.ReadOnly || spec.Device != "" && !d.matches(spec.Device) {
-			continue
-		}
-		if d.Holds == Claimed {
-			found = append(found, place{d, Part{Holds: Claimed}})
-		}
-		if d.Holds == Troupe && len(d.Parts) == 0 { // ext4 with our label on the whole disk: somebody made it by hand
-			found = append(found, place{d, Part{Path: d.Path, Holds: Troupe}})
-		}
-		for _, p := range d.Parts {
-			if p.Name == Label && (p.Holds == Troupe || unfinished(p.Holds)) {
-				found = append(found, place{d, p})
-			}
+		if !unread(d) && !d.ReadOnly && mayHold(d, spec) {
+			out = append(out, placesOn(d)...)
 		}
 	}
-	if len(found) == 0 {
-		return Disk{}, Part{}, false
-	}
-	slices.SortStableFunc(found, func(a, b place) int {
-		if x, y := a.p.Holds == Troupe, b.p.Holds == Troupe; x != y {
+	slices.SortStableFunc(out, func(a, b place) int {
+		if x, y := a.disk.matches(spec.Device), b.disk.matches(spec.Device); x != y {
 			if x {
 				return -1
 			}
 			return 1
 		}
-		return strings.Compare(a.p.UUID, b.p.UUID)
+		return strings.Compare(a.part.UUID, b.part.UUID)
 	})
-	return found[0].d, found[0].p, true
+	return out
+}
+
+func placesOn(d Disk) []place {
+	var out []place
+	if d.Holds == Claimed {
+		out = append(out, place{d, Part{Holds: Claimed}})
+	}
+	if d.Holds == Troupe && len(d.Parts) == 0 { // ext4 with our label on the whole disk: somebody made it by hand
+		out = append(out, place{d, Part{Path: d.Path, Holds: Troupe}})
+	}
+	for _, p := range d.Parts {
+		if p.Name == Label && (p.Holds == Troupe || unfinished(p.Holds)) {
+			out = append(out, place{d, p})
+		}
+	}
+	return out
+}
+
+// mayHold says whether the cache may be on a disk, as far as the fleet says. A disk that the fleet names by what it is,
+// is the only one. A name of the kernel's order says only where a cache shall be made: the cache that was made there is
+// used under whatever name its disk has in this boot.
+func mayHold(d Disk, spec agentapi.Disks) bool {
+	if isIdentity(spec.Device) || d.Removable {
+		return d.matches(spec.Device)
+	}
+	return true
+}
+
+// otherCaches are the devices of the whole caches beside p. One disk may show twice, by two ways to it.
+func otherCaches(p place, disks []Disk, spec agentapi.Disks) []string {
+	var out []string
+	for _, o := range places(disks, spec) {
+		if o.part.Holds == Troupe && o.part.UUID != p.part.UUID {
+			out = append(out, o.disk.Name)
+		}
+	}
+	return out
+}
+
+// doubts says which disks may hold the cache and cannot tell, or cannot be used although they do.
+func doubts(disks []Disk, spec agentapi.Disks) []string {
+	var why []string
+	for _, d := range disks {
+		switch {
+		case !mayHold(d, spec):
+		case unread(d) && !slices.ContainsFunc(disks, d.isOtherWayTo):
+			why = append(why, fmt.Sprintf("%s cannot be read: %v", d.Name, d.Err))
+		case !unread(d) && d.ReadOnly && slices.ContainsFunc(placesOn(d), func(p place) bool { return p.part.Holds == Troupe }):
+			why = append(why, d.Name+" has a cache and is read-only")
+		}
+	}
+	return why
+}
+
+// isOtherWayTo says whether o is the same disk, and can be read: of two ways to a disk on a storage network one often
+// answers every read with an error.
+func (d Disk) isOtherWayTo(o Disk) bool {
+	return d.WWN != "" && d.WWN == o.WWN && d.Size == o.Size && !unread(o)
+}
+
+// doubtful says why the cache is not made on d.
+func doubtful(d Disk, why []string) error {
+	return fmt.Errorf("%w: one that the machine has already may be on another disk, so %s is left alone (disk: device with a name of %s would settle it): %s",
+		ErrNoDisk, d.Name, byID, strings.Join(why, "; "))
 }
 
 // unfinished says whether a partition with our name holds what an mke2fs leaves that was killed: it writes the
@@ -60,16 +130,27 @@ func findCache(disks []Disk, spec agentapi.Disks) (Disk, Part, bool) {
 func unfinished(holds string) bool { return holds == Blank || holds == Unknown }
 
 // choose picks the disk to make a cache on: the one that the fleet names, or else the first blank one, or else, where
-// the fleet lets troupe take it, the first of any content.
+// the fleet lets troupe take it, the first of any content. It picks none while it is in doubt whether there is a cache,
+// but for a blank disk that the fleet names.
 func choose(disks []Disk, spec agentapi.Disks, minSize int64) (Disk, error) {
+	d, err := pick(disks, spec, minSize)
+	if err != nil {
+		return Disk{}, err
+	}
+	if why := doubts(disks, spec); len(why) > 0 && (d.Holds != Blank || !d.matches(spec.Device)) {
+		return Disk{}, doubtful(d, why)
+	}
+	return d, nil
+}
+
+func pick(disks []Disk, spec agentapi.Disks, minSize int64) (Disk, error) {
+	candidates, err := meant(disks, spec)
+	if err != nil {
+		return Disk{}, err
+	}
 	var why []string
 	var taken *Disk
-	named := 0
-	for _, d := range disks {
-		if spec.Device != "" && !d.matches(spec.Device) {
-			continue
-		}
-		named++
+	for _, d := range candidates {
 		reason := unfit(d, spec, minSize)
 		if reason == "" {
 			return d, nil
@@ -79,15 +160,27 @@ func choose(disks []Disk, spec agentapi.Disks, minSize int64) (Disk, error) {
 		}
 		why = append(why, reason)
 	}
-	switch {
-	case taken != nil:
+	if taken != nil {
 		return *taken, nil
-	case spec.Device != "" && named == 0:
-		return Disk{}, fmt.Errorf("%w: the machine has no %s, it has %s", ErrNoDisk, spec.Device, names(disks))
-	case len(why) == 0:
-		return Disk{}, fmt.Errorf("%w: the machine has no disk", ErrNoDisk)
 	}
 	return Disk{}, fmt.Errorf("%w: %s", ErrNoDisk, strings.Join(why, "; "))
+}
+
+// meant are the disks that the fleet names: all where it names none. A name that may mean two disks means none of them.
+func meant(disks []Disk, spec agentapi.Disks) ([]Disk, error) {
+	out := slices.Clone(disks)
+	if spec.Device != "" {
+		out = slices.DeleteFunc(out, func(d Disk) bool { return !d.matches(spec.Device) })
+	}
+	switch {
+	case len(out) == 0 && spec.Device != "":
+		return nil, fmt.Errorf("%w: the machine has no %s, it has %s", ErrNoDisk, spec.Device, names(disks))
+	case len(out) == 0:
+		return nil, fmt.Errorf("%w: the machine has no disk", ErrNoDisk)
+	case spec.Device != "" && slices.ContainsFunc(out, func(d Disk) bool { return d.Name != out[0].Name && (d.WWN == "" || d.WWN != out[0].WWN) }):
+		return nil, fmt.Errorf("%w: %s is the name of several: %s", ErrNoDisk, spec.Device, names(out))
+	}
+	return out, nil
 }
 
 // unfit says why a disk is not taken as it is; "" for a blank disk that may be used.
@@ -112,6 +205,8 @@ func unusable(d Disk, spec agentapi.Disks, minSize int64) string {
 		return d.Name + " is part of another device"
 	case d.Removable && spec.Device == "":
 		return d.Name + " is removable (disk: device would name it)"
+	case d.Removable && d.Holds != Blank && !isIdentity(spec.Device): // a stick that was left in the machine has such a name, too
+		return fmt.Sprintf("%s is removable and holds %s (disk: device with a name of %s would give it away)", d.Name, d.describe(), byID)
 	case d.Size < minSize:
 		return fmt.Sprintf("%s has %d MiB, %d are needed", d.Name, d.Size>>20, minSize>>20)
 	}

@@ -301,26 +301,26 @@ func mounted(t *testing.T, path string, f func(dir string)) {
 func TestEnsureMakesACacheOnABlankDiskAndFindsItAgain(t *testing.T) {
 	d := newLoopDisk(t, 256<<20)
 	m := d.maker()
-	path, made, err := m.Ensure(t.Context(), agentapi.Disks{})
-	if err != nil || !made {
-		t.Fatalf("Ensure: %q, %v, %v", path, made, err)
+	found, err := m.Ensure(t.Context(), agentapi.Disks{})
+	if err != nil || !found.Made {
+		t.Fatalf("Ensure: %+v, %v", found, err)
 	}
-	mounted(t, path, func(dir string) {
+	mounted(t, found.Path, func(dir string) {
 		if err := os.WriteFile(filepath.Join(dir, "x"), []byte("kept"), 0o600); err != nil {
 			t.Error(err)
 		}
-		if _, err := claim(path); !errors.Is(err, unix.EBUSY) {
+		if _, err := claim(found.Path); !errors.Is(err, unix.EBUSY) {
 			t.Errorf("a mounted disk was claimed: %v", err)
 		}
 	})
 	d.detach(t)
 	d.attach(t) // as after a reboot: the kernel knows no partition
 	m = d.maker()
-	path, made, err = m.Ensure(t.Context(), agentapi.Disks{})
-	if err != nil || made {
-		t.Fatalf("Ensure again: %q, %v, %v", path, made, err)
+	found, err = m.Ensure(t.Context(), agentapi.Disks{})
+	if err != nil || found.Made || found.Note != "" {
+		t.Fatalf("Ensure again: %+v, %v", found, err)
 	}
-	mounted(t, path, func(dir string) {
+	mounted(t, found.Path, func(dir string) {
 		if b, err := os.ReadFile(filepath.Join(dir, "x")); string(b) != "kept" {
 			t.Errorf("the cache lost its content: %v", err)
 		}
@@ -368,11 +368,11 @@ func TestEnsureFinishesWhatAPowerCutLeft(t *testing.T) {
 				}
 			}
 			f.Close()
-			path, made, err := d.maker().Ensure(t.Context(), agentapi.Disks{})
-			if err != nil || !made {
-				t.Fatalf("Ensure: %q, %v, %v", path, made, err)
+			found, err := d.maker().Ensure(t.Context(), agentapi.Disks{})
+			if err != nil || !found.Made {
+				t.Fatalf("Ensure: %+v, %v", found, err)
 			}
-			mounted(t, path, func(string) {})
+			mounted(t, found.Path, func(string) {})
 			if out := run(t, "sgdisk", "-v", d.file); !strings.Contains(out, "No problems found") {
 				t.Errorf("sgdisk:\n%s", out)
 			}
@@ -385,21 +385,21 @@ func TestEnsureLeavesOtherDisksAlone(t *testing.T) {
 	run(t, "mke2fs", "-q", "-F", "-t", "ext4", "-L", "photos", d.dev)
 	before := run(t, "sha256sum", d.dev)
 	m := d.maker()
-	_, _, err := m.Ensure(t.Context(), agentapi.Disks{})
+	_, err := m.Ensure(t.Context(), agentapi.Disks{})
 	if !errors.Is(err, ErrNoDisk) || !strings.Contains(err.Error(), d.name+" holds ext4 and is left alone") {
 		t.Errorf("Ensure: %v", err)
 	}
-	if _, _, err := m.Ensure(t.Context(), agentapi.Disks{Take: true, Device: "/dev/nosuch"}); !errors.Is(err, ErrNoDisk) {
+	if _, err := m.Ensure(t.Context(), agentapi.Disks{Take: true, Device: "/dev/nosuch"}); !errors.Is(err, ErrNoDisk) {
 		t.Errorf("Ensure on another disk: %v", err)
 	}
 	if after := run(t, "sha256sum", d.dev); after != before {
 		t.Error("the disk was written to")
 	}
-	path, made, err := m.Ensure(t.Context(), agentapi.Disks{Take: true})
-	if err != nil || !made {
+	found, err := m.Ensure(t.Context(), agentapi.Disks{Take: true})
+	if err != nil || !found.Made {
 		t.Fatalf("Ensure with take: %v", err)
 	}
-	mounted(t, path, func(string) {})
+	mounted(t, found.Path, func(string) {})
 }
 
 // TestEnsureForgetsThePartitionsOfADiskThatItTakes begins with a disk whose partitions the kernel knows: the cache must
@@ -414,10 +414,11 @@ func TestEnsureForgetsThePartitionsOfADiskThatItTakes(t *testing.T) {
 			d := newLoopDisk(t, 256<<20)
 			run(t, "sgdisk", append(parts, d.dev)...)
 			run(t, "partx", "-u", d.dev)
-			path, made, err := d.maker().Ensure(t.Context(), agentapi.Disks{Take: true})
-			if err != nil || !made {
-				t.Fatalf("Ensure: %q, %v, %v", path, made, err)
+			found, err := d.maker().Ensure(t.Context(), agentapi.Disks{Take: true})
+			if err != nil || !found.Made {
+				t.Fatalf("Ensure: %+v, %v", found, err)
 			}
+			path := found.Path
 			if known := d.maker().Scanner.withDefaults().kernelParts(d.name); len(known) != 1 || known[0].Path != path || known[0].Size != 254<<20 {
 				t.Errorf("the kernel knows %+v, the cache is %s", known, path)
 			}
@@ -442,8 +443,8 @@ func TestEnsureWritesToNoDiskWithAPartitionInUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer held.Close()
-	if path, _, err := d.maker().Ensure(t.Context(), agentapi.Disks{Take: true}); !errors.Is(err, unix.EBUSY) {
-		t.Errorf("Ensure: %q, %v", path, err)
+	if found, err := d.maker().Ensure(t.Context(), agentapi.Disks{Take: true}); !errors.Is(err, unix.EBUSY) {
+		t.Errorf("Ensure: %+v, %v", found, err)
 	}
 	if run(t, "sha256sum", d.dev) != before {
 		t.Error("the disk was written to")
@@ -456,73 +457,12 @@ func TestEnsureUsesAPartitionMadeByHandAndNothingBeside(t *testing.T) {
 	put(t, d.dev, 1<<20+4096, "precious")
 	sum := func() string { return run(t, "sh", "-c", "head -c 17M "+d.dev+" | sha256sum") }
 	before := sum()
-	path, made, err := d.maker().Ensure(t.Context(), agentapi.Disks{})
-	if err != nil || !made || !strings.HasSuffix(path, "p2") {
-		t.Fatalf("Ensure: %q, %v, %v", path, made, err)
+	found, err := d.maker().Ensure(t.Context(), agentapi.Disks{})
+	if err != nil || !found.Made || !strings.HasSuffix(found.Path, "p2") {
+		t.Fatalf("Ensure: %+v, %v", found, err)
 	}
 	if sum() != before {
 		t.Error("the partition before ours was written to")
 	}
-	mounted(t, path, func(string) {})
-}
-
-func TestChoose(t *testing.T) {
-	const big = 10 << 30
-	blank := Disk{Name: "sdb", Size: big, Holds: Blank}
-	for _, tt := range []struct {
-		name  string
-		disks []Disk
-		spec  agentapi.Disks
-		want  string // a name, or part of the error
-	}{
-		{"first blank", []Disk{{Name: "sda", Size: big, Holds: "ext4"}, blank, {Name: "sdc", Size: big, Holds: Blank}}, agentapi.Disks{}, "sdb"},
-		{"blank before taken", []Disk{{Name: "sda", Size: big, Holds: "ext4"}, blank}, agentapi.Disks{Take: true}, "sdb"},
-		{"taken", []Disk{{Name: "sda", Size: big, Holds: "ext4"}}, agentapi.Disks{Take: true}, "sda"},
-		{"not blank", []Disk{{Name: "sda", Size: big, Holds: "gpt", Parts: []Part{{Entry: Entry{Number: 1, Name: "root"}}}}}, agentapi.Disks{}, `sda holds gpt with partitions "root" and is left alone`},
-		{"named", []Disk{{Name: "sda", Size: big, Holds: Blank}, blank}, agentapi.Disks{Device: "/dev/sdb"}, "sdb"},
-		{"named but full", []Disk{{Name: "sda", Size: big, Holds: "xfs"}, blank}, agentapi.Disks{Device: "/dev/sda"}, "sda holds xfs"},
-		{"named by id", []Disk{{Name: "sda", Size: big, Holds: Blank}, {Name: "sdb", Size: big, Holds: Blank, Serial: "S1 2"}}, agentapi.Disks{Device: "/dev/disk/by-id/ata-Maker_Disk_S1_2"}, "sdb"},
-		{"named by wwn", []Disk{{Name: "sda", Size: big, Holds: Blank}, {Name: "sdb", Size: big, Holds: Blank, WWN: "0x5000c5"}}, agentapi.Disks{Device: "/dev/disk/by-id/wwn-0x5000c5"}, "sdb"},
-		{"named by virtio serial", []Disk{{Name: "vda", Size: big, Holds: Blank, Serial: "cache0"}}, agentapi.Disks{Device: "/dev/disk/by-id/virtio-cache0"}, "vda"},
-		{"removable", []Disk{{Name: "sda", Size: big, Holds: Blank, Removable: true}}, agentapi.Disks{}, "sda is removable"},
-		{"removable but named", []Disk{{Name: "sda", Size: big, Holds: Blank, Removable: true}}, agentapi.Disks{Device: "/dev/sda"}, "sda"},
-		{"read-only, with take", []Disk{{Name: "sda", Size: big, Holds: "ext4", ReadOnly: true}}, agentapi.Disks{Take: true}, "sda is read-only"},
-		{"in use, with take", []Disk{{Name: "sda", Size: big, Holds: "ext4", InUse: true}}, agentapi.Disks{Take: true}, "sda is part of another device"},
-		{"small", []Disk{{Name: "sda", Size: 100 << 20, Holds: Blank}}, agentapi.Disks{Take: true}, "sda has 100 MiB, 1024 are needed"},
-		{"none", nil, agentapi.Disks{}, "the machine has no disk"},
-		{"not there", []Disk{blank}, agentapi.Disks{Device: "/dev/nvme0n1"}, "the machine has no /dev/nvme0n1, it has sdb"},
-	} {
-		d, err := choose(tt.disks, tt.spec, MinSize)
-		got := d.Name
-		if err != nil {
-			got = err.Error()
-			if !errors.Is(err, ErrNoDisk) {
-				t.Errorf("%s: error %v", tt.name, err)
-			}
-		}
-		if got != tt.want && (err == nil || !strings.Contains(got, tt.want)) {
-			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
-		}
-	}
-}
-
-func TestFindCacheIsDeterministic(t *testing.T) {
-	cache := func(name, uuid, holds string) Disk {
-		return Disk{Name: name, Holds: Troupe, Parts: []Part{{Entry: Entry{Number: 1, Name: Label}, Path: "/dev/" + name + "1", Holds: holds, UUID: uuid}}}
-	}
-	for _, disks := range [][]Disk{
-		{cache("sda", "bbb", Troupe), cache("sdb", "aaa", Troupe), cache("sdc", "", Blank)},
-		{cache("sda", "", Blank), cache("sdb", "aaa", Troupe), cache("sdc", "bbb", Troupe)},
-	} {
-		if d, _, ok := findCache(disks, agentapi.Disks{}); !ok || d.Name != "sdb" {
-			t.Errorf("found %v, %q", ok, d.Name)
-		}
-		if d, _, ok := findCache(disks, agentapi.Disks{Device: "/dev/sdc"}); !ok || d.Name != "sdc" {
-			t.Errorf("found %v, %q, want the named one", ok, d.Name)
-		}
-	}
-	other := cache("sda", "", "xfs")
-	if _, p, ok := findCache([]Disk{other}, agentapi.Disks{}); ok {
-		t.Errorf("a partition that was put to another use was found: %+v", p)
-	}
+	mounted(t, found.Path, func(string) {})
 }

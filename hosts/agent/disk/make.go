@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,72 +12,7 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/troupe-dev/troupe/hosts/agentapi"
 )
-
-// A Maker finds the cache of a machine, or makes it. It is killed at any point without harm: what it left is found
-// again and finished.
-//
-//	on the disk                     next
-//	blank                           claim it, write the table
-//	claimed                         the same
-//	table, partition empty          mke2fs
-//	table, mke2fs broken off        mke2fs
-//	table, ext4 with our label      use it
-type Maker struct {
-	Scanner Scanner
-	Mke2fs  string // "" means /sbin/mke2fs
-	MinSize int64  // bytes; 0 means the constant MinSize
-	Log     *slog.Logger
-}
-
-// Ensure returns the device with the cache's file system, and whether it was made now. An error that wraps ErrNoDisk
-// says which disks were looked at and what they hold; nothing was written to any of them then.
-func (m Maker) Ensure(ctx context.Context, spec agentapi.Disks) (path string, made bool, err error) {
-	disks, err := m.Scanner.Scan()
-	if err != nil {
-		return "", false, err
-	}
-	if d, p, ok := findCache(disks, spec); ok {
-		return m.use(ctx, d, p)
-	}
-	minSize := m.MinSize
-	if minSize == 0 {
-		minSize = MinSize
-	}
-	d, err := choose(disks, spec, minSize)
-	if err != nil {
-		return "", false, err
-	}
-	m.Log.Warn("making the cache", "disk", d.Name, "size_mib", d.Size>>20, "holds", d.describe())
-	p, err := m.partition(d)
-	if err != nil {
-		return "", false, fmt.Errorf("making the cache on %s: %w", d.Name, err)
-	}
-	return p.Path, true, m.format(ctx, p.Path)
-}
-
-// use takes a partition of ours; one that was not finished is finished first.
-func (m Maker) use(ctx context.Context, d Disk, p Part) (string, bool, error) {
-	var err error
-	switch {
-	case p.Holds == Claimed:
-		m.Log.Warn("finishing a cache that was not made to the end", "disk", d.Name)
-		if p, err = m.partition(d); err != nil {
-			return "", false, fmt.Errorf("finishing the cache on %s: %w", d.Name, err)
-		}
-	case p.Path == "":
-		if p.Path, err = m.show(d, p.Entry); err != nil {
-			return "", false, err
-		}
-	}
-	if p.Holds == Troupe {
-		return p.Path, false, nil
-	}
-	m.Log.Warn("making the cache's file system", "disk", d.Name, "partition", p.Path)
-	return p.Path, true, m.format(ctx, p.Path)
-}
 
 // show makes the kernel see a partition that it did not find itself.
 func (m Maker) show(d Disk, e Entry) (string, error) {

@@ -56,6 +56,15 @@ type Scanner struct {
 
 // Scan returns the disks by name. It only reads, from /sys and from the disks.
 func (s Scanner) Scan() ([]Disk, error) {
+	disks, err := s.list()
+	for i := range disks {
+		disks[i].Err = s.withDefaults().look(&disks[i])
+	}
+	return disks, err
+}
+
+// list returns the disks by name, without a look at what they hold.
+func (s Scanner) list() ([]Disk, error) {
 	s = s.withDefaults()
 	entries, err := os.ReadDir(filepath.Join(s.Sys, "block"))
 	if err != nil {
@@ -66,12 +75,9 @@ func (s Scanner) Scan() ([]Disk, error) {
 		if !s.Keep(e.Name()) {
 			continue
 		}
-		d := s.disk(e.Name())
-		if d.Size == 0 { // a slot without a medium
-			continue
+		if d := s.disk(e.Name()); d.Size != 0 { // else a slot without a medium
+			out = append(out, d)
 		}
-		d.Err = s.look(&d)
-		out = append(out, d)
 	}
 	slices.SortFunc(out, func(a, b Disk) int { return strings.Compare(a.Name, b.Name) })
 	return out, nil
@@ -226,10 +232,17 @@ func Inventory(disks []Disk) []agentapi.Disk {
 	return out
 }
 
+// byID is the directory of udev's links that say which disk one is, whatever name it has in this boot.
+const byID = "/dev/disk/by-id/"
+
+// isIdentity says whether a fleet names a disk by what it is. The kernel gives out names like "/dev/sda" in the order in
+// which disks show, which may be another with each boot.
+func isIdentity(device string) bool { return strings.HasPrefix(device, byID) }
+
 // matches says whether the disk is the one that a fleet names: "/dev/sda", "sda", or a link of udev's in
 // /dev/disk/by-id, which nobody makes in an initramfs: it is taken apart here.
 func (d Disk) matches(device string) bool {
-	id, ok := strings.CutPrefix(device, "/dev/disk/by-id/")
+	id, ok := strings.CutPrefix(device, byID)
 	if !ok {
 		return strings.TrimPrefix(device, "/dev/") == d.Name
 	}
