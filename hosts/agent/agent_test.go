@@ -641,7 +641,9 @@ func TestServiceTakesAnAnnouncedRebootBack(t *testing.T) {
 	defer cancel()
 	done := make(chan error, 1)
 	go func() { done <- svc.run(ctx) }()
-	n.wait("the word that it stays", func(agentapi.Report) bool { return strings.Contains(n.stages(), "reboot") && strings.Contains(n.stages(), "stay") })
+	n.wait("the word that it stays", func(agentapi.Report) bool {
+		return strings.Contains(n.stages(), "reboot") && strings.Contains(n.stages(), "stay")
+	})
 	if svc.rep.has(agentapi.StageReboot) {
 		t.Error("its next reboot would not be announced")
 	}
