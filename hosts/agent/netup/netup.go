@@ -68,10 +68,13 @@ type Finder struct {
 	Drivers <-chan struct{}
 	// Rescan is called before each look for interfaces: drivers may come late. Nil for nothing.
 	Rescan func()
+
+	vain map[string]int // by MAC: how many leases were given up
 }
 
 // Find tries the interfaces in turn until one has a lease, and sets the address. It returns only with a lease or with
-// ctx's error. The preferred interface gets the first two turns alone, while it is there.
+// ctx's error. The preferred interface gets the first two turns alone, while it is there; it then goes first, and those
+// whose leases were given up go last.
 func (f *Finder) Find(ctx context.Context) (*Lease, error) {
 	if err := f.await(ctx); err != nil {
 		return nil, err
@@ -93,6 +96,16 @@ func (f *Finder) Find(ctx context.Context) (*Lease, error) {
 			f.Rescan()
 		}
 	}
+}
+
+// GiveUp takes l from the machine: whoever is looked for is not on that network. The next Find tries its interface again,
+// but after all others.
+func (f *Finder) GiveUp(l *Lease) error {
+	if f.vain == nil {
+		f.vain = map[string]int{}
+	}
+	f.vain[l.MAC]++
+	return l.remove()
 }
 
 // await waits until the preferred interface is there, or all are that there will be.
@@ -135,6 +148,7 @@ func (f *Finder) round(ctx context.Context, n int) (*Lease, error) {
 	if n < 2 && strings.EqualFold(links[0].MAC.String(), f.MAC) {
 		links = links[:1]
 	}
+	slices.SortStableFunc(links, func(a, b Link) int { return f.vain[a.MAC.String()] - f.vain[b.MAC.String()] })
 	var errs []error
 	for _, l := range links {
 		if err := up(ctx, l); err != nil {

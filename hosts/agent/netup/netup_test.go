@@ -58,6 +58,12 @@ func run(t *testing.T, args ...string) string {
 
 func newWire(t *testing.T, name string) *wire {
 	t.Helper()
+	return newWireTo(t, name, mac)
+}
+
+// newWireTo is a wire to an interface with that MAC address.
+func newWireTo(t *testing.T, name, mac string) *wire {
+	t.Helper()
 	w := &wire{t: t, name: name, dir: t.TempDir(), holder: exec.Command("sleep", "infinity")}
 	w.holder.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	if err := w.holder.Start(); err != nil {
@@ -104,7 +110,7 @@ func (w *wire) stopServer() {
 	}
 }
 
-func find(t *testing.T, f Finder) *Lease {
+func find(t *testing.T, f *Finder) *Lease {
 	t.Helper()
 	f.Log = slog.New(slog.NewTextHandler(t.Output(), nil))
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -121,7 +127,7 @@ func TestFindAgainstDnsmasq(t *testing.T) {
 	w.serve("--dhcp-range=10.77.0.50,10.77.0.60,255.255.255.0,1h", "--dhcp-host="+mac+",10.77.0.11,n1",
 		"--dhcp-option=option:router,10.77.0.1", "--dhcp-option=option:dns-server,10.77.0.1,10.77.0.2", "--dhcp-option=option:domain-name,lab.test",
 		"--dhcp-option=option:mtu,1400", "--dhcp-vendorclass=set:agent,"+VendorClass, "--dhcp-ignore=tag:!agent") // only who says the class is answered
-	l := find(t, Finder{MAC: mac})
+	l := find(t, &Finder{MAC: mac})
 	l.ACK = nil
 	want := &Lease{
 		Interface: "one", MAC: mac, Address: netip.MustParsePrefix("10.77.0.11/24"), Server: netip.MustParseAddr("10.77.0.1"),
@@ -147,7 +153,7 @@ func TestFindWaitsForAServerThatComesLate(t *testing.T) {
 	drivers := make(chan struct{})
 	close(drivers)
 	looked := 0
-	l := find(t, Finder{MAC: mac, Drivers: drivers, Rescan: func() {
+	l := find(t, &Finder{MAC: mac, Drivers: drivers, Rescan: func() {
 		if looked++; looked == 1 {
 			w.serve("--dhcp-range=10.77.0.50,10.77.0.60,255.255.255.0,1h", "--dhcp-option=121,10.0.0.0/8,10.77.0.9,0.0.0.0/0,10.77.0.1")
 		}
@@ -166,16 +172,37 @@ func TestFindTakesAnotherInterfaceWhereItsOwnIsSilent(t *testing.T) {
 	run(t, "ip", "link", "add", "silent", "address", "52:54:00:77:00:99", "type", "veth", "peer", "name", "nobody")
 	t.Cleanup(func() { run(t, "ip", "link", "del", "silent") })
 	run(t, "ip", "link", "set", "nobody", "up")
-	l := find(t, Finder{MAC: "52:54:00:77:00:99"})
+	l := find(t, &Finder{MAC: "52:54:00:77:00:99"})
 	if l.Interface != "good" {
 		t.Errorf("lease on %s", l.Interface)
+	}
+}
+
+// TestFindGoesOnFromAnInterfaceThatLedNowhere has two networks with DHCP, the first of which is the wrong one.
+func TestFindGoesOnFromAnInterfaceThatLedNowhere(t *testing.T) {
+	first, second := newWire(t, "first"), newWireTo(t, "second", "52:54:00:77:00:02")
+	for _, w := range []*wire{first, second} {
+		w.serve("--dhcp-range=10.77.0.50,10.77.0.60,255.255.255.0,1h", "--dhcp-option=option:router,10.77.0.1")
+	}
+	f := &Finder{}
+	for _, want := range []string{"first", "second", "first"} {
+		l := find(t, f)
+		if l.Interface != want {
+			t.Errorf("lease on %s, want %s", l.Interface, want)
+		}
+		if err := f.GiveUp(l); err != nil {
+			t.Fatal(err)
+		}
+		if out := run(t, "ip", "-4", "addr", "show", "dev", want) + run(t, "ip", "route"); strings.Contains(out, "10.77.0.") {
+			t.Errorf("left of the lease that was given up:\n%s", out)
+		}
 	}
 }
 
 func TestFindWaitsForTheDriver(t *testing.T) {
 	drivers := make(chan struct{})
 	got := make(chan *Lease)
-	go func() { got <- find(t, Finder{MAC: mac, Drivers: drivers}) }() // before there is any interface
+	go func() { got <- find(t, &Finder{MAC: mac, Drivers: drivers}) }() // before there is any interface
 	w := newWire(t, "slow")
 	w.serve("--dhcp-range=10.77.0.50,10.77.0.60,255.255.255.0,1h")
 	if l := <-got; l.Interface != "slow" {
@@ -213,7 +240,7 @@ func TestKeepRenewsAndRepairs(t *testing.T) {
 	w := newWire(t, "keep")
 	args := []string{"--dhcp-range=10.77.0.50,10.77.0.60,255.255.255.0,2m"}
 	w.serve(args...)
-	l := find(t, Finder{MAC: mac})
+	l := find(t, &Finder{MAC: mac})
 	discovers := func() int {
 		log, err := os.ReadFile(filepath.Join(w.dir, "dnsmasq.log"))
 		if err != nil {
@@ -235,7 +262,7 @@ func TestKeepRenewsAndRepairs(t *testing.T) {
 func TestKeepTakesAnotherAddressWhenTheServerSaysNo(t *testing.T) {
 	w := newWire(t, "nak")
 	w.serve("--dhcp-range=10.77.0.50,10.77.0.60,255.255.255.0,2m")
-	l := find(t, Finder{MAC: mac})
+	l := find(t, &Finder{MAC: mac})
 	w.stopServer()
 	if err := os.Remove(filepath.Join(w.dir, "leases")); err != nil {
 		t.Fatal(err)
@@ -258,7 +285,7 @@ func TestKeepTakesAnotherAddressWhenTheServerSaysNo(t *testing.T) {
 func TestMissingAndApply(t *testing.T) {
 	w := newWire(t, "gone")
 	w.serve("--dhcp-range=10.77.0.50,10.77.0.60,255.255.255.0,1h")
-	l := find(t, Finder{MAC: mac})
+	l := find(t, &Finder{MAC: mac})
 	if gone, err := l.Missing(); gone || err != nil {
 		t.Errorf("Missing: %v, %v", gone, err)
 	}
