@@ -14,8 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/hosts/agent/cache"
-	"github.com/troupe-dev/troupe/hosts/agent/disk"
-	"github.com/troupe-dev/troupe/hosts/agent/inventory"
 	"github.com/troupe-dev/troupe/hosts/agent/kmod"
 	"github.com/troupe-dev/troupe/hosts/agent/netup"
 	"github.com/troupe-dev/troupe/hosts/agent/rescue"
@@ -35,6 +33,7 @@ type boot struct {
 	log       *slog.Logger
 	cmd       Cmdline
 	mods      *kmod.Loader
+	finder    netup.Finder
 	lease     atomic.Pointer[netup.Lease] // the newest answer
 	id        agentapi.Identity
 	inv       agentapi.Inventory
@@ -47,6 +46,8 @@ type boot struct {
 	fsReady   chan struct{} // closed once fsModules were tried
 	fetched   int64         // image bytes since the last mark of it
 	force     func() error  // reboots; replaced in tests
+	resolv    string        // resolvConf; another file in tests
+	patience  time.Duration // strangerPatience; another one in tests
 	endShells func()        // nobody sits at the console any more
 	panics    string        // what the kernel was to do after a panic before we said
 }
@@ -59,7 +60,10 @@ func Init(ctx context.Context) error {
 	if mountErr != nil {
 		log.Error("the first mounts are not whole", "error", mountErr)
 	}
-	b := &boot{log: log, force: forceReboot, drivers: make(chan struct{}), fsReady: make(chan struct{}), copied: make(chan error, 1), panics: setPanic(panicReboot)}
+	b := &boot{
+		log: log, drivers: make(chan struct{}), fsReady: make(chan struct{}), copied: make(chan error, 1), force: forceReboot,
+		resolv: resolvConf, patience: strangerPatience, panics: setPanic(panicReboot),
+	}
 	shells, stopShells := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	for _, tty := range consoles() {
@@ -95,20 +99,20 @@ func (b *boot) run(ctx context.Context) error {
 	if err := b.identify(ctx); err != nil {
 		return err
 	}
-	b.rep.mark(agentapi.Mark{Stage: agentapi.StageAgent, Detail: b.lease.Load().Address.Addr().String() + " on " + b.lease.Load().Interface})
-	if err := b.fol.greet(ctx); err != nil {
+	stopKeeping, err := b.meet(ctx)
+	if err != nil {
 		return err
 	}
+	defer stopKeeping()
 	workers, stopWorkers := context.WithCancel(ctx)
 	defer stopWorkers()
 	var work sync.WaitGroup
 	work.Go(func() { b.rep.run(workers) })
 	work.Go(func() { b.fol.run(workers) })
-	keeper := netup.Keeper{Log: b.log, Save: func(l *netup.Lease) { b.lease.Store(l) }}
-	work.Go(func() { _ = keeper.Keep(workers, b.lease.Load()) }) // ends with its context, and with nothing else
 	ready, err := b.pursue(ctx)
 	stopWorkers()
 	work.Wait()
+	stopKeeping()
 	if err != nil {
 		return err
 	}
@@ -147,52 +151,6 @@ func (b *boot) coldplug() {
 	if len(names) > 0 {
 		b.log.Debug("drivers loaded", "modules", strings.Join(names, " "), "at", sinceBoot())
 	}
-}
-
-// identify brings up the network, and finds out what machine this is meanwhile.
-func (b *boot) identify(ctx context.Context) error {
-	var wg sync.WaitGroup
-	var disks []disk.Disk
-	var lease *netup.Lease
-	var diskErr, netErr error
-	wg.Go(func() {
-		<-b.drivers
-		disks, diskErr = disk.Scanner{}.Scan()
-		b.log.Debug("disks looked at", "number", len(disks), "at", sinceBoot())
-	})
-	wg.Go(func() {
-		finder := netup.Finder{MAC: b.cmd.MAC, Log: b.log, Drivers: b.drivers, Rescan: b.coldplug}
-		lease, netErr = finder.Find(ctx)
-		b.log.Debug("network found", "at", sinceBoot())
-	})
-	wg.Wait()
-	if len(disks) == 0 && diskErr == nil { // some show late; the network took its time meanwhile
-		disks, diskErr = disk.Scanner{}.Scan()
-	}
-	if netErr != nil {
-		return netErr
-	}
-	b.lease.Store(lease)
-	if diskErr != nil {
-		b.log.Warn("the disks cannot be listed", "error", diskErr)
-	}
-	if conf := b.lease.Load().ResolvConf(); conf != "" { // troupe.server may be a name
-		if err := errors.Join(os.MkdirAll("/etc", 0o755), os.WriteFile("/etc/resolv.conf", []byte(conf), 0o644)); err != nil {
-			b.log.Warn("resolv.conf cannot be written", "error", err)
-		}
-	}
-	b.inv = inventory.Reader{}.Read()
-	b.inv.Disks = disk.Inventory(disks)
-	b.id = agentapi.Identity{MAC: b.cmd.MAC, UUID: b.inv.SMBIOS.UUID, Serial: b.inv.SMBIOS.Serial}
-	if b.id.MAC == "" {
-		b.id.MAC = b.lease.Load().MAC
-	}
-	b.rep = newReporter(b.client, b.log, agentapi.Report{Identity: b.id, BootID: b.cmd.Boot, Agent: version.String()})
-	b.fol = newFollower(b.client, b.log, func() agentapi.Hello {
-		return agentapi.Hello{Identity: b.id, BootID: b.cmd.Boot, Agent: version.String(), Kernel: b.cmd.Kernel, Inventory: b.inv}
-	})
-	b.rep.onReply = b.fol.reply
-	return nil
 }
 
 // pursue acts on the assignment, and on each newer one, until a root is mounted that can be switched to.

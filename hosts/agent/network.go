@@ -1,0 +1,150 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/troupe-dev/troupe/hosts/agent/disk"
+	"github.com/troupe-dev/troupe/hosts/agent/inventory"
+	"github.com/troupe-dev/troupe/hosts/agent/netup"
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/internal/version"
+)
+
+// resolvConf is where the initramfs has its name servers.
+const resolvConf = "/etc/resolv.conf"
+
+// strangerPatience is how long the server is looked for through an interface other than the one that the machine booted
+// from. That one may only have been slow, as behind a switch that looks for loops, while another interface hangs on a
+// network that has DHCP, but no way to the server.
+const strangerPatience = 90 * time.Second
+
+// identify brings up the network, and finds out what machine this is meanwhile.
+func (b *boot) identify(ctx context.Context) error {
+	b.finder = netup.Finder{MAC: b.cmd.MAC, Log: b.log, Drivers: b.drivers, Rescan: b.coldplug}
+	var wg sync.WaitGroup
+	var disks []disk.Disk
+	var lease *netup.Lease
+	var diskErr, netErr error
+	wg.Go(func() {
+		<-b.drivers
+		disks, diskErr = disk.Scanner{}.Scan()
+		b.log.Debug("disks looked at", "number", len(disks), "at", sinceBoot())
+	})
+	wg.Go(func() {
+		lease, netErr = b.finder.Find(ctx)
+		b.log.Debug("network found", "at", sinceBoot())
+	})
+	wg.Wait()
+	if len(disks) == 0 && diskErr == nil { // some show late; the network took its time meanwhile
+		disks, diskErr = disk.Scanner{}.Scan()
+	}
+	if netErr != nil {
+		return netErr
+	}
+	if diskErr != nil {
+		b.log.Warn("the disks cannot be listed", "error", diskErr)
+	}
+	b.inv = inventory.Reader{}.Read()
+	b.inv.Disks = disk.Inventory(disks)
+	b.id = agentapi.Identity{MAC: b.cmd.MAC, UUID: b.inv.SMBIOS.UUID, Serial: b.inv.SMBIOS.Serial}
+	b.speak()
+	b.take(lease)
+	return nil
+}
+
+// speak makes what speaks to the server.
+func (b *boot) speak() {
+	b.rep = newReporter(b.client, b.log, agentapi.Report{BootID: b.cmd.Boot, Agent: version.String()})
+	b.fol = newFollower(b.client, b.log, func() agentapi.Hello {
+		return agentapi.Hello{Identity: b.id, BootID: b.cmd.Boot, Agent: version.String(), Kernel: b.cmd.Kernel, Inventory: b.inv}
+	})
+	b.rep.onReply = b.fol.reply
+}
+
+// take goes on with a lease that was found. Nobody else uses the identity until the server was greeted.
+func (b *boot) take(l *netup.Lease) {
+	b.lease.Store(l)
+	if err := b.writeResolv(l.ResolvConf()); err != nil {
+		b.log.Warn("resolv.conf cannot be written", "error", err)
+	}
+	if b.cmd.MAC == "" {
+		b.id.MAC = l.MAC
+	}
+	b.rep.update(false, func(r *agentapi.Report) { r.Identity = b.id })
+	b.rep.forget(agentapi.StageAgent)
+	b.rep.mark(agentapi.Mark{Stage: agentapi.StageAgent, Detail: l.Address.Addr().String() + " on " + l.Interface})
+}
+
+// writeResolv sets the name servers, since troupe.server may be a name; those of a network before do not stay.
+func (b *boot) writeResolv(conf string) error {
+	if conf == "" {
+		if err := os.Remove(b.resolv); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	return errors.Join(os.MkdirAll(filepath.Dir(b.resolv), 0o755), os.WriteFile(b.resolv, []byte(conf), 0o644))
+}
+
+// meet says hello to the server, and keeps the lease meanwhile: a server may be away for longer than a lease lasts. A
+// network on which it is not found is left for another one, unless the machine booted from it. The lease is kept on until
+// stop is called, which waits for that; it may be called more than once.
+func (b *boot) meet(ctx context.Context) (stop func(), err error) {
+	for {
+		stop = b.keepLease(ctx)
+		err := b.greet(ctx)
+		if err == nil {
+			return stop, nil
+		}
+		stop()
+		if !errors.Is(err, errStranger) {
+			return nil, err
+		}
+		l := b.lease.Load()
+		b.log.Warn("giving up an address, to look for another network", "address", l.Address, "interface", l.Interface, "error", err)
+		if err := b.finder.GiveUp(l); err != nil {
+			b.log.Warn("the address stays", "error", err)
+		}
+		if l, err = b.finder.Find(ctx); err != nil {
+			return nil, err
+		}
+		b.take(l)
+	}
+}
+
+// errStranger says that the server is not found through an interface that the machine did not boot from.
+var errStranger = errors.New("the server is not found on this network")
+
+// greet says hello until the server answers, or, where it is a question whether this is its network at all, until
+// patience ends.
+func (b *boot) greet(ctx context.Context) error {
+	if l := b.lease.Load(); strings.EqualFold(l.MAC, b.cmd.MAC) {
+		return b.fol.greet(ctx)
+	}
+	bounded, cancel := context.WithTimeout(ctx, b.patience)
+	defer cancel()
+	err := b.fol.greet(bounded)
+	if err != nil && ctx.Err() == nil {
+		return fmt.Errorf("%w: no answer from %s within %v", errStranger, b.client.Server(), b.patience)
+	}
+	return err
+}
+
+// keepLease renews the lease until stop is called, which waits for the end of that.
+func (b *boot) keepLease(ctx context.Context) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	keeper := netup.Keeper{Log: b.log, Save: func(l *netup.Lease) { b.lease.Store(l) }}
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = keeper.Keep(ctx, b.lease.Load()) }) // ends with its context, and with nothing else
+	return func() {
+		cancel()
+		wg.Wait()
+	}
+}
