@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/internal/quiet"
 	"github.com/troupe-dev/troupe/netboot/dhcp"
 	"github.com/troupe-dev/troupe/netboot/httpboot"
 	"github.com/troupe-dev/troupe/netboot/ipxe"
@@ -89,7 +90,7 @@ func (s *Server) Serve(ctx context.Context, socks Sockets) error {
 	})
 	if socks.NDP != nil {
 		g.Go(func() error {
-			n := &ndp.Server{MAC: socks.MAC, Booting: s.booting.has, Log: s.Log}
+			n := &ndp.Server{MAC: socks.MAC, Booting: s.booting.has, Log: quiet.New(s.Log)}
 			return n.Serve(ctx, socks.NDP)
 		})
 	}
@@ -99,7 +100,7 @@ func (s *Server) Serve(ctx context.Context, socks Sockets) error {
 // Handler serves /boot/ and /blobs/.
 func (s *Server) Handler() http.Handler {
 	mux := http.NewServeMux()
-	h := &httpboot.Handler{Script: s.script, Files: s.loaders().Open, Blobs: s.open, Sent: s.sent, URL: s.URL, Log: s.Log}
+	h := &httpboot.Handler{Script: s.script, Files: s.loaders().Open, Blobs: s.open, Sent: s.sent, URL: s.URL, Log: quiet.New(s.Log)}
 	h.Routes(mux)
 	return mux
 }

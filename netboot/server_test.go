@@ -6,19 +6,23 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
 
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/internal/quiet"
 	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/netboot/dhcp"
 	"github.com/troupe-dev/troupe/netboot/internal/nettest"
@@ -224,6 +228,21 @@ func TestScript(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestScriptErrorsAreRateLimited: anybody may ask for a script that there is none of.
+func TestScriptErrorsAreRateLimited(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		s := &netboot.Server{Director: director{err: errors.New("no fleet")}, Blobs: blobs{}, Log: slog.New(slog.NewTextHandler(&log, nil))}
+		h := s.Handler()
+		for range 1000 {
+			h.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/boot/ipxe?mac="+mac, nil))
+		}
+		if n := strings.Count(log.String(), "\n"); n != quiet.LinesPerSecond {
+			t.Errorf("%d log lines for 1000 requests, want %d", n, quiet.LinesPerSecond)
+		}
+	})
 }
 
 func fetch(t *testing.T, path string) string {

@@ -12,23 +12,21 @@ import (
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
 	"github.com/insomniacslk/dhcp/iana"
+
+	"github.com/troupe-dev/troupe/internal/quiet"
 )
 
 // A responder is a Server at work.
 type responder struct {
 	cfg   *Server
 	log   *slog.Logger
-	noise *quiet // for lines that anybody on the network can cause
 	pool  *pool
 	boots *boots
 	ids   *identities
 }
 
 func newResponder(ctx context.Context, s *Server) (*responder, error) {
-	log := s.Log
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
+	log := quiet.New(s.Log)
 	var store LeaseStore = noStore{}
 	if s.Leases != nil {
 		store = s.Leases
@@ -37,7 +35,7 @@ func newResponder(ctx context.Context, s *Server) (*responder, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &responder{cfg: s, log: log, noise: newQuiet(log), pool: p, boots: newBoots(), ids: newIdentities()}, nil
+	return &responder{cfg: s, log: log, pool: p, boots: newBoots(), ids: newIdentities()}, nil
 }
 
 func (r *responder) workers() int {
@@ -62,7 +60,7 @@ type request struct {
 func (r *responder) answer(ctx context.Context, p Packet) (reply Reply, ok bool) {
 	q, err := parse(p)
 	if err != nil {
-		r.noise.Warn("not a DHCP request", "from", p.From, "err", err)
+		r.log.Warn("not a DHCP request", "from", p.From, "err", err)
 		return Reply{}, false
 	}
 	if r.cfg.Booting != nil && q.Program == IPXE && q.MessageType() == dhcpv4.MessageTypeDiscover {
@@ -75,7 +73,7 @@ func (r *responder) answer(ctx context.Context, p Packet) (reply Reply, ok bool)
 		m, err = r.serve(ctx, q)
 	}
 	if err != nil {
-		r.noise.Warn("DHCP request not answered", "mac", q.mac, "type", q.MessageType().String(), "err", err)
+		r.log.Warn("DHCP request not answered", "mac", q.mac, "type", q.MessageType().String(), "err", err)
 		return Reply{}, false
 	}
 	if m == nil {
@@ -308,7 +306,7 @@ func (r *responder) nak(q *request, why string) (*dhcpv4.DHCPv4, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making a NAK: %w", err)
 	}
-	r.noise.Info("address refused", "mac", q.mac, "why", why)
+	r.log.Info("address refused", "mac", q.mac, "why", why)
 	return m, nil
 }
 
@@ -317,11 +315,11 @@ func (r *responder) nak(q *request, why string) (*dhcpv4.DHCPv4, error) {
 func (r *responder) decline(ctx context.Context, q *request) {
 	a := addrOf(q.RequestedIPAddress())
 	if h := r.lookup(q); h.Address.IsValid() && h.Address == a {
-		r.noise.Warn("another machine uses the address of a host", "mac", q.mac, "address", a, "host", h.Name)
+		r.log.Warn("another machine uses the address of a host", "mac", q.mac, "address", a, "host", h.Name)
 		return
 	}
 	if r.pool.decline(ctx, q.mac, a) {
-		r.noise.Warn("another machine uses an address of the dynamic range", "mac", q.mac, "address", a, "not_given_for", declineHold)
+		r.log.Warn("another machine uses an address of the dynamic range", "mac", q.mac, "address", a, "not_given_for", declineHold)
 	}
 }
 
@@ -374,7 +372,7 @@ func echoMachineID(m, req *dhcpv4.DHCPv4) {
 // tell reports to the observer and the log.
 func (r *responder) tell(q *request, a netip.Addr, detail string, err error) {
 	if err != nil {
-		r.noise.Warn("DHCP", "mac", q.mac, "program", q.Program.String(), "err", err)
+		r.log.Warn("DHCP", "mac", q.mac, "program", q.Program.String(), "err", err)
 	} else {
 		r.log.Info("DHCP offer", "mac", q.mac, "address", a, "program", q.Program.String(), "boot", detail)
 	}

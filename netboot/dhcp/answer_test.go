@@ -15,6 +15,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/insomniacslk/dhcp/dhcpv4"
 	"github.com/insomniacslk/dhcp/iana"
+
+	"github.com/troupe-dev/troupe/internal/quiet"
 )
 
 const (
@@ -713,11 +715,36 @@ func TestLogIsRateLimited(t *testing.T) {
 		flood()
 		time.Sleep(2 * time.Second)
 		flood()
-		if n := strings.Count(log.String(), "\n"); n != 2*linesPerSecond {
-			t.Errorf("%d log lines for 2000 packets, want %d", n, 2*linesPerSecond)
+		if n := strings.Count(log.String(), "\n"); n != 2*quiet.LinesPerSecond {
+			t.Errorf("%d log lines for 2000 packets, want %d", n, 2*quiet.LinesPerSecond)
 		}
 		if !strings.Contains(log.String(), "suppressed=990") {
 			t.Errorf("the log does not say how many lines it lacks:\n%s", &log)
+		}
+	})
+}
+
+// TestOffersAreRateLimited: each DISCOVER of another transaction is a boot, as far as anybody can tell.
+func TestOffersAreRateLimited(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(t, ModeServer)
+		var log bytes.Buffer
+		d.server.Log = slog.New(slog.NewTextHandler(&log, nil))
+		d.restart()
+		for n := range byte(200) {
+			d.broadcast(discover, mac1, class("PXEClient:Arch:00007"), arch(7), dhcpv4.WithTransactionID(dhcpv4.TransactionID{n}))
+		}
+		if n := strings.Count(log.String(), "DHCP offer"); len(d.events) != 200 || n != quiet.LinesPerSecond {
+			t.Errorf("%d log lines for %d offers, want %d for 200", n, len(d.events), quiet.LinesPerSecond)
+		}
+		log.Reset()
+		time.Sleep(time.Second)
+		for range 200 {
+			a := d.lease(mac2)
+			d.send(server, ServerPort, message(t, dhcpv4.MessageTypeRelease, mac2, dhcpv4.WithClientIP(a.AsSlice())))
+		}
+		if n := strings.Count(log.String(), "address released"); n != quiet.LinesPerSecond {
+			t.Errorf("%d log lines for 200 releases, want %d", n, quiet.LinesPerSecond)
 		}
 	})
 }

@@ -1,8 +1,6 @@
 package dhcp
 
 import (
-	"context"
-	"log/slog"
 	"strings"
 	"sync"
 	"time"
@@ -83,47 +81,6 @@ func (is *identities) put(mac string, uuids []string) {
 	if _, known := is.by[mac]; known || len(is.by) < maxRemembered {
 		is.by[mac] = uuids
 	}
-}
-
-// quiet lets a few lines a second through to a log, and then says how many it kept back: nobody on the network shall be
-// able to fill a disk.
-type quiet struct {
-	log *slog.Logger
-
-	mu     sync.Mutex
-	second time.Time
-	lines  int
-	kept   int
-}
-
-const linesPerSecond = 10
-
-func newQuiet(log *slog.Logger) *quiet { return &quiet{log: log} }
-
-// Warn logs at the level of warnings, as slog does.
-func (q *quiet) Warn(msg string, args ...any) { q.put(slog.LevelWarn, msg, args) }
-
-// Info logs at the level of information, as slog does.
-func (q *quiet) Info(msg string, args ...any) { q.put(slog.LevelInfo, msg, args) }
-
-func (q *quiet) put(level slog.Level, msg string, args []any) {
-	q.mu.Lock()
-	now := time.Now()
-	if now.Sub(q.second) >= time.Second {
-		q.second, q.lines = now, 0
-	}
-	q.lines++
-	if q.lines > linesPerSecond {
-		q.kept++
-		q.mu.Unlock()
-		return
-	}
-	if q.kept > 0 {
-		args = append(args, "suppressed", q.kept)
-		q.kept = 0
-	}
-	q.mu.Unlock()
-	q.log.Log(context.Background(), level, msg, args...) //nolint:sloglint // a literal of the caller
 }
 
 // clean is a name that a machine chose for itself, with nothing in it that could upset a terminal or a log, and short.

@@ -166,7 +166,7 @@ func (r *responder) receive(ctx context.Context, t Transport, queues []chan job)
 		case errors.Is(err, net.ErrClosed):
 			return fmt.Errorf("receiving DHCP packets: %w", err)
 		case err != nil:
-			r.noise.Warn("receiving a DHCP packet", "err", err)
+			r.log.Warn("receiving a DHCP packet", "err", err)
 			pause = min(max(2*pause, 10*time.Millisecond), time.Second)
 			if !sleep(ctx, pause) {
 				return nil
@@ -178,7 +178,7 @@ func (r *responder) receive(ctx context.Context, t Transport, queues []chan job)
 		select {
 		case queues[maphash.Bytes(seed, chaddr(p.Data))%uint64(len(queues))] <- job{p, t}:
 		default:
-			r.noise.Warn("dropped a DHCP packet: too many at once", "from", p.From)
+			r.log.Warn("dropped a DHCP packet: too many at once", "from", p.From)
 		}
 	}
 }
@@ -202,7 +202,7 @@ func (r *responder) work(ctx context.Context, jobs <-chan job) error {
 				continue
 			}
 			if err := j.via.Send(reply); err != nil && ctx.Err() == nil {
-				r.noise.Warn("sending a DHCP answer", "to", reply.To, "mac", reply.MAC, "err", err)
+				r.log.Warn("sending a DHCP answer", "to", reply.To, "mac", reply.MAC, "err", err)
 			}
 		}
 	}

@@ -38,7 +38,7 @@ type Handler struct {
 	Sent func(Transfer)
 
 	URL string       // where machines reach this server; "": the address that they reached it at
-	Log *slog.Logger // nil: nothing is logged
+	Log *slog.Logger // of lines that anybody on the network can cause. nil: nothing is logged
 }
 
 // A Request is what a machine says when it asks for its script.

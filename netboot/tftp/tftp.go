@@ -16,6 +16,8 @@ import (
 
 	"github.com/pin/tftp/v3"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/troupe-dev/troupe/internal/quiet"
 )
 
 // Port is where firmware asks; it knows no other.
@@ -56,10 +58,7 @@ type Transfer struct {
 // Serve sends files to who asks on conn until ctx ends, and then returns nil. It closes conn. A transfer that is under
 // way when ctx ends is broken off, which takes up to six seconds when its machine has gone.
 func (s *Server) Serve(ctx context.Context, conn net.PacketConn) error {
-	run := &runner{Server: s, stop: ctx.Done(), slots: make(chan struct{}, s.transfers()), log: s.Log}
-	if run.log == nil {
-		run.log = slog.New(slog.DiscardHandler)
-	}
+	run := s.runner(ctx.Done())
 	srv := tftp.NewServer(run.send, nil)
 	srv.SetTimeout(retransmitAfter)
 	srv.SetRetries(retransmits)
@@ -82,6 +81,10 @@ func (s *Server) Serve(ctx context.Context, conn net.PacketConn) error {
 	srv.Shutdown()
 	_ = conn.Close() // a Shutdown that came before Serve knew conn has not closed it
 	return g.Wait()
+}
+
+func (s *Server) runner(stop <-chan struct{}) *runner {
+	return &runner{Server: s, stop: stop, slots: make(chan struct{}, s.transfers()), log: quiet.New(s.Log)}
 }
 
 func (s *Server) transfers() int {

@@ -1,14 +1,18 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/troupe-dev/troupe/internal/quiet"
 )
 
 // fill takes all places in q, inside and waiting. The function that it returns lets one of them go; end lets all go.
@@ -70,7 +74,8 @@ func TestQueue(t *testing.T) {
 // Each request that reads all records waits for its turn; agents and monitoring do not wait for operators.
 func TestListsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := &Server{} // without a store: nothing may be read
+		var log bytes.Buffer
+		s := &Server{Log: slog.New(slog.NewTextHandler(&log, nil))} // without a store: nothing may be read
 		h := s.Handler()
 		_, end := fill(t, s.lists)
 		defer end()
@@ -85,6 +90,14 @@ func TestListsAreBounded(t *testing.T) {
 			if w.Code != want || (want == 503) != (w.Header().Get("Retry-After") != "") {
 				t.Errorf("%s: %d, Retry-After %q, want %d", path, w.Code, w.Header().Get("Retry-After"), want)
 			}
+		}
+		time.Sleep(time.Second)
+		log.Reset()
+		for range 1000 { // nor may they fill the log
+			h.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1/hosts", nil))
+		}
+		if n := strings.Count(log.String(), "\n"); n != quiet.LinesPerSecond {
+			t.Errorf("%d log lines for 1000 requests, want %d", n, quiet.LinesPerSecond)
 		}
 		if _, err := s.recipe(t.Context(), "web"); !refusedAsBusy(err) {
 			t.Errorf("a log: %v", err)

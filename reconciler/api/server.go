@@ -17,6 +17,7 @@ import (
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/internal/quiet"
 	"github.com/troupe-dev/troupe/reconciler/state"
 	"github.com/troupe-dev/troupe/schema"
 )
@@ -83,9 +84,7 @@ const (
 // Handler serves the API: /api/v1/, /node/v1/, /healthz and /metrics. Requests that a browser makes for a page of
 // another origin and that would change something are refused.
 func (s *Server) Handler() http.Handler {
-	if s.Log == nil {
-		s.Log = slog.New(slog.DiscardHandler)
-	}
+	s.Log = quiet.New(s.Log)
 	if s.Started.IsZero() {
 		s.Started = time.Now()
 	}
