@@ -65,8 +65,9 @@ func (r Runner) loop(ctx context.Context, i int, c agentapi.Check, b *board) {
 	}
 	every = max(every, minEvery)
 	passed := false
+	var p prober
 	for {
-		err := Try(ctx, c, timeout)
+		err := p.try(ctx, c, timeout)
 		if ctx.Err() != nil {
 			return
 		}
@@ -139,8 +140,20 @@ func Name(c agentapi.Check) string {
 	return "system"
 }
 
-// Try runs a check once; nil says that it passed.
+// Try runs a check once; nil says that it passed. It returns some 2 s after the timeout at the latest.
 func Try(ctx context.Context, c agentapi.Check, timeout time.Duration) error {
+	return new(prober).try(ctx, c, timeout)
+}
+
+// A prober makes the tries of one check, one after the other.
+type prober struct {
+	hung <-chan struct{} // closed once a command ends that was left behind; nil for none
+}
+
+// errHangs says that a command does not even end when it is killed, as one that waits for a disk which does not answer.
+var errHangs = errors.New("it hangs in the kernel")
+
+func (p *prober) try(ctx context.Context, c agentapi.Check, timeout time.Duration) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer within %v", timeout))
 	defer cancel()
 	var err error
@@ -150,13 +163,16 @@ func Try(ctx context.Context, c agentapi.Check, timeout time.Duration) error {
 	case c.TCP != nil:
 		err = tryTCP(ctx, c.TCP.Port)
 	case c.Unit != "":
-		err = tryUnit(ctx, c.Unit)
+		err = p.tryUnit(ctx, c.Unit)
 	case len(c.Exec) > 0:
-		err = tryExec(ctx, c.Exec)
+		err = p.tryExec(ctx, c.Exec)
 	default:
-		err = trySystem(ctx)
+		err = p.trySystem(ctx)
 	}
-	if err != nil && ctx.Err() != nil {
+	switch {
+	case errors.Is(err, errHangs):
+		return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+	case err != nil && ctx.Err() != nil:
 		return context.Cause(ctx)
 	}
 	return err
@@ -212,8 +228,8 @@ func tryTCP(ctx context.Context, port uint16) error {
 	return conn.Close()
 }
 
-func tryUnit(ctx context.Context, unit string) error {
-	state, err := output(ctx, "systemctl", "is-active", "--", unit)
+func (p *prober) tryUnit(ctx context.Context, unit string) error {
+	state, err := p.output(ctx, "systemctl", "is-active", "--", unit)
 	if err != nil && state != "" {
 		return errors.New(state)
 	}
@@ -222,11 +238,11 @@ func tryUnit(ctx context.Context, unit string) error {
 
 // trySystem passes once systemd has reached its default target. A unit that failed makes a system "degraded", which
 // is healthy where the fleet asks for no check of it.
-func trySystem(ctx context.Context) error {
-	if _, err := output(ctx, "systemctl", "--quiet", "is-active", "default.target", "multi-user.target"); err == nil {
+func (p *prober) trySystem(ctx context.Context) error {
+	if _, err := p.output(ctx, "systemctl", "--quiet", "is-active", "default.target", "multi-user.target"); err == nil {
 		return nil // one of them is enough
 	}
-	state, err := output(ctx, "systemctl", "is-system-running")
+	state, err := p.output(ctx, "systemctl", "is-system-running")
 	switch state {
 	case "running", "degraded":
 		return nil
@@ -236,8 +252,8 @@ func trySystem(ctx context.Context) error {
 	return fmt.Errorf("systemd says %q", state)
 }
 
-func tryExec(ctx context.Context, argv []string) error {
-	out, err := output(ctx, argv[0], argv[1:]...)
+func (p *prober) tryExec(ctx context.Context, argv []string) error {
+	out, err := p.output(ctx, argv[0], argv[1:]...)
 	if err != nil && out != "" {
 		lines := strings.Split(out, "\n")
 		return fmt.Errorf("%w: %.200s", err, lines[len(lines)-1])
@@ -245,17 +261,62 @@ func tryExec(ctx context.Context, argv []string) error {
 	return err
 }
 
+// How long a command may go on after it was killed. What it started may have got away and hold its output open: that is
+// closed after the first of these. After the second it is left behind.
+const (
+	closeAfter = time.Second
+	leaveAfter = 2 * time.Second
+)
+
 // output runs a command and returns the end of what it printed, also with an error. The command and all that it
-// started are killed when ctx ends.
-func output(ctx context.Context, name string, args ...string) (string, error) {
+// started are killed when ctx ends. One that goes on even then is left to a goroutine of its own, so that it holds up
+// nobody, and no other is started before it has ended.
+func (p *prober) output(ctx context.Context, name string, args ...string) (string, error) {
+	if p.hung != nil {
+		select {
+		case <-p.hung:
+			p.hung = nil
+		case <-ctx.Done():
+			return "", errHangs
+		}
+	}
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	cmd.WaitDelay = time.Second
+	cmd.WaitDelay = closeAfter
 	var t tail
 	cmd.Stdout, cmd.Stderr = &t, &t
-	err := cmd.Run()
+	if err := cmd.Start(); err != nil {
+		return "", err
+	}
+	var err error
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		err = cmd.Wait()
+	}()
+	if !endsWith(ctx, ended) {
+		p.hung = ended
+		return "", errHangs
+	}
 	return strings.TrimSpace(string(t.b)), err
+}
+
+// endsWith waits for a command that is killed when ctx ends, and says whether it has ended.
+func endsWith(ctx context.Context, ended <-chan struct{}) bool {
+	select {
+	case <-ended:
+		return true
+	case <-ctx.Done():
+	}
+	grace := time.NewTimer(leaveAfter)
+	defer grace.Stop()
+	select {
+	case <-ended:
+		return true
+	case <-grace.C:
+		return false
+	}
 }
 
 // tail keeps the last bytes of an output that may be endless.

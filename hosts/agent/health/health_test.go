@@ -8,8 +8,10 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -161,4 +163,74 @@ func TestRunnerTellsChangesOnly(t *testing.T) {
 	if len(told) > 0 {
 		t.Errorf("told once more: %+v", <-told)
 	}
+}
+
+// frozen is a directory in a file system that lets nobody write until thaw is called, as on a disk that does not answer.
+// Who writes there waits in the kernel, and cannot be killed.
+func frozen(t *testing.T) (dir string, thaw func()) {
+	t.Helper()
+	run := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+	image, dir := filepath.Join(t.TempDir(), "image"), t.TempDir()
+	run("mke2fs", "-q", "-F", "-t", "ext4", image, "16M")
+	run("mount", "-o", "loop", image, dir)
+	t.Cleanup(func() { run("umount", "--lazy", dir) }) // who was let go may not be out yet
+	run("fsfreeze", "--freeze", dir)
+	thaw = sync.OnceFunc(func() { run("fsfreeze", "--unfreeze", dir) })
+	t.Cleanup(thaw)
+	return dir, thaw
+}
+
+// TestRunnerLeavesACommandThatHangsInTheKernel has a check that cannot be killed.
+func TestRunnerLeavesACommandThatHangsInTheKernel(t *testing.T) {
+	dir, thaw := frozen(t)
+	runs := filepath.Join(t.TempDir(), "runs")
+	c := agentapi.Check{Exec: []string{"sh", "-c", "echo run >>" + runs + "; echo x >" + dir + "/x"}, Every: time.Millisecond, Timeout: 100 * time.Millisecond}
+	lines := func() int {
+		b, err := os.ReadFile(runs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Count(string(b), "\n")
+	}
+	var p prober
+	for range 3 {
+		if err := p.try(t.Context(), c, c.Timeout); err == nil || err.Error() != "no answer within 100ms: it hangs in the kernel" {
+			t.Errorf("while it hangs: %v", err)
+		}
+	}
+	if n := lines(); n != 1 {
+		t.Errorf("%d runs were started while one hung", n)
+	}
+	left := p.hung
+	thaw()
+	<-left
+	if err := p.try(t.Context(), c, time.Minute); err != nil {
+		t.Errorf("afterwards: %v", err)
+	}
+}
+
+// TestRunnerEndsWhileACommandHangs stops the checks, as for another assignment, while one cannot be killed.
+func TestRunnerEndsWhileACommandHangs(t *testing.T) {
+	dir, _ := frozen(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	told := make(chan agentapi.Health, 1)
+	r := Runner{
+		Checks: []agentapi.Check{{Exec: []string{"sh", "-c", "echo x >" + dir + "/x"}, Timeout: 100 * time.Millisecond}},
+		Log:    slog.New(slog.DiscardHandler), Changed: func(h agentapi.Health) { told <- h },
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		r.Run(ctx)
+	}()
+	if h := <-told; h.Healthy || !strings.HasSuffix(strings.Join(h.Failing, ""), "it hangs in the kernel") {
+		t.Errorf("health %+v", h)
+	}
+	cancel()
+	<-done
 }
