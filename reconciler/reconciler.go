@@ -91,7 +91,9 @@ func New(cfg Config) *Reconciler {
 		builder: cfg.Builder, arch: cfg.Arch, blobs: cfg.Blobs, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log,
 		now: time.Now, limit: cfg.Jobs, wake: make(chan struct{}, 1), hasten: make(chan images.RecipeID),
 	}
-	r.assign = &assign{store: cfg.Store, plan: r.plan, events: r.events, now: time.Now, wake: make(chan struct{}, 1)}
+	r.assign = &assign{
+		store: cfg.Store, plan: r.plan, events: r.events, log: cfg.Log, now: time.Now, wake: make(chan struct{}, 1), again: assignAgain,
+	}
 	r.operators = newAPI(r)
 	r.silences = &silences{hosts: r.operators.Hosts, store: cfg.Store, events: r.events, every: listenEvery}
 	return r
