@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,6 +29,12 @@ type mounted struct {
 
 // activate brings an assignment up to a mounted root. It may be broken off and begun again at any point.
 func (b *boot) activate(ctx context.Context, a agentapi.Assignment) (*mounted, error) {
+	m, err := b.tryActivate(ctx, a)
+	b.closeDamaged(err)
+	return m, err
+}
+
+func (b *boot) tryActivate(ctx context.Context, a agentapi.Assignment) (*mounted, error) {
 	if err := check(a); err != nil {
 		return nil, err
 	}
@@ -74,28 +81,56 @@ func (b *boot) openCache(ctx context.Context, spec agentapi.Disks) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	found, err := disk.Maker{Settle: lateDisks, Rescan: b.coldplug, Log: b.log}.Ensure(ctx, spec)
+	maker := disk.Maker{Settle: lateDisks, Rescan: b.coldplug, Log: b.log}
+	found, err := maker.Ensure(ctx, spec)
 	if err != nil {
 		return err
 	}
-	if err := disk.Mount(found.Path, cacheDir); err != nil {
+	if found, err = maker.Mount(ctx, found, cacheDir); err != nil {
 		return err
 	}
 	c, err := cache.Open(cacheDir, b.log)
+	if err == nil && found.Repaired {
+		err = c.VerifyAll()
+	}
 	if err != nil {
 		return errors.Join(err, unix.Unmount(cacheDir, 0))
 	}
 	b.cache = c
-	detail := "found on " + found.Path
-	if found.Made {
-		detail = "made on " + found.Path
-	}
-	if found.Note != "" {
-		detail += ", " + found.Note
-	}
 	b.rep.update(false, func(r *agentapi.Report) { r.Cached = cached(c) })
-	b.rep.mark(agentapi.Mark{Stage: agentapi.StageCache, Detail: detail})
+	b.rep.mark(agentapi.Mark{Stage: agentapi.StageCache, Detail: cacheDetail(found)})
 	return nil
+}
+
+// cacheDetail tells people where the cache is, and what became of it.
+func cacheDetail(f disk.Found) string {
+	detail := "found on " + f.Path
+	if f.Made {
+		detail = "made on " + f.Path
+	}
+	if f.Repaired {
+		detail += ", repaired"
+	}
+	if f.Note != "" {
+		detail += ", " + f.Note
+	}
+	return detail
+}
+
+// closeDamaged lets go of a cache whose file system turned out to be damaged: the kernel makes it read-only then. The next
+// try opens it again, and so repairs it.
+func (b *boot) closeDamaged(err error) {
+	isDamage := slices.ContainsFunc([]error{unix.EROFS, unix.EUCLEAN, unix.EBADMSG}, func(e error) bool { return errors.Is(err, e) })
+	if b.cache == nil || !isDamage {
+		return
+	}
+	b.log.Error("the cache is damaged", "error", err)
+	if err := unix.Unmount(b.cache.Dir(), 0); err != nil {
+		b.log.Error("the cache cannot be unmounted to be repaired", "error", err)
+		return
+	}
+	b.cache = nil
+	b.rep.forget(agentapi.StageCache)
 }
 
 // lateDisks is how long a disk may take to show after its driver was loaded, before another one is written to, or its

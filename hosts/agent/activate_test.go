@@ -2,13 +2,18 @@ package agent
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/troupe-dev/troupe/hosts/agent/cache"
+	"github.com/troupe-dev/troupe/hosts/agent/disk"
 	"github.com/troupe-dev/troupe/hosts/agent/netup"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/hosts/agentapi/agentapitest"
@@ -81,6 +86,48 @@ func TestRefreshResolvLeavesAloneWhatIsNotOurs(t *testing.T) {
 	}
 	if err := refreshResolv(t.TempDir(), conf); err != nil {
 		t.Errorf("no file: %v", err)
+	}
+}
+
+// TestADamagedCacheIsOpenedAgain has a file system that became read-only, as the kernel makes one that it finds damaged.
+func TestADamagedCacheIsOpenedAgain(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }) // where the test failed
+	b := &boot{log: nothing, cache: cacheWith(t, dir, a, "base", "delta of web"), rep: newReporter(nil, nothing, agentapi.Report{})}
+	b.rep.mark(agentapi.Mark{Stage: agentapi.StageCache})
+	b.closeDamaged(nil)
+	b.closeDamaged(context.Canceled)
+	if b.cache == nil {
+		t.Fatal("a whole cache was closed")
+	}
+	if err := unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	if m, err := b.activate(t.Context(), a); m != nil || !errors.Is(err, unix.EROFS) {
+		t.Fatalf("activate: %+v, %v", m, err)
+	}
+	if b.cache != nil || b.rep.has(agentapi.StageCache) {
+		t.Error("the next try does not open it again")
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Errorf("it is still mounted: %v, %v", left, err)
+	}
+}
+
+func TestCacheDetail(t *testing.T) {
+	for want, f := range map[string]disk.Found{
+		"found on /dev/sda1":           {Path: "/dev/sda1"},
+		"found on /dev/sda1, repaired": {Path: "/dev/sda1", Repaired: true},
+		"made on /dev/sda1, anew":      {Path: "/dev/sda1", Made: true, Note: "anew"},
+	} {
+		if got := cacheDetail(f); got != want {
+			t.Errorf("%+v: %q, want %q", f, got, want)
+		}
 	}
 }
 

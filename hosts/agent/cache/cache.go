@@ -107,6 +107,9 @@ func Open(dir string, log *slog.Logger) (*Cache, error) {
 	return c, nil
 }
 
+// Dir is the directory that the cache was opened with.
+func (c *Cache) Dir() string { return c.dir }
+
 func (c *Cache) path(elem ...string) string {
 	return filepath.Join(append([]string{c.dir}, elem...)...)
 }

@@ -592,8 +592,15 @@ func TestVerifyFindsRot(t *testing.T) {
 	if ok, err := c.Verify(b.Digest); ok || err != nil {
 		t.Errorf("a rotten image: %v, %v", ok, err)
 	}
-	if err := c.RemoveImage(b.Digest); err != nil {
+	good := digest.Of([]byte("good"))
+	if err := os.WriteFile(c.Path(good), []byte("good"), 0o600); err != nil {
 		t.Fatal(err)
+	}
+	if err := c.VerifyAll(); err != nil || !c.Has(good, 4) || c.Has(b.Digest, -1) {
+		t.Errorf("VerifyAll: %v; the good one is there: %v, the rotten one: %v", err, c.Has(good, 4), c.Has(b.Digest, -1))
+	}
+	if err := c.RemoveImage(b.Digest); err != nil {
+		t.Errorf("removing an image that is gone: %v", err)
 	}
 	if ok, err := c.Verify(b.Digest); ok || err != nil {
 		t.Errorf("no image: %v, %v", ok, err)

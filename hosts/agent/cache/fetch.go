@@ -268,3 +268,22 @@ func (c *Cache) Verify(d digest.Digest) (bool, error) {
 	// A disk that cannot read the file back has lost it, too.
 	return err == nil && got == d, nil
 }
+
+// VerifyAll hashes all images again, and takes those out of the cache that are not what they were: after a repair of the
+// file system a name says no more that an image is whole.
+func (c *Cache) VerifyAll() error {
+	all, err := c.List()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, d := range all {
+		ok, err := c.Verify(d)
+		if err == nil && !ok {
+			c.log.Error("an image in the cache is broken and is fetched again", "digest", d.Short())
+			err = c.RemoveImage(d)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}

@@ -27,6 +27,7 @@ import (
 type Maker struct {
 	Scanner Scanner
 	Mke2fs  string        // "" means /sbin/mke2fs
+	E2fsck  string        // "" means /sbin/e2fsck
 	MinSize int64         // bytes; 0 means the constant MinSize
 	Settle  time.Duration // how long the disks must have been the same before one is written to; 0 does not wait
 	Rescan  func()        // looks for devices that showed late; called several times a second while waiting; may be nil
@@ -40,7 +41,9 @@ const rescanEvery = 300 * time.Millisecond
 type Found struct {
 	Path string // its device, "/dev/vda1"
 	Made bool   // it was made now, and is empty
-	Note string // what people should know of it; "" for nothing
+	// Repaired says that e2fsck changed it: what is in its files may be something else than before.
+	Repaired bool
+	Note     string // what people should know of it; "" for nothing
 }
 
 // Ensure returns the cache, found or made. An error that wraps ErrNoDisk says which disks were looked at and what they

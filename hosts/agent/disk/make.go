@@ -146,15 +146,3 @@ func lastLine(s string) string {
 	lines := strings.Split(strings.TrimSpace(s), "\n")
 	return lines[len(lines)-1]
 }
-
-// Mount mounts the cache's file system on dir, which is made where it is not there.
-func Mount(path, dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	err := unix.Mount(path, dir, "ext4", unix.MS_NOATIME|unix.MS_NODEV|unix.MS_NOSUID, "errors=remount-ro")
-	if err != nil {
-		return fmt.Errorf("mounting the cache %s on %s: %w", path, dir, err)
-	}
-	return nil
-}

@@ -1,0 +1,164 @@
+package disk
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+)
+
+// usedCache is a cache with a file in it, and its maker, which uses the real tools.
+func usedCache(t *testing.T) (Maker, Found) {
+	t.Helper()
+	d := newLoopDisk(t, 128<<20)
+	m := d.maker()
+	m.E2fsck = "e2fsck"
+	found, err := m.Ensure(t.Context(), agentapi.Disks{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	mounted(t, found.Path, func(dir string) {
+		if err := os.WriteFile(filepath.Join(dir, "x"), []byte("kept"), 0o600); err != nil {
+			t.Error(err)
+		}
+	})
+	return m, Found{Path: found.Path}
+}
+
+// mount mounts the cache, reads its file, and unmounts it again.
+func mount(t *testing.T, m Maker, found Found) (Found, string, error) {
+	t.Helper()
+	dir := t.TempDir()
+	found, err := m.Mount(t.Context(), found, dir)
+	if err != nil {
+		return found, "", err
+	}
+	b, readErr := os.ReadFile(filepath.Join(dir, "x"))
+	if readErr != nil && !errors.Is(readErr, os.ErrNotExist) {
+		t.Error(readErr)
+	}
+	if err := unix.Unmount(dir, 0); err != nil {
+		t.Error(err)
+	}
+	return found, string(b), nil
+}
+
+// tool is a program that stands in for e2fsck.
+func tool(t *testing.T, script string) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "tool")
+	if err := os.WriteFile(name, []byte("#!/bin/sh\n"+script+"\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+// breakDescriptors overwrites the block group descriptors, without which nothing mounts.
+func breakDescriptors(t *testing.T, path string) {
+	t.Helper()
+	for line := range strings.Lines(run(t, "dumpe2fs", path)) {
+		if size, ok := strings.CutPrefix(line, "Block size:"); ok && strings.TrimSpace(size) == "4096" {
+			put(t, path, 4096, strings.Repeat("\xa5", 64))
+			return
+		}
+	}
+	put(t, path, 2048, strings.Repeat("\xa5", 64))
+}
+
+func TestMountOfAWholeCacheChecksNothing(t *testing.T) {
+	m, found := usedCache(t)
+	m.E2fsck = filepath.Join(t.TempDir(), "not there")
+	if got, x, err := mount(t, m, found); err != nil || got != found || x != "kept" {
+		t.Errorf("Mount: %+v, %q, %v", got, x, err)
+	}
+	// The same after a power cut: the image as it is while it is mounted.
+	cut := filepath.Join(t.TempDir(), "cut.img")
+	mounted(t, found.Path, func(dir string) {
+		if err := os.WriteFile(filepath.Join(dir, "y"), []byte("late"), 0o600); err != nil {
+			t.Error(err)
+		}
+		unix.Sync()
+		run(t, "dd", "if="+found.Path, "of="+cut, "bs=1M", "status=none")
+	})
+	if out := run(t, "dumpe2fs", "-h", cut); !strings.Contains(out, "needs_recovery") {
+		t.Fatalf("this is no image of a power cut:\n%s", out)
+	}
+	dev := strings.TrimSpace(run(t, "losetup", "-f", "--show", cut))
+	defer run(t, "losetup", "-d", dev)
+	if got, x, err := mount(t, m, Found{Path: dev}); err != nil || got.Repaired || got.Made || x != "kept" {
+		t.Errorf("Mount after a power cut: %+v, %q, %v", got, x, err)
+	}
+}
+
+func TestMountRepairsWhatHasErrors(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		spoil func(t *testing.T, path string)
+	}{
+		{"the kernel met an error", func(t *testing.T, path string) {
+			run(t, "debugfs", "-w", "-R", "set_super_value state 3", path)
+		}},
+		{"and one that takes an answer", func(t *testing.T, path string) {
+			run(t, "debugfs", "-w", "-R", "set_inode_field lost+found mode 0", path)
+			run(t, "debugfs", "-w", "-R", "set_super_value state 3", path)
+		}},
+		{"it does not mount", breakDescriptors},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			m, found := usedCache(t)
+			tt.spoil(t, found.Path)
+			got, x, err := mount(t, m, found)
+			if err != nil || got.Made || x != "kept" {
+				t.Fatalf("Mount: %+v, %q, %v", got, x, err)
+			}
+			if has, err := hasErrors(found.Path); has || err != nil {
+				t.Errorf("it has errors still: %v", err)
+			}
+			run(t, "e2fsck", "-f", "-n", found.Path)
+			if again, _, err := mount(t, m, found); again.Repaired || err != nil {
+				t.Errorf("it is repaired each time: %+v, %v", again, err)
+			}
+			if tt.name != "the kernel met an error" && !got.Repaired {
+				t.Error("it does not say that it was repaired")
+			}
+		})
+	}
+}
+
+func TestMountMakesAnewOnlyWhatNothingRepairs(t *testing.T) {
+	m, found := usedCache(t)
+	breakDescriptors(t, found.Path)
+	m.E2fsck = filepath.Join(t.TempDir(), "not there")
+	if got, _, err := mount(t, m, found); err == nil || got.Made {
+		t.Errorf("without e2fsck: %+v, %v", got, err)
+	}
+	m.E2fsck = tool(t, "kill -9 $$")
+	if got, _, err := mount(t, m, found); err == nil || got.Made {
+		t.Errorf("with one that is killed: %+v, %v", got, err)
+	}
+	m.E2fsck = tool(t, "exit 12")
+	got, x, err := mount(t, m, found)
+	if err != nil || !got.Made || x != "" || !strings.Contains(got.Note, "is lost") {
+		t.Errorf("Mount: %+v, %q, %v", got, x, err)
+	}
+	run(t, "e2fsck", "-f", "-n", found.Path)
+}
+
+// TestMountLeavesAloneWhatAnotherKernelCouldMount has a feature that the kernel does not know.
+func TestMountLeavesAloneWhatAnotherKernelCouldMount(t *testing.T) {
+	m, found := usedCache(t)
+	m.E2fsck = tool(t, "exit 8")
+	run(t, "debugfs", "-w", "-R", "set_super_value feature_incompat 0x800002c2", found.Path)
+	before := run(t, "sha256sum", found.Path)
+	if got, _, err := mount(t, m, found); !errors.Is(err, unix.EINVAL) || got.Made {
+		t.Errorf("Mount: %+v, %v", got, err)
+	}
+	if run(t, "sha256sum", found.Path) != before {
+		t.Error("it was written to")
+	}
+}
