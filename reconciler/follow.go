@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -213,10 +214,11 @@ func (f *follow) unreachable(ctx context.Context, rec state.Source, err error) e
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	if rec.FetchError == err.Error() {
+	why := cut(err.Error())
+	if rec.FetchError == why {
 		return nil
 	}
-	rec.FetchError = err.Error()
+	rec.FetchError = why
 	f.events.note(ctx, state.Event{Kind: "source", Subject: rec.Repo, Warning: true, Message: "the repo cannot be followed: " + rec.FetchError})
 	return f.put(ctx, rec)
 }
@@ -276,16 +278,22 @@ func (f *follow) refuse(ctx context.Context, rec state.Source, err error) error 
 	if n > maxProblems {
 		problems = append(problems[:maxProblems:maxProblems], schema.Problem{Message: fmt.Sprintf("and %d more", n-maxProblems)})
 	}
-	rec.Problems = problems
+	rec.Problems = slices.Clone(problems)
+	for i := range rec.Problems { // a commit may have a name of a megabyte, and its problem has that name
+		rec.Problems[i].File, rec.Problems[i].Message = cut(rec.Problems[i].File), cut(rec.Problems[i].Message)
+	}
+	if err := f.put(ctx, rec); err != nil {
+		return err // and is refused again, before anybody is told so
+	}
 	count := "a problem"
 	if n > 1 {
 		count = fmt.Sprintf("%d problems, the first", n)
 	}
 	f.events.note(ctx, state.Event{
 		Kind: "commit", Subject: short(rec.Attempted.Hash), Warning: true,
-		Message: fmt.Sprintf("refused, the fleet stays as it is; %s: %s", count, problems[0]),
+		Message: fmt.Sprintf("refused, the fleet stays as it is; %s: %s", count, rec.Problems[0]),
 	})
-	return f.put(ctx, rec)
+	return nil
 }
 
 func (f *follow) put(ctx context.Context, rec state.Source) error {

@@ -41,6 +41,12 @@ func (l *hostsLoader) Load(_ context.Context, tree fs.FS) (*schema.Fleet, error)
 		switch name {
 		case "!problem":
 			return nil, schema.Problems{{File: "hosts", Line: 1, Column: 1, Message: "wrong"}}
+		case "!huge":
+			all := make(schema.Problems, maxProblems+1)
+			for i := range all {
+				all[i] = schema.Problem{File: strings.Repeat("f", 1<<20), Message: strings.Repeat("m", 1<<20)}
+			}
+			return nil, all
 		case "!limit":
 			return nil, fmt.Errorf("%w: %w", load.ErrLimit, schema.Problems{{Message: "took too long"}})
 		case "!transient":
@@ -257,5 +263,40 @@ func TestForcePushIsToldAfterAKill(t *testing.T) {
 	f.branch = "other" // than the one of which the record tells
 	if rec := f.looked(); !rec.Rewritten.Equal(told.Rewritten) {
 		t.Errorf("after a change of the branch: %+v", rec)
+	}
+}
+
+// What a commit is refused for is recorded, however long its names are.
+func TestLongProblemsAreCut(t *testing.T) {
+	f := newFollowed(t)
+	f.looked()
+	f.commit("!huge\n")
+	rec := f.looked()
+	if len(rec.Problems) != maxProblems+1 {
+		t.Fatalf("%d problems, want the first %d, and how many more", len(rec.Problems), maxProblems)
+	}
+	for _, p := range rec.Problems {
+		if len(p.File)+len(p.Message) > 2*maxText+10 {
+			t.Errorf("a problem of %d bytes", len(p.File)+len(p.Message))
+		}
+	}
+	if got := warnings(t, f.store); len(got) != 1 {
+		t.Errorf("warnings about %v, want one", got)
+	}
+}
+
+// Nobody is told again and again of a commit whose refusal cannot be recorded.
+func TestRefusalIsToldWhenItIsRecorded(t *testing.T) {
+	f := newFollowed(t)
+	rec := f.looked()
+	rec.Attempted = &state.Commit{Hash: "c2"}
+	rec.Repo = tooMuch // as if the disk were full
+	for range 3 {
+		if err := f.refuse(t.Context(), rec, schema.Problems{{Message: "no"}}); err == nil {
+			t.Fatal("a record of 2 MiB was written")
+		}
+	}
+	if got := warnings(t, f.store); len(got) != 0 {
+		t.Errorf("warnings about %v, want none", got)
 	}
 }
