@@ -188,8 +188,8 @@ func (f *follow) step(ctx context.Context) error {
 			Message: "the branch was rewritten (force-push): the new head does not descend from the commit before",
 		})
 	}
-	if before.Attempted != nil && before.Attempted.Hash == rev.Commit.Hash && len(before.Problems) > 0 && !due(before, f.now()) {
-		return f.put(ctx, rec) // it was refused, and is still the same
+	if refused(before, rec, rev.Commit.Hash) && !due(before, f.now()) {
+		return f.put(ctx, rec)
 	}
 	rec.Attempted, rec.Problems, rec.Retry = &rev.Commit, nil, time.Time{}
 	if unusable {
@@ -207,6 +207,13 @@ func known(before, rec state.Source) string {
 		return ""
 	}
 	return before.Attempted.Hash
+}
+
+// refused says whether a commit was refused before, and is still the same: of that repo and branch, and for that path.
+// A server that was started with the wrong path, and then with the right one, sees another fleet in it.
+func refused(before, now state.Source, hash string) bool {
+	return len(before.Problems) > 0 && before.Attempted != nil && before.Attempted.Hash == hash &&
+		before.Repo == now.Repo && before.Branch == now.Branch && before.Path == now.Path
 }
 
 // unreachable records why the repo cannot be followed now. The fleet in force stays.

@@ -82,13 +82,18 @@ func newFollowed(t *testing.T) *followed {
 // on is a controller as a server has it that was just started.
 func (f *followed) on(s *state.Store, mirror string) *follow {
 	f.t.Helper()
+	return f.onPath(s, mirror, ".")
+}
+
+func (f *followed) onPath(s *state.Store, mirror, path string) *follow {
+	f.t.Helper()
 	log := slog.New(slog.DiscardHandler)
-	repo, err := source.Open(source.Config{Repo: f.dir, Dir: mirror})
+	repo, err := source.Open(source.Config{Repo: f.dir, Dir: mirror, Path: path})
 	if err != nil {
 		f.t.Fatal(err)
 	}
 	return &follow{
-		repo: repo, branch: "main", path: ".", loader: f.loader, store: s, events: &recorder{store: s, log: log}, log: log,
+		repo: repo, branch: "main", path: path, loader: f.loader, store: s, events: &recorder{store: s, log: log}, log: log,
 		now: func() time.Time { return f.clock }, changed: func() {}, wake: make(chan struct{}, 1),
 	}
 }
@@ -298,5 +303,23 @@ func TestRefusalIsToldWhenItIsRecorded(t *testing.T) {
 	}
 	if got := warnings(t, f.store); len(got) != 0 {
 		t.Errorf("warnings about %v, want none", got)
+	}
+}
+
+// A server that was started with the wrong path takes up the same commit when it is started with the right one.
+func TestCorrectedPathIsTakenUp(t *testing.T) {
+	f := newFollowed(t)
+	mirror := t.TempDir()
+	wrong := f.onPath(f.store, mirror, "flete")
+	if err := wrong.step(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	rec, err := state.Sources.Get(t.Context(), f.store, state.SourceID)
+	if err != nil || len(rec.Problems) != 1 || rec.Applied != nil {
+		t.Fatalf("with the wrong path: %+v, %v; want a problem", rec, err)
+	}
+	f.follow = f.on(f.store, mirror)
+	if rec := f.looked(); len(rec.Problems) != 0 || rec.Applied == nil || rec.Path != "." {
+		t.Errorf("with the right path: %+v, want the commit in force", rec)
 	}
 }
