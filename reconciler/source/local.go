@@ -74,7 +74,7 @@ func (l *local) fetch(ctx context.Context, m *mirror) (refs, error) {
 			return err
 		}
 		onlyMirrored(got)
-		return copyObjects(ctx, s, m, slices.Collect(maps.Values(got)))
+		return copyObjects(ctx, s, m, slices.Collect(maps.Values(got)), false)
 	})
 	if err == nil || len(got) == 0 || errors.Is(err, errMirror) || ctx.Err() != nil {
 		return got, err
@@ -91,7 +91,7 @@ func (l *local) salvage(ctx context.Context, m *mirror, got refs, cause error) e
 		if err != nil {
 			return err
 		}
-		if err := copyObjects(ctx, s, m, []plumbing.Hash{got[name]}); err != nil {
+		if err := copyObjects(ctx, s, m, []plumbing.Hash{got[name]}, false); err != nil {
 			m.log.Warn("copying a branch or tag", "repo", l.path, "name", name.String(), "err", err)
 			continue
 		}
@@ -111,7 +111,7 @@ func (l *local) retry(ctx context.Context, f func() error) error {
 			return fmt.Errorf("%w: %w", ErrUnreachable, err)
 		}
 		err = f()
-		if err == nil || errors.Is(err, ErrUnreachable) || errors.Is(err, errMirror) || ctx.Err() != nil {
+		if err == nil || errors.Is(err, ErrUnreachable) || errors.Is(err, errHuge) || errors.Is(err, errMirror) || ctx.Err() != nil {
 			return err
 		}
 	}

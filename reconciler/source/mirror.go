@@ -221,7 +221,7 @@ func (m *mirror) salvage(dir string) {
 	kept := refs{}
 	for _, name := range slices.Sorted(maps.Keys(got)) {
 		h := got[name]
-		if err := copyObjects(context.Background(), openStorage(dir), m, []plumbing.Hash{h}); err != nil {
+		if err := copyObjects(context.Background(), openStorage(dir), m, []plumbing.Hash{h}, true); err != nil {
 			m.log.Warn("lost from the mirror, until it is fetched again", "name", name.String(), "commit", h.String(), "err", err)
 			continue
 		}

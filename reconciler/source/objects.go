@@ -15,7 +15,6 @@ import (
 	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/go-git/go-git/v5/plumbing/cache"
 	"github.com/go-git/go-git/v5/plumbing/filemode"
-	"github.com/go-git/go-git/v5/plumbing/format/packfile"
 	"github.com/go-git/go-git/v5/plumbing/object"
 	"github.com/go-git/go-git/v5/plumbing/storer"
 	"github.com/go-git/go-git/v5/storage/filesystem"
@@ -61,6 +60,9 @@ func (o *objects) commit(h plumbing.Hash) (*object.Commit, error) {
 		if err != nil {
 			return err
 		}
+		if obj.Size() > MaxFileSize {
+			return hugeError(h, obj.Size())
+		}
 		c, err = object.DecodeCommit(nil, obj)
 		return err
 	})
@@ -98,7 +100,13 @@ func (o *objects) size(h plumbing.Hash) (int64, error) {
 }
 
 // blob reads a file.
-func (o *objects) blob(h plumbing.Hash) ([]byte, error) { return o.read(plumbing.BlobObject, h) }
+func (o *objects) blob(h plumbing.Hash) ([]byte, error) {
+	b, err := o.read(plumbing.BlobObject, h)
+	if errors.Is(err, plumbing.ErrObjectNotFound) {
+		err = fmt.Errorf("%w, or lost: the mirror does not have it", errTooBig)
+	}
+	return b, err
+}
 
 // read reads an object that is not bigger than MaxFileSize.
 func (o *objects) read(typ plumbing.ObjectType, h plumbing.Hash) ([]byte, error) {
@@ -122,8 +130,9 @@ func (o *objects) read(typ plumbing.ObjectType, h plumbing.Hash) ([]byte, error)
 }
 
 // reachable lists all objects that the tips need and for which have is false; have(x) must mean that all that x needs is
-// there too. With shallow, history may end in commits that are not there (gitprotocol-pack(5), "shallow").
-func reachable(ctx context.Context, s storer.EncodedObjectStorer, tips []plumbing.Hash, have func(plumbing.Hash) bool, shallow bool) ([]plumbing.Hash, error) {
+// there too. With shallow, history may end in commits that are not there (gitprotocol-pack(5), "shallow"). A commit, a
+// directory or a tag that is bigger than MaxFileSize is an error; files are not looked at.
+func reachable(ctx context.Context, s storer.EncodedObjectStorer, sz sizes, tips []plumbing.Hash, have func(plumbing.Hash) bool, shallow bool) ([]plumbing.Hash, error) {
 	w := walker{seen: map[plumbing.Hash]bool{}, have: have}
 	for _, h := range tips {
 		w.push(h, false)
@@ -134,7 +143,14 @@ func reachable(ctx context.Context, s storer.EncodedObjectStorer, tips []plumbin
 		}
 		next := w.todo[len(w.todo)-1]
 		w.todo = w.todo[:len(w.todo)-1]
-		obj, err := s.EncodedObject(plumbing.AnyObject, next.hash)
+		size, err := sz.of(next.hash)
+		if err == nil && size > MaxFileSize {
+			return nil, hugeError(next.hash, size)
+		}
+		var obj plumbing.EncodedObject
+		if err == nil {
+			obj, err = s.EncodedObject(plumbing.AnyObject, next.hash)
+		}
 		if err != nil && next.parent && shallow && errors.Is(err, plumbing.ErrObjectNotFound) {
 			continue
 		}
@@ -212,28 +228,29 @@ func (w *walker) expand(obj plumbing.EncodedObject) error {
 	return nil
 }
 
-// copyObjects brings what the tips need from src into the mirror, as one pack.
-func copyObjects(ctx context.Context, src *filesystem.Storage, m *mirror, tips []plumbing.Hash) error {
+// copyObjects brings what the tips need from src into the mirror, as one pack. With partial, src is a mirror, too.
+func copyObjects(ctx context.Context, src *filesystem.Storage, m *mirror, tips []plumbing.Hash, partial bool) error {
 	dst := openStorage(m.dir)
 	have := func(h plumbing.Hash) bool { return dst.HasEncodedObject(h) == nil }
 	ends, err := src.Shallow()
 	if err != nil {
 		return fmt.Errorf("reading the list of shallow commits: %w", err)
 	}
-	all, err := reachable(ctx, src, tips, have, len(ends) > 0)
-	if err != nil || len(all) == 0 {
+	sz := newSizes(src)
+	all, err := reachable(ctx, src, sz, tips, have, len(ends) > 0)
+	if err != nil {
 		return err
 	}
-	if _, err := writePack(dst, src, all); err != nil {
+	parts, err := batches(sz, all, partial)
+	if err != nil || len(parts) == 0 {
+		return err
+	}
+	if _, err := writePack(dst, src, parts); err != nil {
 		m.sweepPacks()
 		return err
 	}
 	return nil
 }
-
-// plain hides everything of a storage but whole objects: go-git reads stored deltas from several goroutines without a
-// lock, and does not find those of alternates.
-type plain struct{ storer.EncodedObjectStorer }
 
 // compact makes one pack of many, with all that any name reaches. Readers that had an old one open find the new one.
 func (m *mirror) compact() error {
@@ -243,11 +260,16 @@ func (m *mirror) compact() error {
 	}
 	s := openStorage(m.dir)
 	tips := slices.Collect(maps.Values(*m.refs.Load()))
-	all, err := reachable(context.Background(), s, tips, func(plumbing.Hash) bool { return false }, true)
+	sz := newSizes(s)
+	all, err := reachable(context.Background(), s, sz, tips, func(plumbing.Hash) bool { return false }, true)
 	if err != nil {
 		return err
 	}
-	name, err := writePack(s, s, all)
+	parts, err := batches(sz, all, true)
+	if err != nil {
+		return err
+	}
+	name, err := writePack(s, s, parts)
 	if err != nil {
 		return err
 	}
@@ -262,14 +284,4 @@ func (m *mirror) compact() error {
 	}
 	m.objects.reopen()
 	return nil
-}
-
-// writePack writes the objects all of src as one pack of dst, complete or not at all, and returns its checksum.
-func writePack(dst storer.PackfileWriter, src storer.EncodedObjectStorer, all []plumbing.Hash) (plumbing.Hash, error) {
-	w, err := dst.PackfileWriter()
-	if err != nil {
-		return plumbing.ZeroHash, fmt.Errorf("%w: %w", errMirror, err)
-	}
-	sum, err := packfile.NewEncoder(w, plain{src}, false).Encode(all, deltaWindow)
-	return sum, errors.Join(err, w.Close())
 }

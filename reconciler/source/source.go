@@ -6,6 +6,9 @@
 // would be gone from it. The mirror keeps every commit that was ever the head of the followed branch, so the one in
 // force can be loaded again after a restart, with the remote unreachable or rewritten.
 //
+// Who can push to any branch is not trusted with the server's memory: the mirror leaves out files that are too big for a
+// fleet, wherever it can.
+//
 // The mirror is a cache: where it is found damaged it is made anew from the repository, and what can still be read of
 // the old one is taken over.
 package source
@@ -228,8 +231,9 @@ func (r *Repo) sync(ctx context.Context) (refs, error) {
 // advance makes what was fetched the mirror's own, and opens the head of the branch.
 func (r *Repo) advance(got refs) (Revision, error) {
 	next := r.mirror.keep(got)
-	head, ok := got[plumbing.NewBranchReferenceName(r.cfg.Branch)]
-	if ok {
+	branch := plumbing.NewBranchReferenceName(r.cfg.Branch)
+	head, ok := got[branch]
+	if _, whole := next[branch]; whole {
 		if old := r.mirror.head(r.cfg.Branch); !old.IsZero() && old != head && !r.mirror.descends(head, old) {
 			next[seenName(old)] = old
 		}

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/go-git/go-git/v5/plumbing/format/pktline"
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
 	"github.com/go-git/go-git/v5/plumbing/transport"
@@ -26,9 +27,8 @@ const sshTimeout = 30 * time.Second
 // host that accepts and then says nothing would hold it for ever.
 func newSSHRemote(cfg Config, ep *transport.Endpoint) (*wire, error) {
 	addr := net.JoinHostPort(strings.Trim(ep.Host, "[]"), strconv.Itoa(cmp.Or(ep.Port, 22)))
-	return &wire{dial: func(ctx context.Context) (session, error) {
-		return dialSSH(ctx, cfg, ep, addr)
-	}}, nil
+	dial := func(ctx context.Context) (session, error) { return dialSSH(ctx, cfg, ep, addr) }
+	return &wire{dial: dial, branch: plumbing.NewBranchReferenceName(cfg.Branch)}, nil
 }
 
 func dialSSH(ctx context.Context, cfg Config, ep *transport.Endpoint, addr string) (*sshSession, error) {

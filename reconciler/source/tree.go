@@ -23,7 +23,7 @@ import (
 const (
 	MaxFiles    = 200_000
 	MaxDepth    = 64
-	MaxFileSize = 17 << 20 // bytes; a bigger file is listed, and opening it is an error
+	MaxFileSize = 17 << 20 // bytes; a bigger file is listed, but may not be in the mirror, and opening it is an error
 	maxName     = 255      // bytes
 )
 

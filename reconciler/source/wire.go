@@ -10,7 +10,6 @@ import (
 	"slices"
 
 	"github.com/go-git/go-git/v5/plumbing"
-	"github.com/go-git/go-git/v5/plumbing/format/packfile"
 	"github.com/go-git/go-git/v5/plumbing/object"
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp/capability"
@@ -30,8 +29,11 @@ const (
 
 // A wire is a repository that speaks Git's pack protocol. There is one connection for each list and each fetch.
 type wire struct {
-	dial func(ctx context.Context) (session, error)
-	done func() // closes what connections are kept; may be nil
+	dial   func(ctx context.Context) (session, error)
+	done   func()                 // closes what connections are kept; may be nil
+	branch plumbing.ReferenceName // the one that matters
+	most   int64                  // bytes of a file; 0 stands for maxReceived
+	huge   map[plumbing.Hash]bool // heads that are not asked for again until they move: one of them is too big
 }
 
 // A session is one conversation with git-upload-pack(1).
@@ -63,7 +65,7 @@ func newHTTPRemote(cfg Config, ep *transport.Endpoint, s *scrubber) (*wire, erro
 		}
 		return client.NewUploadPackSession(&e, auth)
 	}
-	return &wire{dial: dial, done: tr.CloseIdleConnections}, nil
+	return &wire{dial: dial, done: tr.CloseIdleConnections, branch: plumbing.NewBranchReferenceName(cfg.Branch)}, nil
 }
 
 func (w *wire) list(ctx context.Context) (refs, error) {
@@ -85,14 +87,35 @@ func (w *wire) fetch(ctx context.Context, m *mirror) (refs, error) {
 			if got, err = advertised(ar); err != nil {
 				return err
 			}
-			return transfer(ctx, s, ar, got, m)
+			return w.transfer(ctx, s, ar, got, m)
 		})
+		if errors.Is(err, errHuge) && w.forgo(m, got, err) {
+			continue
+		}
 		if err == nil || !answered || errors.Is(err, errMirror) || ctx.Err() != nil {
 			break
 		}
 		m.sweepPacks()
 	}
 	return got, err
+}
+
+// forgo gives up the heads beside the followed one that the mirror lacks, after err, which says that something is too big:
+// nobody shall hold up that branch by pushing another. It says whether there was anything to give up.
+func (w *wire) forgo(m *mirror, got refs, err error) bool {
+	dst := openStorage(m.dir)
+	huge := map[plumbing.Hash]bool{}
+	more := false
+	for name, h := range got {
+		if name != w.branch && h != got[w.branch] && dst.HasEncodedObject(h) != nil {
+			huge[h] = true
+			more = more || !w.huge[h]
+		}
+	}
+	if w.huge = huge; more {
+		m.log.Warn("following one branch without the new heads of others", "branch", w.branch.Short(), "why", err)
+	}
+	return more
 }
 
 // session talks to the remote: f gets what it offers, and is not called for an empty repository.
@@ -131,7 +154,7 @@ func advertised(ar *packp.AdvRefs) (refs, error) {
 }
 
 // transfer brings what the mirror lacks of got.
-func transfer(ctx context.Context, s session, ar *packp.AdvRefs, got refs, m *mirror) error {
+func (w *wire) transfer(ctx context.Context, s session, ar *packp.AdvRefs, got refs, m *mirror) error {
 	dst := openStorage(m.dir)
 	req := packp.NewUploadPackRequestFromCapabilities(ar.Capabilities)
 	if ar.Capabilities.Supports(capability.NoProgress) {
@@ -140,7 +163,7 @@ func transfer(ctx context.Context, s session, ar *packp.AdvRefs, got refs, m *mi
 		}
 	}
 	for _, h := range got {
-		if dst.HasEncodedObject(h) != nil && !slices.Contains(req.Wants, h) {
+		if !w.huge[h] && dst.HasEncodedObject(h) != nil && !slices.Contains(req.Wants, h) {
 			req.Wants = append(req.Wants, h)
 		}
 	}
@@ -148,12 +171,18 @@ func transfer(ctx context.Context, s session, ar *packp.AdvRefs, got refs, m *mi
 		return nil
 	}
 	req.Haves = m.haves()
+	if ar.Capabilities.Supports(capability.Filter) {
+		if err := req.Capabilities.Set(capability.Filter); err != nil {
+			return err
+		}
+		req.Filter = packp.FilterBlobLimit(MaxFileSize+1, packp.BlobLimitPrefixNone)
+	}
 	res, err := s.UploadPack(ctx, req)
 	if err != nil {
 		return fmt.Errorf("asking for %d objects: %w", len(req.Wants), err)
 	}
 	defer res.Close() //nolint:errcheck // only read
-	if err := packfile.UpdateObjectStorage(dst, demux(req.Capabilities, res)); err != nil {
+	if err := receive(m, dst, demux(req.Capabilities, res), w.most); err != nil {
 		return fmt.Errorf("receiving objects: %w", err)
 	}
 	return nil
