@@ -2,13 +2,12 @@ package netup
 
 import (
 	"fmt"
-	"net"
 	"net/netip"
 	"strings"
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
-	"github.com/insomniacslk/dhcp/dhcpv4/nclient4"
+	"golang.org/x/sys/unix"
 )
 
 // A Lease is an address that a DHCP server gave to an interface, with what else it said. It goes through JSON: the
@@ -23,6 +22,7 @@ type Lease struct {
 	Domain    string        `json:"domain,omitempty"`
 	MTU       int           `json:"mtu,omitempty"` // bytes; 0 where the server did not say
 	Duration  time.Duration `json:"duration"`      // nanoseconds; 0 means for ever
+	Asked     time.Duration `json:"asked"`         // nanoseconds of CLOCK_BOOTTIME: when it was asked for, from which it counts
 	ACK       []byte        `json:"ack"`           // the server's last answer, as it came
 }
 
@@ -32,23 +32,23 @@ type Route struct {
 	Via netip.Addr   `json:"via,omitzero"` // not set: on the link
 }
 
-// newLease reads an acknowledgement.
-func newLease(link string, mac net.HardwareAddr, ack *dhcpv4.DHCPv4) (*Lease, error) {
+// newLease reads an acknowledgement of what was asked for at that time of bootClock.
+func newLease(link Link, ack *dhcpv4.DHCPv4, asked time.Duration) (*Lease, error) {
 	addr, ok := netip.AddrFromSlice(ack.YourIPAddr.To4())
 	if !ok || addr.IsUnspecified() {
-		return nil, fmt.Errorf("DHCP answer on %s: no address in it", link)
+		return nil, fmt.Errorf("DHCP answer on %s: no address in it", link.Name)
 	}
 	bits := 32
 	if m := ack.SubnetMask(); len(m) == 4 {
 		ones, size := m.Size()
 		if size != 32 {
-			return nil, fmt.Errorf("DHCP answer on %s: netmask %v has gaps", link, m)
+			return nil, fmt.Errorf("DHCP answer on %s: netmask %v has gaps", link.Name, m)
 		}
 		bits = ones
 	}
 	l := &Lease{
-		Interface: link, MAC: mac.String(), Address: netip.PrefixFrom(addr, bits),
-		Routes: routes(ack), Domain: domain(ack.DomainName()), Duration: ack.IPAddressLeaseTime(0), ACK: ack.ToBytes(),
+		Interface: link.Name, MAC: link.MAC.String(), Address: netip.PrefixFrom(addr, bits),
+		Routes: routes(ack), Domain: domain(ack.DomainName()), Duration: ack.IPAddressLeaseTime(0), Asked: asked, ACK: ack.ToBytes(),
 	}
 	l.Server, _ = netip.AddrFromSlice(ack.ServerIdentifier().To4())
 	for _, ip := range ack.DNS() {
@@ -123,15 +123,6 @@ func (l *Lease) ResolvConf() string {
 // ResolvConfMark is the first line of a ResolvConf: a file without it is somebody else's.
 const ResolvConfMark = "# written by troupe from its DHCP lease\n"
 
-// nclient is the lease as the client library wants it back for a renewal.
-func (l *Lease) nclient() (*nclient4.Lease, error) {
-	ack, err := dhcpv4.FromBytes(l.ACK)
-	if err != nil {
-		return nil, fmt.Errorf("reading the kept DHCP answer of %s: %w", l.Interface, err)
-	}
-	return &nclient4.Lease{Offer: ack, ACK: ack}, nil
-}
-
 // renewAfter is when to renew: half of the lease (RFC 2131 section 4.4.5), but not more often than each 5 s. A lease
 // without end is looked after once an hour.
 func (l *Lease) renewAfter() time.Duration {
@@ -139,4 +130,26 @@ func (l *Lease) renewAfter() time.Duration {
 		return time.Hour
 	}
 	return max(5*time.Second, l.Duration/2)
+}
+
+// rebinding says whether any server may renew it by now, and not only the one that gave it, which may have got another
+// address: after 7/8 of the lease (RFC 2131 section 4.4.5), or, where it has no end, once it could not be renewed.
+func (l *Lease) rebinding() bool {
+	if l.Duration <= 0 {
+		return l.age() > 2*l.renewAfter()
+	}
+	return l.age() >= l.Duration/8*7
+}
+
+func (l *Lease) expired() bool { return l.Duration > 0 && l.age() >= l.Duration }
+
+func (l *Lease) age() time.Duration { return bootClock() - l.Asked }
+
+// bootClock is CLOCK_BOOTTIME: both lives of the agent count by it, and nobody sets it.
+func bootClock() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return 0 // the clock is there since Linux 2.6.39
+	}
+	return time.Duration(ts.Nano())
 }

@@ -214,17 +214,25 @@ func carrier(name string) bool {
 func running(l netlink.Link) bool { return l.Attrs().RawFlags&unix.IFF_RUNNING != 0 }
 
 // Ask gets a lease for an interface that is up, and sets nothing. It gives up after some 7 s.
-func Ask(ctx context.Context, l Link) (*Lease, error) {
+func Ask(ctx context.Context, l Link) (*Lease, error) { return ask(ctx, l) }
+
+// ask is Ask with more to say in the DHCPDISCOVER.
+func ask(ctx context.Context, l Link, discover ...dhcpv4.Modifier) (*Lease, error) {
 	c, err := client(l.Name)
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	got, err := c.Request(ctx, modifiers()...)
+	offer, err := c.DiscoverOffer(ctx, append(modifiers(), discover...)...)
 	if err != nil {
 		return nil, fmt.Errorf("DHCP on %s: %w", l.Name, err)
 	}
-	return newLease(l.Name, l.MAC, got.ACK)
+	asked := bootClock()
+	got, err := c.RequestFromOffer(ctx, offer, modifiers()...)
+	if err != nil {
+		return nil, fmt.Errorf("DHCP on %s: %w", l.Name, err)
+	}
+	return newLease(l, got.ACK, asked)
 }
 
 func client(name string) (*nclient4.Client, error) {

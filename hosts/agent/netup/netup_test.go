@@ -76,6 +76,7 @@ func newWireTo(t *testing.T, name, mac string) *wire {
 	})
 	pid := fmt.Sprint(w.holder.Process.Pid)
 	run(t, "ip", "link", "add", name, "address", mac, "type", "veth", "peer", "name", "srv", "netns", pid)
+	t.Cleanup(func() { w.inside("ip", "link", "del", "srv") }) // at once; with its namespace it would go some time later
 	w.inside("ip", "addr", "add", "10.77.0.1/24", "dev", "srv")
 	w.inside("ip", "link", "set", "srv", "up")
 	return w
@@ -128,7 +129,10 @@ func TestFindAgainstDnsmasq(t *testing.T) {
 		"--dhcp-option=option:router,10.77.0.1", "--dhcp-option=option:dns-server,10.77.0.1,10.77.0.2", "--dhcp-option=option:domain-name,lab.test",
 		"--dhcp-option=option:mtu,1400", "--dhcp-vendorclass=set:agent,"+VendorClass, "--dhcp-ignore=tag:!agent") // only who says the class is answered
 	l := find(t, &Finder{MAC: mac})
-	l.ACK = nil
+	if l.Asked <= 0 || l.Asked > bootClock() {
+		t.Errorf("asked for %v after the boot", l.Asked)
+	}
+	l.ACK, l.Asked = nil, 0
 	want := &Lease{
 		Interface: "one", MAC: mac, Address: netip.MustParsePrefix("10.77.0.11/24"), Server: netip.MustParseAddr("10.77.0.1"),
 		Routes: []Route{{To: netip.MustParsePrefix("0.0.0.0/0"), Via: netip.MustParseAddr("10.77.0.1")}},
@@ -236,26 +240,88 @@ func keep(t *testing.T, l *Lease) (saved <-chan *Lease) {
 	return ch
 }
 
+// discovers are the DHCPDISCOVERs that its servers saw; it tells them by the address that each asks for.
+func (w *wire) discovers() (asks []string) {
+	w.t.Helper()
+	log, err := os.ReadFile(filepath.Join(w.dir, "dnsmasq.log"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(log)) {
+		if _, ask, ok := strings.Cut(line, "DHCPDISCOVER(srv) "); ok {
+			asks = append(asks, strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(ask), mac)))
+		}
+	}
+	return asks
+}
+
 func TestKeepRenewsAndRepairs(t *testing.T) {
 	w := newWire(t, "keep")
-	args := []string{"--dhcp-range=10.77.0.50,10.77.0.60,255.255.255.0,2m"}
-	w.serve(args...)
+	w.serve("--dhcp-range=10.77.0.50,10.77.0.60,255.255.255.0,2m")
 	l := find(t, &Finder{MAC: mac})
-	discovers := func() int {
-		log, err := os.ReadFile(filepath.Join(w.dir, "dnsmasq.log"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return strings.Count(string(log), "DHCPDISCOVER(srv) "+mac)
-	}
-	before := discovers()
+	before := w.discovers()
 	l.Duration = 10 * time.Second // dnsmasq gives two minutes at least; a server may give less
 	saved := keep(t, l)
 	if n := <-saved; n.Address != l.Address || n.Duration != 2*time.Minute {
 		t.Errorf("renewed: %+v", n)
 	}
-	if after := discovers(); after != before {
-		t.Errorf("a renewal began from the start: %d DHCPDISCOVERs, then %d", before, after)
+	if diff := cmp.Diff(before, w.discovers()); diff != "" {
+		t.Errorf("a renewal began from the start, with a DHCPDISCOVER:\n%s", diff)
+	}
+}
+
+// TestKeepGoesOnWithAServerAtAnotherAddress has a DHCP server that moved: its answers no longer say that they are of the
+// server that gave the lease.
+func TestKeepGoesOnWithAServerAtAnotherAddress(t *testing.T) {
+	const mine = "10.77.0.33"
+	for _, tt := range []struct {
+		name     string
+		duration time.Duration
+		age      time.Duration
+		discover string // what the DHCPDISCOVER asks for; "" for none
+	}{
+		{"rebinds", time.Hour, 55 * time.Minute, ""},
+		{"rebinds without end", 0, 3 * time.Hour, ""},
+		{"expired", time.Hour, 2 * time.Hour, mine},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWire(t, "moved")
+			pool := "--dhcp-range=10.77.0.20,10.77.0.60,255.255.255.0,2m"
+			w.serve(pool, "--dhcp-host="+mac+","+mine)
+			l := find(t, &Finder{MAC: mac})
+			w.stopServer()
+			w.inside("ip", "addr", "flush", "dev", "srv")
+			w.inside("ip", "addr", "add", "10.77.0.2/24", "dev", "srv")
+			before := len(w.discovers())
+			w.serve(pool)
+			l.Duration, l.Asked = tt.duration, l.Asked-tt.age
+			n := <-keep(t, l)
+			if n.Server.String() != "10.77.0.2" || n.Address != l.Address || n.Duration != 2*time.Minute || n.age() > time.Minute {
+				t.Errorf("renewed: %+v", n)
+			}
+			if got := strings.Join(w.discovers()[before:], ", "); got != tt.discover {
+				t.Errorf("asked with DHCPDISCOVER for %q, want %q", got, tt.discover)
+			}
+		})
+	}
+}
+
+func TestLeaseStates(t *testing.T) {
+	for _, tt := range []struct {
+		duration, age      time.Duration
+		rebinding, expired bool
+	}{
+		{time.Hour, 0, false, false},
+		{time.Hour, 52 * time.Minute, false, false},
+		{time.Hour, 53 * time.Minute, true, false},
+		{time.Hour, time.Hour, true, true},
+		{0, time.Hour, false, false},
+		{0, 3 * time.Hour, true, false},
+	} {
+		l := &Lease{Duration: tt.duration, Asked: bootClock() - tt.age}
+		if l.rebinding() != tt.rebinding || l.expired() != tt.expired {
+			t.Errorf("lease of %v after %v: rebinding %v, expired %v", tt.duration, tt.age, l.rebinding(), l.expired())
+		}
 	}
 }
 
@@ -320,7 +386,7 @@ func FuzzNewLease(f *testing.F) {
 		if err != nil {
 			return
 		}
-		l, err := newLease("eth0", hw, m)
+		l, err := newLease(Link{Name: "eth0", MAC: hw}, m, 0)
 		if err != nil {
 			return
 		}
