@@ -135,6 +135,7 @@ func newBenchFleet(b *testing.B) *benchFleet {
 		}
 	})
 	f.rec = New(Config{Repo: repo, Branch: "main", Path: ".", Loader: f.loader, Store: store, Blobs: blobs, Log: slog.New(slog.DiscardHandler)})
+	f.rec.follow.gap = 0 // commits come as fast as they are carried out
 	f.settle()
 	return f
 }

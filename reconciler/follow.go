@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"reflect"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -24,6 +25,9 @@ const (
 	retryEvery = time.Minute
 	retryStep  = 5 * time.Second // after an error of ours, such as a full disk
 	retryLimit = 10 * time.Minute
+	// lookGap is how long after one look at the repo the next may begin that somebody asked for: anybody can ask, and a
+	// forge wants to be asked no more often.
+	lookGap = time.Second
 )
 
 // maxProblems bounds how many problems of a commit are recorded; the record says how many there were.
@@ -52,7 +56,8 @@ type follow struct {
 	log    *slog.Logger
 	now    func() time.Time
 
-	looks looks // ended ones, for those who wait for one
+	looks looks         // ended ones, for those who wait for one
+	gap   time.Duration // lookGap; shorter in tests
 
 	fleet   atomic.Pointer[inForce] // nil before the first good commit
 	changed func()                  // called after fleet was replaced
@@ -79,13 +84,19 @@ func (f *follow) run(ctx context.Context) error {
 	f.poke()
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
+	var asked <-chan time.Time // when the look begins that somebody asked for
 	var retry <-chan time.Time // after a step that ended in the middle: nothing else would wake us
+	var last time.Time         // when the last look ended
 	for {
 		select {
 		case <-f.wake:
-			retry = f.stepped(ctx)
+			if asked == nil {
+				asked = time.After(f.gap - time.Since(last))
+			}
+		case <-asked:
+			retry, asked, last = f.stepped(ctx), nil, time.Now()
 		case <-retry:
-			retry = f.stepped(ctx)
+			retry, last = f.stepped(ctx), time.Now()
 		case <-look.C:
 			if err := f.look(ctx); err != nil && ctx.Err() == nil {
 				f.log.Error("looking after the fleet's repo", "error", err)
@@ -189,14 +200,14 @@ func (f *follow) step(ctx context.Context) error {
 		})
 	}
 	if refused(before, rec, rev.Commit.Hash) && !due(before, f.now()) {
-		return f.put(ctx, rec)
+		return f.putNews(ctx, before, rec)
 	}
 	rec.Attempted, rec.Problems, rec.Retry = &rev.Commit, nil, time.Time{}
 	if unusable {
 		return f.refuse(ctx, rec, schema.Problems{{Message: err.Error()}})
 	}
 	if current := f.fleet.Load(); current != nil && current.commit.Hash == rev.Commit.Hash {
-		return f.put(ctx, rec)
+		return f.putNews(ctx, before, rec)
 	}
 	return f.attempt(ctx, rec, rev)
 }
@@ -301,6 +312,17 @@ func (f *follow) refuse(ctx context.Context, rec state.Source, err error) error 
 		Message: fmt.Sprintf("refused, the fleet stays as it is; %s: %s", count, rec.Problems[0]),
 	})
 	return nil
+}
+
+// putNews writes rec where it says more than that the repo answered within a minute of when it did before: each write is
+// an fsync, and makes the other controllers list all that they work on.
+func (f *follow) putNews(ctx context.Context, before, rec state.Source) error {
+	quiet := before
+	quiet.Fetched = rec.Fetched
+	if reflect.DeepEqual(quiet, rec) && rec.Fetched.Sub(before.Fetched) < lookEvery {
+		return nil
+	}
+	return f.put(ctx, rec)
 }
 
 func (f *follow) put(ctx context.Context, rec state.Source) error {

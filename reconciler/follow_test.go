@@ -323,3 +323,42 @@ func TestCorrectedPathIsTakenUp(t *testing.T) {
 		t.Errorf("with the right path: %+v, want the commit in force", rec)
 	}
 }
+
+// However often somebody asks, looks at the repo have a pause between them.
+func TestPokesAreGathered(t *testing.T) {
+	f := newFollowed(t)
+	f.gap = time.Hour
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	start := func() { go func() { ended <- f.run(ctx) }() }
+	if err := f.looks.after(t.Context(), start); err != nil { // it looks when it starts
+		t.Fatal(err)
+	}
+	for range 5 { // each is taken out before the next one has room
+		f.wake <- struct{}{}
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if f.looks.begun != 1 {
+		t.Errorf("%d looks in an hour with a pause of an hour, want 1", f.looks.begun)
+	}
+}
+
+// A look that finds nothing new is not worth a write, but for one a minute.
+func TestLooksWithoutNewsAreNotWritten(t *testing.T) {
+	f := newFollowed(t)
+	for _, hosts := range []string{"n1\n", "!problem\n"} {
+		f.commit(hosts)
+		first := f.looked().Fetched
+		f.clock = f.clock.Add(lookEvery - time.Second)
+		if got := f.looked().Fetched; !got.Equal(first) {
+			t.Errorf("%q: written %s after the last time, with nothing new", hosts, got.Sub(first))
+		}
+		f.clock = f.clock.Add(time.Second)
+		if got := f.looked().Fetched; !got.Equal(f.clock) {
+			t.Errorf("%q: the record says that the repo last answered at %s, want %s", hosts, got, f.clock)
+		}
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/troupe-dev/troupe/reconciler/api"
 )
@@ -14,6 +15,7 @@ import (
 func TestStatusAfterALookIsOfTheNewestCommit(t *testing.T) {
 	f := newFollowed(t)
 	r := New(Config{Store: f.store, Repo: f.repo, Branch: "main", Loader: f.loader})
+	r.follow.gap = time.Millisecond
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- r.follow.run(ctx) }()

@@ -85,7 +85,7 @@ func New(cfg Config) *Reconciler {
 	r.agents.strangers = newStrangers(r.agents)
 	r.follow = &follow{
 		repo: cfg.Repo, branch: cfg.Branch, path: cfg.Path, loader: cfg.Loader, store: cfg.Store, events: r.events, log: cfg.Log, now: time.Now,
-		changed: r.fleetChanged, wake: make(chan struct{}, 1),
+		changed: r.fleetChanged, wake: make(chan struct{}, 1), gap: lookGap,
 	}
 	r.builds = &builds{
 		builder: cfg.Builder, arch: cfg.Arch, blobs: cfg.Blobs, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log,
