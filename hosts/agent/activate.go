@@ -81,7 +81,11 @@ func (b *boot) openCache(ctx context.Context, spec agentapi.Disks) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	maker := disk.Maker{Settle: lateDisks, Rescan: b.coldplug, Log: b.log}
+	machine := disk.Machine{Identity: b.id}
+	for _, n := range b.inv.NICs {
+		machine.MACs = append(machine.MACs, n.MAC)
+	}
+	maker := disk.Maker{Machine: machine, Settle: lateDisks, Rescan: b.coldplug, Log: b.log}
 	found, err := maker.Ensure(ctx, spec)
 	if err != nil {
 		return err

@@ -41,7 +41,7 @@ func first(disks []Disk, spec agentapi.Disks, which func(Part) bool) (place, boo
 	return place{}, false
 }
 
-// places are all caches on disks that may be used, whole and unfinished, the best first.
+// places are all caches of this machine on disks that may be used, whole and unfinished, the best first.
 func places(disks []Disk, spec agentapi.Disks) []place {
 	var out []place
 	for _, d := range disks {
@@ -49,6 +49,7 @@ func places(disks []Disk, spec agentapi.Disks) []place {
 			out = append(out, placesOn(d)...)
 		}
 	}
+	out = slices.DeleteFunc(out, func(p place) bool { return p.part.Foreign })
 	slices.SortStableFunc(out, func(a, b place) int {
 		if x, y := a.disk.matches(spec.Device), b.disk.matches(spec.Device); x != y {
 			if x {
@@ -67,7 +68,7 @@ func placesOn(d Disk) []place {
 		out = append(out, place{d, Part{Holds: Claimed}})
 	}
 	if d.Holds == Troupe && len(d.Parts) == 0 { // ext4 with our label on the whole disk: somebody made it by hand
-		out = append(out, place{d, Part{Path: d.Path, Holds: Troupe}})
+		out = append(out, place{d, Part{Path: d.Path, Holds: Troupe, Owner: d.Owner, Foreign: d.Foreign}})
 	}
 	for _, p := range d.Parts {
 		if p.Name == Label && (p.Holds == Troupe || unfinished(p.Holds)) {
@@ -98,6 +99,16 @@ func otherCaches(p place, disks []Disk, spec agentapi.Disks) []string {
 	return out
 }
 
+// foreignCache is the cache of another machine on a disk.
+func foreignCache(d Disk) (place, bool) {
+	all := placesOn(d)
+	i := slices.IndexFunc(all, func(p place) bool { return p.part.Foreign })
+	if i < 0 {
+		return place{}, false
+	}
+	return all[i], true
+}
+
 // doubts says which disks may hold the cache and cannot tell, or cannot be used although they do.
 func doubts(disks []Disk, spec agentapi.Disks) []string {
 	var why []string
@@ -106,7 +117,7 @@ func doubts(disks []Disk, spec agentapi.Disks) []string {
 		case !mayHold(d, spec):
 		case unread(d) && !slices.ContainsFunc(disks, d.isOtherWayTo):
 			why = append(why, fmt.Sprintf("%s cannot be read: %v", d.Name, d.Err))
-		case !unread(d) && d.ReadOnly && slices.ContainsFunc(placesOn(d), func(p place) bool { return p.part.Holds == Troupe }):
+		case !unread(d) && d.ReadOnly && slices.ContainsFunc(placesOn(d), func(p place) bool { return p.part.Holds == Troupe && !p.part.Foreign }):
 			why = append(why, d.Name+" has a cache and is read-only")
 		}
 	}
@@ -130,7 +141,7 @@ func doubtful(d Disk, why []string) error {
 func unfinished(holds string) bool { return holds == Blank || holds == Unknown }
 
 // choose picks the disk to make a cache on: the one that the fleet names, or else the first blank one, or else, where
-// the fleet lets troupe take it, the first of any content. It picks none while it is in doubt whether there is a cache,
+// the fleet lets troupe take it, the first with a cache of another machine, or else of any content. It picks none while it is in doubt whether there is a cache,
 // but for a blank disk that the fleet names.
 func choose(disks []Disk, spec agentapi.Disks, minSize int64) (Disk, error) {
 	d, err := pick(disks, spec, minSize)
@@ -155,7 +166,8 @@ func pick(disks []Disk, spec agentapi.Disks, minSize int64) (Disk, error) {
 		if reason == "" {
 			return d, nil
 		}
-		if d.Holds != Blank && spec.Take && taken == nil && unusable(d, spec, minSize) == "" {
+		_, isCache := foreignCache(d)
+		if d.Holds != Blank && spec.Take && (taken == nil || isCache && taken.Holds != Troupe) && unusable(d, spec, minSize) == "" {
 			taken = &d
 		}
 		why = append(why, reason)
@@ -187,6 +199,9 @@ func meant(disks []Disk, spec agentapi.Disks) ([]Disk, error) {
 func unfit(d Disk, spec agentapi.Disks, minSize int64) string {
 	if r := unusable(d, spec, minSize); r != "" {
 		return r
+	}
+	if p, ok := foreignCache(d); ok {
+		return fmt.Sprintf("%s holds the cache of another machine (%s) and is left alone (disk: take: true would make it this machine's)", d.Name, ownerText(p.part.Owner))
 	}
 	if d.Holds != Blank {
 		return fmt.Sprintf("%s holds %s and is left alone (disk: take: true would give it away)", d.Name, d.describe())

@@ -11,6 +11,9 @@ import (
 func TestChoose(t *testing.T) {
 	const big = 10 << 30
 	blank := Disk{Name: "sdb", Size: big, Holds: Blank}
+	foreign := with(cacheOn("sda", "aaa", Troupe), func(d *Disk) {
+		d.Parts[0].Owner, d.Parts[0].Foreign = agentapi.Identity{MAC: "52:54:00:00:00:02"}, true
+	})
 	for _, tt := range []struct {
 		name  string
 		disks []Disk
@@ -27,6 +30,9 @@ func TestChoose(t *testing.T) {
 		{"named by wwn", []Disk{{Name: "sda", Size: big, Holds: Blank}, {Name: "sdb", Size: big, Holds: Blank, WWN: "0x5000c5"}}, agentapi.Disks{Device: "/dev/disk/by-id/wwn-0x5000c5"}, "sdb"},
 		{"named by virtio serial", []Disk{{Name: "vda", Size: big, Holds: Blank, Serial: "cache0"}}, agentapi.Disks{Device: "/dev/disk/by-id/virtio-cache0"}, "vda"},
 		{"removable", []Disk{{Name: "sda", Size: big, Holds: Blank, Removable: true}}, agentapi.Disks{}, "sda is removable"},
+		{"another machine's cache", []Disk{foreign}, agentapi.Disks{}, `sda holds the cache of another machine (MAC "52:54:00:00:00:02"`},
+		{"blank before another machine's cache", []Disk{foreign, blank}, agentapi.Disks{Take: true}, "sdb"},
+		{"another machine's cache before other data", []Disk{{Name: "sd", Size: big, Holds: "xfs"}, foreign, {Name: "sdx", Size: big, Holds: "xfs"}}, agentapi.Disks{Take: true}, "sda"},
 		{"removable, not blank, named as another may be", []Disk{{Name: "sda", Size: big, Holds: "vfat", Removable: true}}, agentapi.Disks{Device: "/dev/sda", Take: true}, "sda is removable and holds vfat"},
 		{"removable, not blank, named", []Disk{{Name: "sda", Size: big, Holds: "vfat", Removable: true, Serial: "S1"}}, agentapi.Disks{Device: "/dev/disk/by-id/usb-X_S1", Take: true}, "sda"},
 		{"one name, two disks", []Disk{{Name: "sda", Size: big, Holds: "xfs", Serial: "S1"}, {Name: "sdb", Size: big, Holds: Blank, Serial: "X_S1"}}, agentapi.Disks{Device: "/dev/disk/by-id/ata-Y_X_S1", Take: true}, "is the name of several: sda, sdb"},
@@ -87,6 +93,7 @@ func TestFindCache(t *testing.T) {
 		{"not on a stick, if another is named", []Disk{with(cacheOn("sda", "aaa", Troupe), removable), {Name: "sdb", Holds: Blank}}, agentapi.Disks{Device: "/dev/sdb"}, ""},
 		{"not on a disk that cannot be read", []Disk{with(cacheOn("sda", "aaa", Troupe), func(d *Disk) { d.Err = errCut })}, agentapi.Disks{}, ""},
 		{"not on a read-only disk", []Disk{with(cacheOn("sda", "aaa", Troupe), func(d *Disk) { d.ReadOnly = true })}, agentapi.Disks{}, ""},
+		{"not one of another machine", []Disk{with(cacheOn("sda", "aaa", Troupe), func(d *Disk) { d.Parts[0].Foreign = true }), cacheOn("sdb", "bbb", Troupe)}, agentapi.Disks{}, "sdb"},
 		{"not in a partition with another use", []Disk{cacheOn("sda", "", "xfs")}, agentapi.Disks{}, ""},
 	} {
 		p, ok := findCache(tt.disks, tt.spec)
@@ -119,6 +126,7 @@ func TestNoCacheIsMadeWhileThereMayBeOne(t *testing.T) {
 		{"a stick", []Disk{{Name: "sda", Size: big, Holds: Blank}, with(bad, func(d *Disk) { d.Removable = true })}, agentapi.Disks{}, "sda"},
 		{"a second way to the same disk", []Disk{{Name: "sda", Size: big, Holds: Blank, WWN: "0x5b"}, bad}, agentapi.Disks{}, "sda"},
 		{"a read-only cache", []Disk{{Name: "sda", Size: big, Holds: Blank}, with(cacheOn("sdb", "a", Troupe), func(d *Disk) { d.ReadOnly = true })}, agentapi.Disks{}, "sdb has a cache and is read-only"},
+		{"another machine's, read-only", []Disk{{Name: "sda", Size: big, Holds: Blank}, with(cacheOn("sdb", "a", Troupe), func(d *Disk) { d.ReadOnly, d.Parts[0].Foreign = true, true })}, agentapi.Disks{}, "sda"},
 		{"a read-only disk", []Disk{{Name: "sda", Size: big, Holds: Blank}, {Name: "sdb", ReadOnly: true, Holds: "iso9660"}}, agentapi.Disks{}, "sda"},
 	} {
 		d, err := choose(tt.disks, tt.spec, MinSize)

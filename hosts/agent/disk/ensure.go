@@ -19,13 +19,14 @@ import (
 //	claimed                         the same
 //	table, partition empty          mke2fs
 //	table, mke2fs broken off        mke2fs
-//	table, ext4 with our label      use it
+//	table, ext4 with our label      use it; where another machine made it, only if the disk may be taken
 //
 // A cache that is whole is used at once. Before anything is written, the disks must have been the same for Settle, and
 // every one that may hold the cache must have been read: the disk with the cache may only be late, or fail for a moment,
 // and what is taken in its place is lost.
 type Maker struct {
 	Scanner Scanner
+	Machine Machine
 	Mke2fs  string        // "" means /sbin/mke2fs
 	E2fsck  string        // "" means /sbin/e2fsck
 	MinSize int64         // bytes; 0 means the constant MinSize
@@ -71,19 +72,25 @@ func (m Maker) Ensure(ctx context.Context, spec agentapi.Disks) (Found, error) {
 	if err != nil {
 		return Found{}, err
 	}
+	if p, ok := foreignCache(d); ok {
+		m.Log.Warn("taking over the cache of another machine", "disk", d.Name, "owner", ownerText(p.part.Owner))
+		found, err := m.use(p, disks, spec)
+		found.Note = "which was another machine's: " + ownerText(p.part.Owner)
+		return found, err
+	}
 	m.Log.Warn("making the cache", "disk", d.Name, "size_mib", d.Size>>20, "holds", d.describe())
 	p, err := m.partition(d)
 	if err != nil {
 		return Found{}, fmt.Errorf("making the cache on %s: %w", d.Name, err)
 	}
-	return Found{Path: p.Path, Made: true}, m.format(ctx, p.Path)
+	return Found{Path: p.Path, Made: true}, m.fill(ctx, p.Path)
 }
 
 // settled returns the disks: at once where it is clear which one is to be used, and else when they have been the same
 // for Settle. While it waits it only looks for other devices; it reads the disks again where they are others, where one
 // could not be read, and in the end.
 func (m Maker) settled(ctx context.Context, spec agentapi.Disks) ([]Disk, error) {
-	disks, err := m.Scanner.Scan()
+	disks, err := m.scan()
 	since := time.Now()
 	if err != nil || m.Settle == 0 || isClear(disks, spec) {
 		return disks, err
@@ -104,7 +111,7 @@ func (m Maker) settled(ctx context.Context, spec agentapi.Disks) ([]Disk, error)
 		if !isOver && slices.EqualFunc(there, disks, isSameDevice) && !slices.ContainsFunc(disks, unread) {
 			continue
 		}
-		now, err := m.Scanner.Scan()
+		now, err := m.scan()
 		if err != nil || isClear(now, spec) {
 			return now, err
 		}
@@ -134,7 +141,27 @@ func isSameDevice(a, b Disk) bool {
 }
 
 // looks is what a disk holds, to be compared.
-func (d Disk) looks() string { return fmt.Sprint(d.Holds, unread(d), d.Parts) }
+func (d Disk) looks() string { return fmt.Sprint(d.Holds, unread(d), d.Owner, d.Parts) }
+
+// scan looks at the disks, and says of each cache whether it is this machine's.
+func (m Maker) scan() ([]Disk, error) {
+	disks, err := m.Scanner.Scan()
+	for i, d := range disks {
+		disks[i].Foreign = !m.Machine.owns(d.Owner)
+		for j, p := range d.Parts {
+			d.Parts[j].Foreign = !m.Machine.owns(p.Owner)
+		}
+	}
+	return disks, err
+}
+
+// fill makes the file system of a cache, and marks it as this machine's. Between the two it is nobody's, and so everybody's.
+func (m Maker) fill(ctx context.Context, path string) error {
+	if err := m.format(ctx, path); err != nil {
+		return err
+	}
+	return m.mark(path)
+}
 
 // use takes a cache that is whole.
 func (m Maker) use(p place, disks []Disk, spec agentapi.Disks) (Found, error) {
@@ -142,6 +169,11 @@ func (m Maker) use(p place, disks []Disk, spec agentapi.Disks) (Found, error) {
 	if found.Path == "" {
 		var err error
 		if found.Path, err = m.show(p.disk, p.part.Entry); err != nil {
+			return Found{}, err
+		}
+	}
+	if !m.Machine.has(p.part.Owner.MAC) {
+		if err := m.mark(found.Path); err != nil {
 			return Found{}, err
 		}
 	}
@@ -167,5 +199,5 @@ func (m Maker) finish(ctx context.Context, p place) (Found, error) {
 	if err != nil {
 		return Found{}, fmt.Errorf("finishing the cache on %s: %w", p.disk.Name, err)
 	}
-	return Found{Path: p.part.Path, Made: true}, m.format(ctx, p.part.Path)
+	return Found{Path: p.part.Path, Made: true}, m.fill(ctx, p.part.Path)
 }

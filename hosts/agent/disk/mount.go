@@ -3,7 +3,6 @@ package disk
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -41,7 +40,7 @@ func (m Maker) Mount(ctx context.Context, found Found, dir string) (Found, error
 		return found, err
 	}
 	m.Log.Error("the cache cannot be repaired and is made anew: what programs wrote on this node is lost", "device", found.Path, "error", err)
-	if err := m.format(ctx, found.Path); err != nil {
+	if err := m.fill(ctx, found.Path); err != nil {
 		return found, err
 	}
 	found = Found{Path: found.Path, Made: true, Note: "anew, since it was damaged beyond repair: what programs wrote on this node is lost"}
@@ -50,7 +49,7 @@ func (m Maker) Mount(ctx context.Context, found Found, dir string) (Found, error
 
 // preen repairs a file system that says of itself that it has errors: first what is safe, then all.
 func (m Maker) preen(ctx context.Context, found *Found) error {
-	hasErrors, err := hasErrors(found.Path)
+	hasErrors, err := m.look(found.Path)
 	if err != nil || !hasErrors {
 		return err
 	}
@@ -61,23 +60,6 @@ func (m Maker) preen(ctx context.Context, found *Found) error {
 	}
 	_, err = m.fsck(ctx, found, "-y")
 	return err
-}
-
-// hasErrors reads the state of an ext file system: ext4_super_block.s_state, EXT4_VALID_FS and EXT4_ERROR_FS. With a
-// journal the former stays set while it is mounted.
-func hasErrors(path string) (bool, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return false, fmt.Errorf("looking at the cache: %w", err)
-	}
-	defer f.Close()
-	sb := make([]byte, 1024)
-	if _, err := f.ReadAt(sb, 1024); err != nil {
-		return false, fmt.Errorf("looking at the cache on %s: %w", path, err)
-	}
-	const isValid, isError = 1, 2
-	state := binary.LittleEndian.Uint16(sb[0x3a:])
-	return state&isValid == 0 || state&isError != 0, nil
 }
 
 // fsck checks the cache, and notes whether it changed something. An error says that it did not run.

@@ -116,7 +116,7 @@ func TestMountRepairsWhatHasErrors(t *testing.T) {
 			if err != nil || got.Made || x != "kept" {
 				t.Fatalf("Mount: %+v, %q, %v", got, x, err)
 			}
-			if has, err := hasErrors(found.Path); has || err != nil {
+			if has, err := m.look(found.Path); has || err != nil {
 				t.Errorf("it has errors still: %v", err)
 			}
 			run(t, "e2fsck", "-f", "-n", found.Path)

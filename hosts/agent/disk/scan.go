@@ -33,8 +33,10 @@ type Disk struct {
 	Rotary    bool
 	Removable bool // or on USB: nothing to keep a machine's root on
 	ReadOnly  bool
-	InUse     bool   // something of the running system holds it
-	Holds     string // as Identify has it; "" where it could not be read: see Err
+	InUse     bool              // something of the running system holds it
+	Holds     string            // as Identify has it; "" where it could not be read: see Err
+	Owner     agentapi.Identity // of a cache that is the whole disk
+	Foreign   bool              // that cache is another machine's; only a Maker knows
 	Err       error
 	Parts     []Part
 }
@@ -42,9 +44,11 @@ type Disk struct {
 // A Part is a partition of a GPT.
 type Part struct {
 	Entry
-	Path  string // "/dev/vda1"; "" where the kernel does not have it
-	Holds string // looked at only where the name is Label
-	UUID  string // of its file system, where that is ours
+	Path    string            // "/dev/vda1"; "" where the kernel does not have it
+	Holds   string            // looked at only where the name is Label
+	UUID    string            // of its file system, where that is ours
+	Owner   agentapi.Identity // of the cache
+	Foreign bool              // the cache is another machine's; only a Maker knows
 }
 
 // A Scanner finds disks. The zero value looks at the machine that it runs on.
@@ -155,6 +159,9 @@ func (s Scanner) look(d *Disk) error {
 	if d.Holds, err = Identify(f, d.Size); err != nil {
 		return fmt.Errorf("disk %s: %w", d.Name, err)
 	}
+	if d.Holds == Troupe {
+		d.Owner = ownerAt(f)
+	}
 	if d.Holds != "gpt" {
 		return nil
 	}
@@ -171,6 +178,7 @@ func (s Scanner) look(d *Disk) error {
 			}
 			p.UUID = extUUID(part)
 			if p.Holds == Troupe {
+				p.Owner = ownerAt(part)
 				d.Holds = Troupe
 			}
 		}
