@@ -30,16 +30,12 @@ type Keeper struct {
 func (k *Keeper) Keep(ctx context.Context, l *Lease) error {
 	retry := backoff.Backoff{First: 2 * time.Second, Limit: time.Minute}
 	next := time.Now().Add(l.renewAfter() - l.age())
+	lost := false // the interface is not to be found
 	for {
 		if err := backoff.Sleep(ctx, min(lookAfter, max(time.Until(next), 0))); err != nil {
 			return err
 		}
-		if gone, err := l.Missing(); err == nil && gone {
-			k.Log.Warn("the address is gone, setting it again", "address", l.Address, "interface", l.Interface)
-			if err := l.Apply(); err != nil {
-				k.Log.Warn("the address cannot be set", "error", err)
-			}
-		}
+		lost = k.repair(l, lost)
 		if time.Now().Before(next) {
 			continue
 		}
@@ -58,13 +54,33 @@ func (k *Keeper) Keep(ctx context.Context, l *Lease) error {
 	}
 }
 
+// repair sets the address again where it is gone. It returns whether the interface is not to be found, of which it tells
+// only where that is new.
+func (k *Keeper) repair(l *Lease, lost bool) bool {
+	gone, err := l.Missing()
+	switch {
+	case err != nil && !lost:
+		k.Log.Warn("the leased address cannot be looked after", "address", l.Address, "error", err)
+	case err == nil && gone:
+		k.Log.Warn("the address is gone, setting it again", "address", l.Address, "interface", l.Interface)
+		if err := l.Apply(); err != nil {
+			k.Log.Warn("the address cannot be set", "error", err)
+		}
+	}
+	return err != nil
+}
+
 // renew asks once more for what is leased, in the way that the lease's age asks for.
 func (k *Keeper) renew(ctx context.Context, l *Lease) (*Lease, error) {
 	mac, err := net.ParseMAC(l.MAC)
 	if err != nil {
+		return nil, fmt.Errorf("reading the kept lease: %w", err)
+	}
+	now, err := l.link()
+	if err != nil {
 		return nil, err
 	}
-	link := Link{Name: l.Interface, MAC: mac}
+	link := Link{Name: now.Attrs().Name, MAC: mac, Index: now.Attrs().Index}
 	if l.expired() {
 		return k.replace(ctx, l, link)
 	}
@@ -74,7 +90,7 @@ func (k *Keeper) renew(ctx context.Context, l *Lease) (*Lease, error) {
 		return k.replace(ctx, l, link)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("renewing %s on %s: %w", l.Address, l.Interface, err)
+		return nil, fmt.Errorf("renewing %s on %s: %w", l.Address, link.Name, err)
 	}
 	return k.swap(l, n)
 }

@@ -40,13 +40,9 @@ func Links(mac string) ([]Link, error) {
 	}
 	var out []Link
 	for _, l := range all {
-		a := l.Attrs()
-		// What has an address of 6 bytes and is no bridge, bond, or tunnel: those have a type of their own. A veth is
-		// let in: tests and containers boot from one.
-		if a.EncapType != "ether" || len(a.HardwareAddr) != 6 || l.Type() != "device" && l.Type() != "veth" {
-			continue
+		if a := l.Attrs(); ethernet(l) {
+			out = append(out, Link{Name: a.Name, MAC: a.HardwareAddr, Index: a.Index})
 		}
-		out = append(out, Link{Name: a.Name, MAC: a.HardwareAddr, Index: a.Index})
 	}
 	slices.SortStableFunc(out, func(a, b Link) int {
 		if x, y := strings.EqualFold(a.MAC.String(), mac), strings.EqualFold(b.MAC.String(), mac); x != y {
@@ -58,6 +54,12 @@ func Links(mac string) ([]Link, error) {
 		return a.Index - b.Index
 	})
 	return out, nil
+}
+
+// ethernet says whether l has an address of 6 bytes and is no bridge, bond, or tunnel: those have a type of their own. A
+// veth is let in: tests and containers boot from one.
+func ethernet(l netlink.Link) bool {
+	return l.Attrs().EncapType == "ether" && len(l.Attrs().HardwareAddr) == 6 && (l.Type() == "device" || l.Type() == "veth")
 }
 
 // A Finder gets the first lease of a boot.
@@ -251,12 +253,36 @@ func modifiers() []dhcpv4.Modifier {
 	}
 }
 
+// link is the interface that the lease was given to, by its MAC address: the booted OS may rename it, even while it is up
+// (since Linux 6.2). One that a bond gave another address is known by its permanent one.
+func (l *Lease) link() (netlink.Link, error) {
+	all, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("listing network interfaces: %w", err)
+	}
+	var found netlink.Link
+	for _, link := range all {
+		a := link.Attrs()
+		switch {
+		case !ethernet(link):
+		case strings.EqualFold(a.PermHWAddr.String(), l.MAC):
+			return link, nil
+		case strings.EqualFold(a.HardwareAddr.String(), l.MAC) && (found == nil || a.Name == l.Interface):
+			found = link
+		}
+	}
+	if found == nil {
+		return nil, fmt.Errorf("interface %s: no interface has its MAC address %s any more", l.Interface, l.MAC)
+	}
+	return found, nil
+}
+
 // Apply sets the address, the routes and the MTU. The kernel is told no lifetime: whether an address is kept is
 // decided by who renews it, and a root file system may depend on it.
 func (l *Lease) Apply() error {
-	link, err := netlink.LinkByName(l.Interface)
+	link, err := l.link()
 	if err != nil {
-		return fmt.Errorf("interface %s: %w", l.Interface, err)
+		return err
 	}
 	if l.MTU > 0 && l.MTU != link.Attrs().MTU {
 		if err := netlink.LinkSetMTU(link, l.MTU); err != nil {
@@ -304,9 +330,9 @@ func ipnet(p netip.Prefix) *net.IPNet {
 
 // Missing says whether the leased address is not on its interface.
 func (l *Lease) Missing() (bool, error) {
-	link, err := netlink.LinkByName(l.Interface)
+	link, err := l.link()
 	if err != nil {
-		return false, fmt.Errorf("interface %s: %w", l.Interface, err)
+		return false, err
 	}
 	addrs, err := netlink.AddrList(link, netlink.FAMILY_V4)
 	if err != nil {
@@ -319,9 +345,9 @@ func (l *Lease) Missing() (bool, error) {
 
 // remove takes the address from its interface; its routes go with it.
 func (l *Lease) remove() error {
-	link, err := netlink.LinkByName(l.Interface)
+	link, err := l.link()
 	if err != nil {
-		return fmt.Errorf("interface %s: %w", l.Interface, err)
+		return err
 	}
 	err = netlink.AddrDel(link, &netlink.Addr{IPNet: ipnet(l.Address)})
 	if err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {

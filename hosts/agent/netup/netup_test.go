@@ -262,11 +262,41 @@ func TestKeepRenewsAndRepairs(t *testing.T) {
 	before := w.discovers()
 	l.Duration = 10 * time.Second // dnsmasq gives two minutes at least; a server may give less
 	saved := keep(t, l)
+	run(t, "ip", "addr", "flush", "dev", "keep")
 	if n := <-saved; n.Address != l.Address || n.Duration != 2*time.Minute {
 		t.Errorf("renewed: %+v", n)
 	}
+	// It looks for the address each time before it renews.
+	if gone, err := l.Missing(); gone || err != nil {
+		t.Errorf("the address that went away: gone %v, %v", gone, err)
+	}
 	if diff := cmp.Diff(before, w.discovers()); diff != "" {
 		t.Errorf("a renewal began from the start, with a DHCPDISCOVER:\n%s", diff)
+	}
+}
+
+// TestKeepFollowsARenamedInterface has what udev does once the OS has booted.
+func TestKeepFollowsARenamedInterface(t *testing.T) {
+	w := newWire(t, "before")
+	w.serve("--dhcp-range=10.77.0.50,10.77.0.60,255.255.255.0,2m")
+	l := find(t, &Finder{MAC: mac})
+	run(t, "ip", "link", "set", "before", "down") // an older kernel renames no other; the address stays
+	run(t, "ip", "link", "set", "before", "name", "after")
+	run(t, "ip", "addr", "flush", "dev", "after")
+	run(t, "ip", "link", "set", "after", "up")
+	l.Duration = 10 * time.Second
+	n := <-keep(t, l)
+	if n.Interface != "after" || n.Address != l.Address {
+		t.Errorf("renewed: %+v", n)
+	}
+	if gone, err := n.Missing(); gone || err != nil {
+		t.Errorf("the address is not on the interface: gone %v, %v", gone, err)
+	}
+	if err := l.remove(); err != nil { // by its old name
+		t.Error(err)
+	}
+	if gone, err := l.Missing(); !gone || err != nil {
+		t.Errorf("after its removal: gone %v, %v", gone, err)
 	}
 }
 
