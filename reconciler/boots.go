@@ -75,7 +75,8 @@ func (b *boots) load(ctx context.Context) error {
 	return nil
 }
 
-// observe adds what netboot's servers saw.
+// observe adds what netboot's servers saw. That something went wrong belongs to the boot in which it did, and begins none:
+// a node that runs asks DHCP, too, and its answer may be that there is no address left.
 func (b *boots) observe(ev netboot.Event) {
 	if len(ev.MAC) == 0 {
 		return
@@ -83,6 +84,9 @@ func (b *boots) observe(ev netboot.Event) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	mac := ev.MAC.String()
+	if cur := b.current[mac]; ev.Err != nil && (cur == nil || beginsBoot(cur, string(ev.Stage), ev.Time)) {
+		return
+	}
 	boot, ok := b.at(mac, string(ev.Stage), ev.Time)
 	if !ok {
 		return

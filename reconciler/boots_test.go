@@ -2,6 +2,7 @@ package reconciler
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -194,6 +195,41 @@ func TestOldBootsAreDropped(t *testing.T) {
 	}
 	if got := again.current[testMAC]; got == nil || !got.Started.Equal(testStart.Add((keepBoots+4)*1000*time.Second)) {
 		t.Errorf("after a restart the current boot is %v, want the newest", got)
+	}
+}
+
+func TestAnErrorBeginsNoBoot(t *testing.T) {
+	b := newBoots(openStore(t), slog.New(slog.DiscardHandler))
+	full := seen(netboot.StageOffer, 0)
+	full.Err = errors.New("no address is left")
+	b.observe(full)
+	if len(b.current) != 0 {
+		t.Errorf("a boot of a machine that was given nothing: %+v", b.current[testMAC])
+	}
+	b.observe(seen(netboot.StageOffer, 1))
+	cut := seen(netboot.StageTFTP, 2)
+	cut.Err = errors.New("timed out")
+	b.observe(cut)
+	id := b.current[testMAC].ID
+	if got := b.current[testMAC].Error; got != "timed out" {
+		t.Errorf("the error of a boot under way: %q", got)
+	}
+	r := agentapi.Report{
+		Identity: agentapi.Identity{MAC: testMAC}, BootID: id, Uptime: time.Minute, Marks: []agentapi.Mark{{Stage: agentapi.StageHealthy, At: time.Minute}},
+	}
+	if err := b.report(t.Context(), "n1", r, testStart.Add(2*time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	for i := range keepBoots { // its renewals, each after a report
+		full.Time = testStart.Add(time.Duration(i) * time.Hour)
+		b.observe(full)
+		r.Marks = nil
+		if err := b.report(t.Context(), "n1", r, full.Time); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if cur := b.current[testMAC]; cur.ID != id || cur.Error != "" || cur.Marks[len(cur.Marks)-1].Stage != string(agentapi.StageHealthy) {
+		t.Errorf("a healthy node that gets no address: boot %+v, want the one that it is in, as it was", cur)
 	}
 }
 
