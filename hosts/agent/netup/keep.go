@@ -63,7 +63,7 @@ func (k *Keeper) repair(l *Lease, lost bool) bool {
 		k.Log.Warn("the leased address cannot be looked after", "address", l.Address, "error", err)
 	case err == nil && gone:
 		k.Log.Warn("the address is gone, setting it again", "address", l.Address, "interface", l.Interface)
-		if err := l.Apply(); err != nil {
+		if err := l.Apply(k.Log); err != nil {
 			k.Log.Warn("the address cannot be set", "error", err)
 		}
 	}
@@ -145,13 +145,13 @@ func (k *Keeper) swap(l, n *Lease) (*Lease, error) {
 		return n, nil
 	}
 	k.Log.Warn("the address changes", "from", l.Address, "to", n.Address, "interface", n.Interface)
-	if err := n.Apply(); err != nil {
+	if err := n.Apply(k.Log); err != nil {
 		return nil, err
 	}
 	if err := l.remove(); err != nil {
 		k.Log.Warn("the old address stays", "error", err)
 	}
-	if err := n.Apply(); err != nil { // routes that went with the old address
+	if err := n.Apply(k.Log); err != nil { // for the routes that went with the old address
 		k.Log.Warn("the new address is not whole", "error", err)
 	}
 	return n, nil

@@ -159,7 +159,7 @@ func (f *Finder) round(ctx context.Context, n int) (*Lease, error) {
 		}
 		lease, err := Ask(ctx, l)
 		if err == nil {
-			err = lease.Apply()
+			err = lease.Apply(f.Log)
 		}
 		if err == nil {
 			return lease, nil
@@ -278,26 +278,28 @@ func (l *Lease) link() (netlink.Link, error) {
 }
 
 // Apply sets the address, the routes and the MTU. The kernel is told no lifetime: whether an address is kept is
-// decided by who renews it, and a root file system may depend on it.
-func (l *Lease) Apply() error {
+// decided by who renews it, and a root file system may depend on it. Only an address that cannot be set is an error: what
+// else the server told may not fit this machine, as an MTU that its interface does not have, and is no reason to go
+// without a network. That is logged.
+func (l *Lease) Apply(log *slog.Logger) error {
 	link, err := l.link()
 	if err != nil {
 		return err
 	}
 	if l.MTU > 0 && l.MTU != link.Attrs().MTU {
 		if err := netlink.LinkSetMTU(link, l.MTU); err != nil {
-			return fmt.Errorf("setting the MTU of %s to %d: %w", l.Interface, l.MTU, err)
+			log.Warn("the MTU of the DHCP answer cannot be set", "interface", link.Attrs().Name, "mtu", l.MTU, "error", err)
 		}
 	}
 	if err := netlink.AddrReplace(link, &netlink.Addr{IPNet: ipnet(l.Address)}); err != nil {
-		return fmt.Errorf("setting address %s on %s: %w", l.Address, l.Interface, err)
+		return fmt.Errorf("setting address %s on %s: %w", l.Address, link.Attrs().Name, err)
 	}
 	// What is on the link first: the others' gateways must be reachable when they are set.
 	rs := slices.Clone(l.Routes)
 	slices.SortStableFunc(rs, func(a, b Route) int { return btoi(a.Via.IsValid()) - btoi(b.Via.IsValid()) })
 	for _, r := range rs {
 		if err := setRoute(link, l.Address, r); err != nil {
-			return err
+			log.Warn("a route of the DHCP answer cannot be set", "error", err)
 		}
 	}
 	return nil

@@ -152,6 +152,28 @@ func TestFindAgainstDnsmasq(t *testing.T) {
 	}
 }
 
+// TestFindTakesALeaseThatDoesNotFitWhole has a router that no machine could use, the broadcast address of the network, and
+// then an MTU that the interface does not have. (No DHCP server can tell one that is too large for a veth.)
+func TestFindTakesALeaseThatDoesNotFitWhole(t *testing.T) {
+	w := newWire(t, "odd")
+	w.serve("--dhcp-range=10.77.0.50,10.77.0.60,255.255.255.0,1h", "--dhcp-option=121,10.1.0.0/16,10.77.0.255,10.2.0.0/16,10.77.0.9")
+	l := find(t, &Finder{MAC: mac})
+	if len(l.Routes) != 2 {
+		t.Errorf("lease: %+v", l)
+	}
+	if out := run(t, "ip", "route"); !strings.Contains(out, "10.2.0.0/16 via 10.77.0.9") || strings.Contains(out, "10.1.0.0") {
+		t.Errorf("routes:\n%s", out)
+	}
+	run(t, "ip", "addr", "flush", "dev", "odd")
+	l.MTU = 1 << 20
+	if err := l.Apply(slog.New(slog.NewTextHandler(t.Output(), nil))); err != nil {
+		t.Error(err)
+	}
+	if out := run(t, "ip", "addr", "show", "odd"); !strings.Contains(out, "inet "+l.Address.String()) || !strings.Contains(out, "mtu 1500") {
+		t.Errorf("addresses:\n%s", out)
+	}
+}
+
 func TestFindWaitsForAServerThatComesLate(t *testing.T) {
 	w := newWire(t, "late")
 	drivers := make(chan struct{})
@@ -389,7 +411,7 @@ func TestMissingAndApply(t *testing.T) {
 	if gone, err := l.Missing(); !gone || err != nil {
 		t.Errorf("Missing after a flush: %v, %v", gone, err)
 	}
-	if err := l.Apply(); err != nil {
+	if err := l.Apply(slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
 	}
 	if gone, err := l.Missing(); gone || err != nil {
