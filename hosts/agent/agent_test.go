@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -649,4 +650,21 @@ func TestServiceTakesAnAnnouncedRebootBack(t *testing.T) {
 	}
 	cancel()
 	<-done
+}
+
+// TestBoundedDoesNotWaitForTheKernel has a call that never comes back, as sync(2) on a disk that does not answer.
+func TestBoundedDoesNotWaitForTheKernel(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		answer := make(chan error)
+		began := time.Now()
+		err := bounded(syncLimit, func() error { return <-answer })
+		if !errors.Is(err, errPatience) || time.Since(began) != 10*time.Second {
+			t.Errorf("after %v: %v", time.Since(began), err)
+		}
+		answer <- nil // it comes back after all, and holds nobody up
+	})
+	want := errors.New("no")
+	if err := bounded(time.Hour, func() error { return want }); !errors.Is(err, want) {
+		t.Errorf("what came back: %v", err)
+	}
 }

@@ -61,14 +61,14 @@ func inBackground(f func() (int64, error)) (n int64, err error) {
 // rebootPatience is how long the system's own way of shutting down may take.
 const rebootPatience = 90 * time.Second
 
-// rebootSystem shuts the system down as its init does, and forces it where that hangs. It returns only with an error.
+// rebootSystem shuts the system down as its init does, and forces it where that hangs: also where a disk does not answer,
+// so that nothing which may wait for one is waited for without a limit. It returns only with an error.
 func rebootSystem(ctx context.Context, log *slog.Logger) error {
-	unix.Sync()
-	cmd := exec.CommandContext(ctx, "systemctl", "--no-block", "reboot")
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Run(); err != nil {
-		log.Error("systemd does not reboot, forcing it", "error", err, "output", out.String())
+	if err := syncDisks(); err != nil {
+		log.Error("rebooting without it", "error", err)
+	}
+	if err := bounded(rebootPatience, func() error { return askSystemd(ctx) }); err != nil {
+		log.Error("systemd does not reboot, forcing it", "error", err)
 		return forced()
 	}
 	if err := backoff.Sleep(ctx, rebootPatience); err != nil {
@@ -76,6 +76,14 @@ func rebootSystem(ctx context.Context, log *slog.Logger) error {
 	}
 	log.Error("the shutdown hangs, forcing the reboot", "after", rebootPatience)
 	return forced()
+}
+
+func askSystemd(ctx context.Context) error {
+	out, err := exec.CommandContext(ctx, "systemctl", "--no-block", "reboot").CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, bytes.TrimSpace(out))
+	}
+	return nil
 }
 
 func forced() error {

@@ -242,7 +242,8 @@ func (b *boot) reboot(ctx context.Context, why string) error {
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageReboot, Detail: why})
 	flush(ctx, b.rep, 3*time.Second)
 	if b.cache != nil {
-		if err := unix.Mount("", cacheDir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		err := bounded(syncLimit, func() error { return unix.Mount("", cacheDir, "", unix.MS_REMOUNT|unix.MS_RDONLY, "") })
+		if err != nil {
 			b.log.Warn("the cache cannot be made read-only", "error", err)
 		}
 	}

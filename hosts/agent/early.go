@@ -87,10 +87,44 @@ func consoles() []string {
 	return out
 }
 
-// forceReboot writes all that is cached to the disks and boots the machine anew. It returns only with an error.
+// syncLimit is how long the disks may take to write what is cached, before a reboot.
+const syncLimit = 10 * time.Second
+
+// errPatience says that a call has not come back.
+var errPatience = errors.New("no end of it")
+
+// bounded calls f and waits for it, but not longer than limit: f may hang in the kernel, as on a disk that does not
+// answer, and then is left behind with its goroutine. This is for the way to a reboot, after which there is neither.
+func bounded(limit time.Duration, f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	t := time.NewTimer(limit)
+	defer t.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-t.C:
+		return fmt.Errorf("%w within %v", errPatience, limit)
+	}
+}
+
+// syncDisks writes all that is cached to the disks, as far as they take it in time.
+func syncDisks() error {
+	err := bounded(syncLimit, func() error {
+		unix.Sync()
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("writing to the disks: %w", err)
+	}
+	return nil
+}
+
+// forceReboot writes what is cached to the disks and boots the machine anew, also where a disk hangs: to end that may be
+// what the reboot is for. It returns only with an error.
 func forceReboot() error {
-	unix.Sync()
-	return unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
+	err := syncDisks()
+	return errors.Join(unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART), err)
 }
 
 // awaitReboot reboots after a while; until then people can look, and use the shell on the console.
