@@ -79,6 +79,7 @@ func TestDeclaredHostWaitsAndSaysForWhat(t *testing.T) {
 	if first.State != agentapi.Waiting || first.Reason != "image debian waits to be built" {
 		t.Errorf("got %s, %q", first.State, first.Reason)
 	}
+	v = newView(v.fleet)
 	v.builds = map[images.RecipeID]state.Build{base: {Recipe: base, Phase: state.BuildFailed, Step: "packages"}}
 	second := v.assignment(id)
 	if want := `the build of image debian failed: packages; see troupe logs ` + base.Short(); second.Reason != want {
@@ -87,6 +88,7 @@ func TestDeclaredHostWaitsAndSaysForWhat(t *testing.T) {
 	if first.Version == second.Version {
 		t.Error("the reason changed and the version did not: the agent would not hear of it")
 	}
+	v = newView(v.fleet)
 	v.bases = map[images.RecipeID]images.Base{base: {Recipe: base}}
 	if got := v.assignment(id); got.Reason != "role web waits to be built" {
 		t.Errorf("got %q", got.Reason)

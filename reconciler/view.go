@@ -25,10 +25,13 @@ type view struct {
 
 	addresses map[netip.Addr]string // host names
 	match     func() *plan.Matching // made once, of the machines that the view was given by the first question
+	// waits says for people why a role has no release yet, by role; each made once, like match: it needs the recipe's id,
+	// for which all files of the role are hashed, and each machine that waits asks for it.
+	waits map[string]func() string
 }
 
 func newView(f *schema.Fleet) *view {
-	v := &view{fleet: f, addresses: map[netip.Addr]string{}}
+	v := &view{fleet: f, addresses: map[netip.Addr]string{}, waits: map[string]func() string{}}
 	v.match = sync.OnceValue(func() *plan.Matching {
 		if f == nil {
 			return plan.Match(nil, v.machines, nil)
@@ -41,6 +44,9 @@ func newView(f *schema.Fleet) *view {
 	for name, h := range f.Hosts {
 		if h.Address.IsValid() {
 			v.addresses[h.Address] = name
+		}
+		if v.waits[h.Role] == nil {
+			v.waits[h.Role] = sync.OnceValue(func() string { return v.waitsFor(h.Role) })
 		}
 	}
 	return v
@@ -79,7 +85,7 @@ func (v *view) assignment(id agentapi.Identity) agentapi.Assignment {
 	if a, ok := v.assignments[name]; ok {
 		return a.Spec
 	}
-	why := v.waitsFor(v.fleet.Hosts[name].Role)
+	why := v.waits[v.fleet.Hosts[name].Role]()
 	return agentapi.Assignment{
 		Version: "waiting:" + digest.Of([]byte(name+"\x00"+why)).Short(),
 		State:   agentapi.Waiting, Reason: why, Host: name, Role: v.fleet.Hosts[name].Role,
@@ -94,7 +100,7 @@ func (v *view) roleOf(host string) string {
 	return v.fleet.Hosts[host].Role
 }
 
-// waitsFor says for people why a role has no release yet. It leaves out the step of a build that is under way: each is
+// waitsFor computes what waits has. It leaves out the step of a build that is under way: each is
 // news to all machines that wait.
 func (v *view) waitsFor(role string) string {
 	built := plan.Artifacts[images.RecipeID]{Bases: v.bases, Builds: v.builds}

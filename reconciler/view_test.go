@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/reconciler/state"
@@ -132,5 +133,17 @@ func TestDeclaredMACKeepsOthersOut(t *testing.T) {
 	v.machines = map[string]state.Machine{id.MAC: {Identity: id}}
 	if got := v.assignment(id); got.State != agentapi.Unclaimed {
 		t.Errorf("with a record: got %s of host %q, want unclaimed", got.State, got.Host)
+	}
+}
+
+// A role's recipe is computed once in a view, not for each machine that waits for it: that hashes all of its files.
+func TestWaitingCostsOneHashOfTheRole(t *testing.T) {
+	v := newView(testFleet())
+	id := agentapi.Identity{MAC: testMAC}
+	first := v.assignment(id)
+	base := images.BaseRecipeOf(v.fleet.Images["debian"]).ID()
+	v.bases = map[images.RecipeID]images.Base{base: {Recipe: base}} // views never change; one that did shows who looks again
+	if got := v.assignment(id); got.State != agentapi.Waiting || got.Version != first.Version {
+		t.Errorf("asked again the same view says %q, and said %q before", got.Reason, first.Reason)
 	}
 }
