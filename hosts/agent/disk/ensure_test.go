@@ -115,6 +115,7 @@ type fakeMachine struct {
 }
 
 func newFakeMachine(t *testing.T) *fakeMachine {
+	t.Helper()
 	f := &fakeMachine{t: t, sys: t.TempDir(), dev: t.TempDir()}
 	if err := os.Mkdir(filepath.Join(f.sys, "block"), 0o700); err != nil {
 		t.Fatal(err)

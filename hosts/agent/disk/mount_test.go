@@ -101,9 +101,11 @@ func TestMountRepairsWhatHasErrors(t *testing.T) {
 		spoil func(t *testing.T, path string)
 	}{
 		{"the kernel met an error", func(t *testing.T, path string) {
+			t.Helper()
 			run(t, "debugfs", "-w", "-R", "set_super_value state 3", path)
 		}},
 		{"and one that takes an answer", func(t *testing.T, path string) {
+			t.Helper()
 			run(t, "debugfs", "-w", "-R", "set_inode_field lost+found mode 0", path)
 			run(t, "debugfs", "-w", "-R", "set_super_value state 3", path)
 		}},

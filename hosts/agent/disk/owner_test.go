@@ -91,7 +91,7 @@ func TestACacheOfAnotherMachineIsLeftAlone(t *testing.T) {
 			t.Errorf("the other machine's: %+v, %v", got, err)
 		}
 	}
-	if got, err := m.as(two).Mount(t.Context(), found, t.TempDir()); !errors.Is(err, errForeign) {
+	if got, _, err := mount(t, m.as(two), found); !errors.Is(err, errForeign) {
 		t.Errorf("mounted by the other machine: %+v, %v", got, err)
 	}
 	if run(t, "sha256sum", shared.dev) != before {
