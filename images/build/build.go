@@ -43,11 +43,13 @@
 package build
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 
@@ -64,7 +66,8 @@ type Builder struct {
 	Log *slog.Logger // nil: discard
 }
 
-// Clean removes what builds left behind that were killed. Call it before the first build, and not during one.
+// Clean removes what builds left behind that were killed. Call it before the first build, and not during one. What cannot
+// be removed is logged, and takes room, but is in no build's way: each has a directory with a name of its own.
 func (b *Builder) Clean() error {
 	entries, err := os.ReadDir(b.Dir)
 	if errors.Is(err, os.ErrNotExist) {
@@ -76,11 +79,30 @@ func (b *Builder) Clean() error {
 	for _, e := range entries {
 		name := filepath.Join(b.Dir, e.Name())
 		b.log().Info("removing the scratch of a build that was killed", "dir", name)
-		if rerr := os.RemoveAll(name); rerr != nil {
-			err = errors.Join(err, fmt.Errorf("cleaning the scratch directory: %w", rerr))
-		}
+		b.remove(name)
 	}
-	return err
+	return nil
+}
+
+// remove removes the scratch of a build, or says why it stays.
+func (b *Builder) remove(dir string) {
+	if err := removeAll(dir); err != nil {
+		b.log().Error("removing the scratch of a build", "dir", dir, "err", err)
+	}
+}
+
+// removeAll is os.RemoveAll also for what belongs to the subordinate users of this one (subuid(5)), as what mmdebstrap
+// makes where it does not run as root: that only root can remove, or who is root of a user namespace with all of them.
+func removeAll(dir string) error {
+	err := os.RemoveAll(dir)
+	if err == nil || isRoot() {
+		return err
+	}
+	cmd := exec.Command("unshare", "--user", "--map-root-user", "--map-auto", "rm", "-rf", "--", dir) //nolint:noctx // its work is finite
+	if out, uerr := cmd.CombinedOutput(); uerr != nil {
+		return fmt.Errorf("%w; in a user namespace: %w: %s", err, uerr, bytes.TrimSpace(out))
+	}
+	return nil
 }
 
 // scratch makes a directory for one build; remove must be called when it is done.
@@ -98,11 +120,7 @@ func (b *Builder) scratch(kind string) (dir string, remove func(), err error) {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return "", nil, errors.Join(err, os.RemoveAll(dir))
 	}
-	return dir, func() {
-		if err := os.RemoveAll(dir); err != nil {
-			b.log().Error("removing the scratch of a build", "dir", dir, "err", err)
-		}
-	}, nil
+	return dir, func() { b.remove(dir) }, nil
 }
 
 func (b *Builder) log() *slog.Logger {
