@@ -59,6 +59,9 @@ func classify(err error) error {
 // noBranch says what is there instead.
 func noBranch(branch string, got refs) error {
 	names := got.branches()
+	for i, name := range names[:min(len(names), 5)] {
+		names[i] = bounded(name, 100)
+	}
 	switch {
 	case len(names) == 0:
 		return fmt.Errorf("%w: %q: the repository has no branches yet", ErrNoBranch, branch)
@@ -134,10 +137,13 @@ func (s *scrubber) text(t string) string {
 	return t
 }
 
+// maxText is how many bytes of an error are told: a remote says what it likes.
+const maxText = 2 << 10
+
 // wrap gives err the prefix what, a sentinel and a text without secrets. What err wraps beyond the sentinels is cut off:
 // it could be printed.
 func (s *scrubber) wrap(what string, err error) error {
-	text := s.text(err.Error())
+	text := bounded(s.text(err.Error()), maxText)
 	for _, sentinel := range []error{ErrAuth, ErrUnreachable, ErrNoBranch, errMirror} {
 		if errors.Is(err, sentinel) {
 			text = strings.TrimPrefix(text, sentinel.Error()+": ")

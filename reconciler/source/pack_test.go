@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 
 	"github.com/go-git/go-git/v5/plumbing"
@@ -157,8 +158,8 @@ func TestBigFileOverHTTP(t *testing.T) {
 	work.git("push", "-q", "-f", "origin", "other:main")
 	r = open(t, Config{Repo: srv.URL + "/fleet.git"})
 	r.remote.(*wire).most = MaxFileSize
-	if _, err := r.Fetch(t.Context()); !errors.Is(err, ErrUnreachable) {
-		t.Errorf("got %v, want ErrUnreachable", err)
+	if _, err := r.Fetch(t.Context()); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "uploadpack.allowFilter") {
+		t.Errorf("got %v, want ErrUnreachable, with what to do", err)
 	}
 }
 

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/go-git/go-git/v5/plumbing"
 )
 
 func TestEmptyRepository(t *testing.T) {
@@ -320,6 +322,22 @@ func TestLostDirectory(t *testing.T) {
 		t.Fatal(err)
 	}
 	want(t, fetch(t, r), head, "dir/a", "1")
+}
+
+// What a remote says goes into a record.
+func TestLongErrors(t *testing.T) {
+	var none scrubber
+	long := strings.Repeat("long\n", 1<<20)
+	if text := none.wrap("fetching", fmt.Errorf("%w: %s", ErrAuth, long)).Error(); len(text) > maxText+100 || strings.Contains(text, "\n") {
+		t.Errorf("an error has %d bytes: %.100q", len(text), text)
+	}
+	got := refs{}
+	for i := range 9 {
+		got[plumbing.NewBranchReferenceName(fmt.Sprint(i, strings.Repeat("x", 60_000)))] = plumbing.ZeroHash
+	}
+	if text := noBranch("main", got).Error(); len(text) > 1000 || !strings.HasSuffix(text, "and 4 more") {
+		t.Errorf("an error has %d bytes: %.100q", len(text), text)
+	}
 }
 
 const killMe = "TROUPE_TEST_SOURCE_FETCH"

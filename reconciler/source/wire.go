@@ -171,7 +171,8 @@ func (w *wire) transfer(ctx context.Context, s session, ar *packp.AdvRefs, got r
 		return nil
 	}
 	req.Haves = m.haves()
-	if ar.Capabilities.Supports(capability.Filter) {
+	filters := ar.Capabilities.Supports(capability.Filter)
+	if filters {
 		if err := req.Capabilities.Set(capability.Filter); err != nil {
 			return err
 		}
@@ -182,7 +183,11 @@ func (w *wire) transfer(ctx context.Context, s session, ar *packp.AdvRefs, got r
 		return fmt.Errorf("asking for %d objects: %w", len(req.Wants), err)
 	}
 	defer res.Close() //nolint:errcheck // only read
-	if err := receive(m, dst, demux(req.Capabilities, res), w.most); err != nil {
+	err = receive(m, dst, demux(req.Capabilities, res), w.most)
+	if errors.Is(err, errHuge) && !filters {
+		err = fmt.Errorf("%w; with uploadpack.allowFilter the Git server would leave it out", err)
+	}
+	if err != nil {
 		return fmt.Errorf("receiving objects: %w", err)
 	}
 	return nil
