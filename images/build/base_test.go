@@ -5,9 +5,12 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -336,6 +339,31 @@ func TestFailedRunNamesItsStep(t *testing.T) {
 	nothingLeft(t, b)
 }
 
+// TestUmaskIsInNoImage builds under the umask that a service may be given (UMask= of systemd.exec(5)).
+func TestUmaskIsInNoImage(t *testing.T) {
+	b, base := debianBase(t)
+	r := images.DeltaRecipe{Base: base.Recipe, Run: []string{"umask; echo made >/etc/made; mkdir /etc/made.d"}}
+	usual := syscall.Umask(0o022)
+	t.Cleanup(func() { syscall.Umask(usual) })
+	want, err := b.Delta(t.Context(), r, base, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	syscall.Umask(0o077)
+	got, err := b.Delta(t.Context(), r, base, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Image != want.Image {
+		t.Errorf("another umask makes another image: %v and %v", want.Image, got.Image)
+	}
+	for _, line := range []string{`-rw-r--r-- 0:0 etc/made "made\n"`, "drwxr-xr-x 0:0 etc/made.d"} {
+		if list := listing(t, b, got.Image); !strings.Contains(list, line) {
+			t.Errorf("no %q in the image:\n%s", line, list)
+		}
+	}
+}
+
 func TestUnknownPackageIsNamed(t *testing.T) {
 	b, base := debianBase(t)
 	_, err := b.Delta(t.Context(), images.DeltaRecipe{Base: base.Recipe, Packages: []string{"no-such-package"}}, base, nil)
@@ -472,6 +500,68 @@ func awaitNone(t *testing.T, dir string) {
 		case <-tick.C:
 		case <-ctx.Done():
 			t.Fatalf("still running: %q", processesOf(dir))
+		}
+	}
+}
+
+// TestCleanOfSubordinateUsers has the scratch of a Builder that is not root: some of it belongs to its subordinate users.
+// Without those it stays, which is no reason for a server not to start.
+func TestCleanOfSubordinateUsers(t *testing.T) {
+	const (
+		env          = "TROUPE_TEST_CLEAN"
+		nobody, subs = 65534, 200000
+	)
+	if dir := os.Getenv(env); dir != "" {
+		var log bytes.Buffer
+		b := &Builder{Dir: dir, Log: slog.New(slog.NewTextHandler(&log, nil))}
+		if err := b.Clean(); err != nil {
+			t.Error(err)
+		}
+		t.Log(log.String())
+		return
+	}
+	for _, tt := range []struct{ subuid, left string }{
+		{fmt.Sprintf("%d:%d:65536\n", nobody, subs), ""},
+		{"", "base-1"},
+	} {
+		dir, err := os.MkdirTemp("", "troupe-build-test-") // all above it can be entered by everybody, other than t.TempDir's
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = os.RemoveAll(dir) })
+		scratch, theirs := dir+"/base-1", dir+"/base-1/root/etc"
+		ids := filepath.Join(t.TempDir(), "ids")
+		err = errors.Join(os.MkdirAll(theirs, 0o700), os.WriteFile(theirs+"/x", nil, 0o600), os.WriteFile(ids, []byte(tt.subuid), 0o644),
+			os.Chown(dir, nobody, nobody), os.Chown(scratch, nobody, nobody), os.Chown(scratch+"/root", subs, subs), os.Chown(theirs, subs, subs), os.Chown(theirs+"/x", subs+1, subs))
+		if err != nil {
+			t.Fatal(err)
+		}
+		self, err := os.Open("/proc/self/exe") // by a path it may be out of nobody's reach
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer self.Close()
+		cmd := exec.Command("unshare", "--mount", "sh", "-ec", `mount --bind "$1" /etc/subuid; mount --bind "$1" /etc/subgid
+			exec setpriv --reuid="$2" --regid="$2" --clear-groups /proc/self/fd/3 -test.run='^TestCleanOfSubordinateUsers$' -test.v`,
+			"sh", ids, fmt.Sprint(nobody))
+		cmd.Env, cmd.Dir, cmd.ExtraFiles = append(os.Environ(), env+"="+dir), "/", []*os.File{self}
+		out, err := cmd.CombinedOutput()
+		if err != nil || !strings.Contains(string(out), "PASS: TestCleanOfSubordinateUsers") {
+			t.Errorf("cleaning: %v\n%s", err, out)
+		}
+		left, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, e := range left {
+			names = append(names, e.Name())
+		}
+		if got := strings.Join(names, " "); got != tt.left {
+			t.Errorf("with subordinate users %q: left %q, want %q\n%s", tt.subuid, got, tt.left, out)
+		}
+		if told := strings.Contains(string(out), "level=ERROR"); told != (tt.left != "") {
+			t.Errorf("with subordinate users %q: told of an error: %v\n%s", tt.subuid, told, out)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 # Runs the shell command $3 in a root file system that is $1/lower with $1/upper over it. $2 says whether the network is
 # that of the machine ("online") or none. Its mounts are in a mount namespace that ends with it.
 set -eu
+umask 022 # and not that of this process: the modes of what a command makes must not depend on it
 dir=$1
 root=$dir/root
 hostname localhost # in this UTS namespace: the machine's own name must not get into an image
