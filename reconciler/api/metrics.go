@@ -36,9 +36,13 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) error {
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		&gauges{recs: recs, leases: countLeases(leases, recs.Now), requests: &s.shared.requests})
-	promhttp.HandlerFor(reg, promhttp.HandlerOpts{}).ServeHTTP(w, r)
+	gathered := prometheus.GathererFunc(just(reg.Gather())) // so that the records are not kept while the client takes its time
+	promhttp.HandlerFor(gathered, promhttp.HandlerOpts{}).ServeHTTP(w, r)
 	return nil
 }
+
+// just is a function that returns what it is given.
+func just[T any](v T, err error) func() (T, error) { return func() (T, error) { return v, err } }
 
 // countLeases leaves out those that are kept only for a machine that comes back.
 func countLeases(leases map[string]state.Lease, now time.Time) int {

@@ -165,11 +165,11 @@ func (s *Server) getLog(w http.ResponseWriter, r *http.Request) error {
 func (s *Server) recipe(ctx context.Context, name string) (digest.Digest, error) {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
-	leave, err := s.lists.enter(ctx)
+	turn, err := s.lists.enter(ctx)
 	if err != nil {
 		return "", err
 	}
-	defer leave()
+	defer turn.leave()
 	recs, err := s.records(ctx)
 	if err != nil {
 		return "", err

@@ -15,25 +15,27 @@ import (
 	"github.com/troupe-dev/troupe/internal/quiet"
 )
 
-// fill takes all places in q, inside and waiting. The function that it returns lets one of them go; end lets all go.
-func fill(t *testing.T, q *queue) (leave, end func()) {
+// fill takes all places in q, those of who reads and those of who waits. The function that it returns gives them back.
+func fill(t *testing.T, q *queue) (reading []*turn, end func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
-	for range maxLists {
-		if _, err := q.enter(ctx); err != nil {
+	for range maxReads {
+		turn, err := q.enter(ctx)
+		if err != nil {
 			t.Fatal(err)
 		}
+		reading = append(reading, turn)
 	}
-	for range maxQueued {
+	for range maxListing - maxReads {
 		go func() {
-			if leave, err := q.enter(ctx); err == nil {
+			if turn, err := q.enter(ctx); err == nil {
 				<-ctx.Done()
-				leave()
+				turn.leave()
 			}
 		}()
 	}
 	synctest.Wait()
-	return func() { <-q.slots }, func() {
+	return reading, func() {
 		cancel()
 		synctest.Wait()
 	}
@@ -44,30 +46,41 @@ func refusedAsBusy(err error) bool {
 	return errors.As(err, &e) && e.Status == http.StatusServiceUnavailable
 }
 
+func (q *queue) want(t *testing.T, what string, reading, all int) {
+	t.Helper()
+	synctest.Wait()
+	if r, a := len(q.turns), int(q.all.inside.Load()); r != reading || a != all {
+		t.Errorf("%s: %d read of %d, want %d of %d", what, r, a, reading, all)
+	}
+}
+
 func TestQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q := newQueue()
-		leave, end := fill(t, q)
-		defer end()
+		reading, end := fill(t, q)
+		q.want(t, "at first", maxReads, maxListing)
 		start := time.Now()
 		if _, err := q.enter(t.Context()); !refusedAsBusy(err) || time.Since(start) > 0 {
-			t.Errorf("beyond those that may wait: %v after %s", err, time.Since(start))
+			t.Errorf("where there is no room: %v after %s", err, time.Since(start))
 		}
-		leave() // one that waits goes in, and another may wait, as long as it likes
-		synctest.Wait()
-		if in, waiting := len(q.slots), q.waiting.inside.Load(); in != maxLists || waiting != maxQueued-1 {
-			t.Errorf("%d inside and %d waiting, want %d and %d", in, waiting, maxLists, maxQueued-1)
-		}
-		short, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-		defer cancel()
-		if _, err := q.enter(short); !refusedAsBusy(err) || time.Since(start) != 30*time.Second {
-			t.Errorf("who has waited for long enough: %v after %s", err, time.Since(start))
-		}
+		reading[0].end() // and somebody else's turn comes
+		q.want(t, "after the end of a turn", maxReads, maxListing)
+		reading[0].leave()
+		q.want(t, "after it was answered", maxReads, maxListing-1)
 		gone, cancel := context.WithCancel(t.Context())
 		cancel()
 		if _, err := q.enter(gone); !errors.Is(err, context.Canceled) {
 			t.Errorf("who went away: %v", err)
 		}
+		if _, err := q.enter(t.Context()); !refusedAsBusy(err) || time.Since(start) != turnTime {
+			t.Errorf("who has waited for long enough: %v after %s", err, time.Since(start))
+		}
+		q.want(t, "after all that waited gave up", maxReads, maxReads)
+		end()
+		for _, turn := range reading[1:] {
+			turn.leave()
+		}
+		q.want(t, "in the end", 0, 0)
 	})
 }
 
@@ -127,8 +140,10 @@ func TestAnswersAreTaken(t *testing.T) {
 				t.Errorf("at first the deadline is in %s, want %s", got, takeTime)
 			}
 			out := &flusher{w: w, ctl: http.NewResponseController(w)}
+			s.lists.want(t, "while it reads", 1, 1)
 			for _, left := range []time.Duration{slowClient, slowClient, 0} {
 				_, _ = out.Write([]byte("x"))
+				s.lists.want(t, "while it is taken", 0, 1)
 				if got := time.Until(conn.at); got != left {
 					t.Errorf("after %s: the deadline is in %s, want %s", time.Since(start), got, left)
 				}
@@ -139,8 +154,6 @@ func TestAnswersAreTaken(t *testing.T) {
 		if err := serve(conn, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil)); err != nil {
 			t.Error(err)
 		}
-		if len(s.lists.slots) != 0 {
-			t.Error("its place was not given back")
-		}
+		s.lists.want(t, "in the end", 0, 0)
 	})
 }
