@@ -668,3 +668,24 @@ func TestBoundedDoesNotWaitForTheKernel(t *testing.T) {
 		t.Errorf("what came back: %v", err)
 	}
 }
+
+func TestBootMarksEachReasonToWait(t *testing.T) {
+	client, err := agentapi.NewClient("http://10.77.0.1", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &boot{log: nothing, client: client}
+	b.speak()
+	b.lease.Store(&netup.Lease{Address: netip.MustParsePrefix("10.77.0.11/24")})
+	building := agentapi.Assignment{State: agentapi.Waiting, Host: "n1", Reason: "the base is being built"}
+	for _, a := range []agentapi.Assignment{{State: agentapi.Unclaimed}, {State: agentapi.Unclaimed, Version: "2"}, building, building, {State: agentapi.Unclaimed}} {
+		b.show(a)
+	}
+	var got []string
+	for _, m := range b.rep.pending() {
+		got = append(got, string(m.Stage)+": "+m.Detail)
+	}
+	if diff := cmp.Diff([]string{"wait: unclaimed", "wait: waiting the base is being built", "wait: unclaimed"}, got); diff != "" {
+		t.Errorf("marks (-want +got):\n%s", diff)
+	}
+}

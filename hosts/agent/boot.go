@@ -44,6 +44,7 @@ type boot struct {
 	drivers   chan struct{} // closed once the drivers were loaded
 	copied    chan error    // has room for one: how copyProgram ended
 	fsReady   chan struct{} // closed once fsModules were tried
+	shown     string        // what the last mark of StageWait says
 	fetched   int64         // image bytes since the last mark of it
 	force     func() error  // reboots; replaced in tests
 	resolv    string        // resolvConf; another file in tests
@@ -160,9 +161,13 @@ func (b *boot) pursue(ctx context.Context) (*mounted, error) {
 		a := b.drain()
 		var again <-chan time.Time
 		if a.State == agentapi.Assigned {
-			m, err := b.whileCurrent(ctx, func(ctx context.Context) (*mounted, error) { return b.activate(ctx, a) })
+			var m *mounted
+			err := b.fol.whileCurrent(ctx, a, func(ctx context.Context) (err error) {
+				m, err = b.activate(ctx, a)
+				return err
+			})
 			switch {
-			case m != nil:
+			case m != nil: // also where there is a newer one: the second life goes there from here
 				return m, nil
 			case ctx.Err() != nil:
 				return nil, ctx.Err()
@@ -197,39 +202,17 @@ func (b *boot) drain() agentapi.Assignment {
 	return b.fol.get()
 }
 
-// errNewer says that an assignment was left for a newer one.
-var errNewer = errors.New("there is a newer assignment")
-
-// whileCurrent calls f with a context that ends when a newer assignment comes.
-func (b *boot) whileCurrent(ctx context.Context, f func(context.Context) (*mounted, error)) (*mounted, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	stopped := make(chan struct{})
-	go func() {
-		defer close(stopped)
-		select {
-		case <-b.fol.changed:
-			cancel(errNewer)
-		case <-ctx.Done():
-		}
-	}()
-	m, err := f(ctx)
-	cause := context.Cause(ctx)
-	cancel(nil)
-	<-stopped
-	if err != nil && errors.Is(cause, errNewer) {
-		return nil, errNewer
-	}
-	return m, err
-}
-
 // show tells people at the console what machine this is and what it waits for.
 func (b *boot) show(a agentapi.Assignment) {
 	why := a.Reason
 	if a.State == agentapi.Unclaimed && why == "" {
 		why = "no host of the fleet has this MAC, UUID or serial"
 	}
-	b.rep.mark(agentapi.Mark{Stage: agentapi.StageWait, Detail: strings.TrimSpace(string(a.State) + " " + a.Reason)})
+	if now := strings.TrimSpace(string(a.State) + " " + a.Reason); now != b.shown {
+		b.shown = now
+		b.rep.forget(agentapi.StageWait)
+		b.rep.mark(agentapi.Mark{Stage: agentapi.StageWait, Detail: now})
+	}
 	b.log.Info("waiting; no disk is written to", "state", a.State, "why", why)
 	b.log.Info("this machine", "mac", b.id.MAC, "address", b.lease.Load().Address.Addr(), "uuid", b.id.UUID, "serial", b.id.Serial,
 		"server", b.client.Server(), "host", a.Host)

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"sync"
 	"time"
@@ -148,4 +149,33 @@ func (f *follower) ask(ctx context.Context) error {
 		return backoff.Sleep(ctx, time.Second) // a server that does not hold the question must not be asked in a loop
 	}
 	return nil
+}
+
+// errNewer says that an assignment was left for a newer one.
+var errNewer = errors.New("there is a newer assignment")
+
+// whileCurrent calls do for an assignment, with a context that ends when a newer one comes. It returns errNewer where one
+// did, whatever do returned. The wake-up for it may have been taken here, but never without that answer: so whoever gets
+// another one may wait for changed.
+func (f *follower) whileCurrent(ctx context.Context, a agentapi.Assignment, do func(context.Context) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	woken := false
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		select {
+		case <-f.changed:
+			woken = true
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	err := do(ctx)
+	cancel()
+	<-stopped // only then is it known what was taken: both cases may have been ready at once
+	if woken || f.get().Version != a.Version {
+		return errNewer
+	}
+	return err
 }

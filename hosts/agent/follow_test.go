@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"strings"
@@ -118,4 +119,32 @@ func TestServerThatIsNotReadyIsAskedAgainQuietly(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestNoWakeUpIsLost has newer assignments that come in the moment in which the work for the one before has failed.
+func TestNoWakeUpIsLost(t *testing.T) {
+	failed := errors.New("failed")
+	for i := range 1000 {
+		f := newFollower(nil, nothing, nil)
+		now := f.get()
+		err := f.whileCurrent(t.Context(), now, func(context.Context) error {
+			f.set(agentapi.Assignment{Version: "newer"})
+			return failed
+		})
+		if !errors.Is(err, errNewer) {
+			t.Fatalf("try %d: %v, want %v", i, err, errNewer)
+		}
+	}
+	f := newFollower(nil, nothing, nil)
+	if err := f.whileCurrent(t.Context(), f.get(), func(context.Context) error { return failed }); !errors.Is(err, failed) {
+		t.Errorf("with no newer one: %v, want %v", err, failed)
+	}
+	err := f.whileCurrent(t.Context(), f.get(), func(ctx context.Context) error {
+		f.set(agentapi.Assignment{Version: "newer"})
+		<-ctx.Done() // it ends the work
+		return ctx.Err()
+	})
+	if !errors.Is(err, errNewer) {
+		t.Errorf("work that was broken off: %v, want %v", err, errNewer)
+	}
 }

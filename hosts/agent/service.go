@@ -161,7 +161,7 @@ func (s *service) pursue(ctx context.Context) error {
 			stopChecks = s.startChecks(ctx)
 			continue
 		case moveOn, discover:
-			err := s.whileCurrent(ctx, func(current context.Context) error { return s.prepare(current, a, d) })
+			err := s.fol.whileCurrent(ctx, a, func(current context.Context) error { return s.prepare(current, a, d) })
 			if err == nil {
 				s.log.Warn("rebooting", "generation", a.Generation, "role", a.Role)
 				err = s.reboot(ctx, s.log)
@@ -266,28 +266,6 @@ func (s *service) healthIs(h agentapi.Health) {
 	if h.Healthy {
 		s.rep.mark(agentapi.Mark{Stage: agentapi.StageHealthy})
 	}
-}
-
-// whileCurrent calls f with a context that ends when a newer assignment comes.
-func (s *service) whileCurrent(ctx context.Context, f func(context.Context) error) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		select {
-		case <-s.fol.changed:
-			cancel(errNewer)
-		case <-ctx.Done():
-		}
-	}()
-	err := f(ctx)
-	cause := context.Cause(ctx)
-	cancel(nil)
-	<-done
-	if errors.Is(cause, errNewer) {
-		return errNewer
-	}
-	return err
 }
 
 // prepare does all that comes before the reboot into an assignment.
