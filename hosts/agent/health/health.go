@@ -27,9 +27,12 @@ const (
 	defaultTimeout = 5 * time.Second
 	minEvery       = 500 * time.Millisecond
 	// Until a check passes for the first time it is tried more often, since a push waits for it: one that asks a port
-	// costs next to nothing, the others a process.
-	eagerEvery = 500 * time.Millisecond
-	eagerPort  = 150 * time.Millisecond
+	// costs next to nothing, the others a process. One that has not passed by then will hardly do so soon, and each of
+	// its tries may be one more report: then it is tried as often as it asks for.
+	eagerEvery   = 500 * time.Millisecond
+	eagerFor     = 3 * time.Minute
+	eagerPort    = 150 * time.Millisecond
+	eagerPortFor = 30 * time.Second
 )
 
 // A Runner runs the checks of one assignment.
@@ -64,7 +67,7 @@ func (r Runner) loop(ctx context.Context, i int, c agentapi.Check, b *board) {
 		timeout = defaultTimeout
 	}
 	every = max(every, minEvery)
-	passed := false
+	passed, began := false, time.Now()
 	var p prober
 	for {
 		err := p.try(ctx, c, timeout)
@@ -80,7 +83,7 @@ func (r Runner) loop(ctx context.Context, i int, c agentapi.Check, b *board) {
 		b.set(i, line)
 		wait := every
 		if !passed {
-			wait = min(every, eager(c))
+			wait = min(every, eager(c, every, time.Since(began)))
 		}
 		if backoff.Sleep(ctx, wait) != nil {
 			return
@@ -88,11 +91,15 @@ func (r Runner) loop(ctx context.Context, i int, c agentapi.Check, b *board) {
 	}
 }
 
-func eager(c agentapi.Check) time.Duration {
-	if c.HTTP != nil || c.TCP != nil {
+// eager is the pause of a check that has not passed yet, so long after it began.
+func eager(c agentapi.Check, every, age time.Duration) time.Duration {
+	switch {
+	case age < eagerPortFor && (c.HTTP != nil || c.TCP != nil):
 		return eagerPort
+	case age < eagerFor:
+		return eagerEvery
 	}
-	return eagerEvery
+	return every
 }
 
 // A board has the last outcome of each check.

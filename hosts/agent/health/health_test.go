@@ -14,7 +14,10 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 )
@@ -233,4 +236,52 @@ func TestRunnerEndsWhileACommandHangs(t *testing.T) {
 	}
 	cancel()
 	<-done
+}
+
+// TestRunnerIsEagerForTheFirstMinutesOnly counts the tries of checks that never pass, minute by minute.
+func TestRunnerIsEagerForTheFirstMinutesOnly(t *testing.T) {
+	var tries atomic.Int64
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		tries.Add(1)
+		http.Error(w, "no", http.StatusServiceUnavailable)
+	}))
+	defer srv.Close()
+	runs := filepath.Join(t.TempDir(), "runs")
+	for _, tt := range []struct {
+		check agentapi.Check
+		count func() int64
+		want  []int64
+	}{
+		{agentapi.Check{HTTP: &agentapi.HTTPCheck{Port: port(t, srv.Listener.Addr().String())}, Every: 10 * time.Second}, tries.Load, []int64{261, 120, 120, 6, 6}},
+		{agentapi.Check{Exec: []string{"sh", "-c", "printf x >>" + runs + "; exit 1"}, Every: 20 * time.Second}, func() int64 {
+			fi, err := os.Stat(runs)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return fi.Size()
+		}, []int64{121, 120, 120, 3, 3}},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			r := Runner{Checks: []agentapi.Check{tt.check}, Log: slog.New(slog.DiscardHandler), Changed: func(agentapi.Health) {}}
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				r.Run(ctx)
+			}()
+			var got []int64
+			last := int64(0)
+			time.Sleep(time.Millisecond) // of the bubble: not in step with the tries
+			for range tt.want {
+				time.Sleep(time.Minute)
+				n := tt.count()
+				got, last = append(got, n-last), n
+			}
+			cancel()
+			<-done
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("%s: tries in each minute (-want +got):\n%s", Name(tt.check), diff)
+			}
+		})
+	}
 }
