@@ -351,7 +351,7 @@ func TestSlowMachines(t *testing.T) {
 			time.Sleep(slowMachine/2 - time.Second) // on the bubble's clock; what is read may end one part and begin another
 			_, err = io.CopyN(io.Discard, resp.Body, part)
 		}
-		if err != io.EOF {
+		if !errors.Is(err, io.EOF) {
 			t.Error(err)
 		}
 		if tr := <-sent; tr.Err != nil || tr.Bytes != int64(len(kernel)) {
