@@ -54,14 +54,20 @@ type builds struct {
 	now     func() time.Time
 	limit   int
 
-	wake   chan struct{}
-	hasten chan images.RecipeID // that operators want built now
+	wake chan struct{}
+	asks chan ask
 
 	// Owned by run:
 	running   map[images.RecipeID]context.CancelCauseFunc
 	notBefore map[images.RecipeID]time.Time // of builds whose records could not be written
-	urgent    map[images.RecipeID]bool      // hastened ones
+	waiting   []ask                         // for a build that ends
 	ended     chan ended
+}
+
+// An ask is for builds that an operator wants now.
+type ask struct {
+	builds []plan.Build
+	done   chan<- error // has room for one: the answer
 }
 
 // ended says that a build is over. err is of its records, not of the build.
@@ -72,8 +78,8 @@ type ended struct {
 
 // run starts what is missing, until ctx ends; then it waits for the builds, which ctx ends, too.
 func (b *builds) run(ctx context.Context) error {
-	b.running, b.notBefore, b.urgent = map[images.RecipeID]context.CancelCauseFunc{}, map[images.RecipeID]time.Time{}, map[images.RecipeID]bool{}
-	b.ended = make(chan ended)
+	b.running, b.notBefore = map[images.RecipeID]context.CancelCauseFunc{}, map[images.RecipeID]time.Time{}
+	b.ended, b.waiting = make(chan ended), nil
 	if err := b.settle(ctx); err != nil {
 		return err
 	}
@@ -95,10 +101,10 @@ func (b *builds) run(ctx context.Context) error {
 		case <-changed:
 		case <-b.wake:
 		case <-retry:
-		case id := <-b.hasten:
-			b.urgent[id] = true
+		case a := <-b.asks:
+			b.serve(ctx, a)
 		case e := <-b.ended:
-			b.over(e)
+			b.over(ctx, e)
 		case a := <-lost:
 			b.forget(ctx, a)
 		case <-ctx.Done():
@@ -136,7 +142,7 @@ func (b *builds) settle(ctx context.Context) error {
 		if blob, ok, err := b.result(ctx, rec); err != nil {
 			return err
 		} else if ok { // it ended between the artifact's record and this one
-			rec.Phase, rec.Step, rec.Error, rec.Result, rec.Size = state.BuildDone, "", "", blob.Digest, blob.Size
+			rec.Phase, rec.Step, rec.Error, rec.Result, rec.Size, rec.Asked = state.BuildDone, "", "", blob.Digest, blob.Size, false
 		}
 		if err := state.Builds.Put(ctx, b.store, id, rec); err != nil {
 			return err
@@ -171,14 +177,19 @@ func (b *builds) poke() {
 	}
 }
 
-// over takes a build out of those that run.
-func (b *builds) over(e ended) {
+// over takes a build out of those that run, and answers who asked for it meanwhile.
+func (b *builds) over(ctx context.Context, e ended) {
 	b.running[e.recipe](nil)
 	delete(b.running, e.recipe)
 	delete(b.notBefore, e.recipe)
 	if e.err != nil {
 		b.log.Error("recording a build", "recipe", e.recipe.Short(), "error", e.err)
 		b.notBefore[e.recipe] = b.now().Add(firstRetry)
+	}
+	waiting := b.waiting
+	b.waiting = nil
+	for _, a := range waiting {
+		b.serve(ctx, a)
 	}
 }
 
@@ -210,7 +221,7 @@ func (b *builds) step(ctx context.Context) (next time.Time, err error) {
 			stop(errUnwanted) // in vain where the build is through and only its records are left
 		}
 	}
-	return next, nil
+	return next, b.unask(ctx, wanted, obs)
 }
 
 func baseIsThere(want plan.Build, obs plan.Observed) bool {
@@ -223,9 +234,6 @@ func baseIsThere(want plan.Build, obs plan.Observed) bool {
 
 // after is when a recipe may be tried again.
 func (b *builds) after(rec state.Build, id images.RecipeID) time.Time {
-	if b.urgent[id] {
-		return time.Time{}
-	}
 	at := b.notBefore[id]
 	if rec.Phase == state.BuildFailed && rec.Retry.After(at) {
 		at = rec.Retry
@@ -235,7 +243,6 @@ func (b *builds) after(rec state.Build, id images.RecipeID) time.Time {
 
 // begin starts one build.
 func (b *builds) begin(ctx context.Context, want plan.Build, obs plan.Observed) {
-	delete(b.urgent, want.Recipe)
 	bctx, stop := context.WithCancelCause(ctx)
 	b.running[want.Recipe] = stop
 	go func() {
@@ -253,6 +260,7 @@ func (b *builds) one(ctx, bctx context.Context, want plan.Build, obs plan.Observ
 	rec := state.Build{
 		Recipe: want.Recipe, Kind: string(want.Kind), Name: want.Name, Phase: state.BuildRunning,
 		Attempts: obs.Builds[want.Recipe].Attempts + 1, Started: b.now(), Parts: want.Parts,
+		Asked: obs.Builds[want.Recipe].Asked,
 	}
 	out, err := b.logs.create(want.Recipe)
 	if err != nil {
@@ -277,7 +285,7 @@ func (b *builds) one(ctx, bctx context.Context, want plan.Build, obs plan.Observ
 	if err != nil {
 		return err
 	}
-	rec.Phase, rec.Step, rec.Error, rec.Tail = state.BuildDone, "", "", nil
+	rec.Phase, rec.Step, rec.Error, rec.Tail, rec.Asked = state.BuildDone, "", "", nil, false
 	rec.Result, rec.Size = blob.Digest, blob.Size
 	if err := state.Builds.Put(ctx, b.store, want.Recipe.String(), rec); err != nil {
 		return err
@@ -308,7 +316,7 @@ func (b *builds) build(ctx context.Context, want plan.Build, obs plan.Observed, 
 
 // failed records why a build ended without a result. cause says it in a word; err has the step and its output.
 func (b *builds) failed(ctx context.Context, rec *state.Build, cause, err error) error {
-	rec.Phase, rec.Error = state.BuildFailed, cause.Error()
+	rec.Phase, rec.Error, rec.Asked = state.BuildFailed, cause.Error(), false
 	var step *build.StepError
 	if errors.As(err, &step) {
 		rec.Step, rec.Tail = step.Step, step.Tail
@@ -326,14 +334,83 @@ func (b *builds) failed(ctx context.Context, rec *state.Build, cause, err error)
 	return nil
 }
 
-// retry has a recipe built now that failed and waits to be tried again.
-func (b *builds) retry(ctx context.Context, id images.RecipeID) error {
+// ask has builds made now, also such as failed and wait to be tried again, and such as no host needs. When it returns
+// without an error, that is on record.
+func (b *builds) ask(ctx context.Context, builds []plan.Build) error {
+	done := make(chan error, 1)
 	select {
-	case b.hasten <- id:
-		return nil
+	case b.asks <- ask{builds: builds, done: done}:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// serve answers an ask. One for a build of which the record says that it is over, and which has not said so itself yet,
+// waits for that: it would be taken for one that is under way.
+func (b *builds) serve(ctx context.Context, a ask) {
+	_, obs, err := b.plan(ctx)
+	if err != nil {
+		a.done <- err
+		return
+	}
+	for _, want := range a.builds {
+		if b.running[want.Recipe] != nil && obs.Builds[want.Recipe].Phase != state.BuildRunning {
+			b.waiting = append(b.waiting, a)
+			return
+		}
+	}
+	a.done <- b.take(ctx, a.builds, obs)
+}
+
+// take records what was asked for. What is built, or is being built, needs no record.
+func (b *builds) take(ctx context.Context, builds []plan.Build, obs plan.Observed) error {
+	for _, want := range builds {
+		if b.running[want.Recipe] != nil || isBuilt(want, obs) {
+			continue
+		}
+		delete(b.notBefore, want.Recipe)
+		rec := obs.Builds[want.Recipe]
+		rec.Recipe, rec.Kind, rec.Name = want.Recipe, string(want.Kind), cmp.Or(rec.Name, want.Name)
+		rec.Phase, rec.Asked, rec.Retry = state.BuildQueued, true, time.Time{}
+		rec.Step, rec.Error, rec.Tail = "", "", nil
+		if err := state.Builds.Put(ctx, b.store, want.Recipe.String(), rec); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func isBuilt(want plan.Build, obs plan.Observed) bool {
+	if want.Delta == nil {
+		_, ok := obs.Bases[want.Recipe]
+		return ok
+	}
+	base, based := obs.Bases[want.Delta.Base]
+	delta, ok := obs.Deltas[want.Recipe]
+	return based && ok && delta.Base == base.Image
+}
+
+// unask forgets what operators asked for and the fleet in force has no longer.
+func (b *builds) unask(ctx context.Context, wanted map[images.RecipeID]bool, obs plan.Observed) error {
+	for id, rec := range obs.Builds {
+		if !rec.Asked || wanted[id] || b.running[id] != nil {
+			continue
+		}
+		rec.Asked = false
+		if rec.Phase == state.BuildQueued {
+			rec.Phase, rec.Error = state.BuildFailed, errUnwanted.Error()
+		}
+		if err := state.Builds.Put(ctx, b.store, id.String(), rec); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // progress writes a build's output to its log, and its steps to its record.

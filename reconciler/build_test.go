@@ -103,7 +103,7 @@ func newTestBuilds(t *testing.T) (*builds, *testBuilder) {
 	builder.fleet = &r.follow.fleet
 	return &builds{
 		builder: builder, arch: "amd64", blobs: blobs, store: s, plan: r.plan, events: &recorder{store: s, log: log}, logs: logs{t.TempDir()},
-		log: log, now: time.Now, limit: 2, wake: make(chan struct{}, 1), hasten: make(chan images.RecipeID),
+		log: log, now: time.Now, limit: 2, wake: make(chan struct{}, 1), asks: make(chan ask),
 	}, builder
 }
 
@@ -206,7 +206,7 @@ func TestFailedBuildSaysWhyAndIsTriedAgain(t *testing.T) {
 		}
 	}
 	builder.set(nil, nil)
-	if err := b.retry(t.Context(), rec.Recipe); err != nil {
+	if err := b.ask(t.Context(), plan.BuildsOf(testFleet(), "debian")); err != nil {
 		t.Fatal(err)
 	}
 	all = awaitBuilds(t, b, allDone)
@@ -378,5 +378,101 @@ func TestLostBlobIsBuiltAgain(t *testing.T) {
 	})
 	if got := builder.log(); got != "base, delta, delta" {
 		t.Errorf("built %q, want the delta twice: its blob was gone", got)
+	}
+}
+
+// unusedFleet is testFleet with an image and a role that no host has.
+func unusedFleet() *schema.Fleet {
+	f := testFleet()
+	img := f.Images["debian"]
+	from := *img.From.Debian
+	from.Packages = []string{"vim"}
+	img.Name, img.From.Debian = "spare", &from
+	f.Images["spare"] = img
+	f.Roles["spare-role"] = schema.Role{Name: "spare-role", OS: "spare", Boot: "disk", Run: []string{"spare"}}
+	return f
+}
+
+// What no host needs is built when somebody asks for it, and its build is not stopped for want of hosts.
+func TestWhatNoHostNeedsIsBuiltWhenAskedFor(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	builder.fleet.Store(&inForce{fleet: unusedFleet(), commit: state.Commit{Hash: "c2"}})
+	stop := start(t, b)
+	defer stop()
+	awaitBuilds(t, b, allDone)
+	gate := make(chan struct{})
+	builder.set(nil, gate)
+	asked := plan.BuildsOf(unusedFleet(), "spare-role")
+	if err := b.ask(t.Context(), asked); err != nil {
+		t.Fatal(err)
+	}
+	awaitBuilds(t, b, phases(state.BuildDone, state.BuildDone, state.BuildRunning, state.BuildQueued))
+	for range 3 {
+		b.poke()
+	}
+	close(gate)
+	for _, want := range asked {
+		awaitBuilds(t, b, func(all map[string]state.Build) bool {
+			rec := all[want.Recipe.String()]
+			return rec.Phase == state.BuildDone && !rec.Asked && rec.Attempts == 1
+		})
+	}
+	if err := b.ask(t.Context(), asked); err != nil {
+		t.Fatal(err)
+	}
+	if got := builder.log(); got != "base, delta, base, delta spare" {
+		t.Errorf("built %q, want each once", got)
+	}
+}
+
+// What was asked for is on record: a server that is killed goes on with it, unless the fleet has it no longer.
+func TestWhatWasAskedForSurvivesTheServer(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	builder.fleet.Store(&inForce{fleet: unusedFleet(), commit: state.Commit{Hash: "c2"}})
+	asked := plan.BuildsOf(unusedFleet(), "spare")
+	if len(asked) != 1 {
+		t.Fatalf("an image has %d builds, want 1", len(asked))
+	}
+	_, obs, err := b.plan(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.take(t.Context(), asked, obs); err != nil {
+		t.Fatal(err)
+	}
+	gone := state.Build{Recipe: digest.Of([]byte("gone")), Kind: "base", Phase: state.BuildQueued, Asked: true}
+	if err := state.Builds.Put(t.Context(), b.store, gone.Recipe.String(), gone); err != nil {
+		t.Fatal(err)
+	}
+	stop := start(t, b)
+	defer stop()
+	id := asked[0].Recipe.String()
+	awaitBuilds(t, b, func(all map[string]state.Build) bool {
+		rec := all[gone.Recipe.String()]
+		return all[id].Phase == state.BuildDone && rec.Phase == state.BuildFailed && !rec.Asked
+	})
+}
+
+// One that failed and was asked for is tried now; when it fails again, and no host needs it, that is the end of it.
+func TestAskedForAndFailed(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	builder.fleet.Store(&inForce{fleet: unusedFleet(), commit: state.Commit{Hash: "c2"}})
+	stop := start(t, b)
+	defer stop()
+	awaitBuilds(t, b, allDone)
+	builder.set(errors.New("no such package"), nil)
+	asked := plan.BuildsOf(unusedFleet(), "spare")
+	id := asked[0].Recipe.String()
+	for attempt := 1; attempt <= 2; attempt++ {
+		if err := b.ask(t.Context(), asked); err != nil {
+			t.Fatal(err)
+		}
+		awaitBuilds(t, b, func(all map[string]state.Build) bool {
+			return all[id].Phase == state.BuildFailed && all[id].Attempts == attempt && !all[id].Asked
+		})
+	}
+	p, _, err := b.plan(t.Context())
+	if err != nil || len(p.Builds) != 0 {
+		t.Errorf("%d builds are wanted, %v; want none", len(p.Builds), err)
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"io"
 	"time"
 
-	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/reconciler/api"
 	"github.com/troupe-dev/troupe/reconciler/plan"
@@ -70,24 +69,18 @@ func (p planner) PlanRevision(ctx context.Context, revision string) (plan.Plan, 
 // imageBuilds lets operators see and hasten builds.
 type imageBuilds struct{ r *Reconciler }
 
-// Build has the image or the role of that name built now, where it failed and waits to be tried again.
+// Build has the image or the role of that name built now: also where a build failed and waits to be tried again, and
+// where no host needs it.
 func (b imageBuilds) Build(ctx context.Context, name string) error {
 	fleet := b.r.Fleet()
 	if fleet == nil {
 		return &UnavailableError{Reason: errNoFleet.Error()}
 	}
-	if img, ok := fleet.Images[name]; ok {
-		return b.r.builds.retry(ctx, images.BaseRecipeOf(img).ID())
-	}
-	role, ok := fleet.Roles[name]
-	if !ok {
+	builds := plan.BuildsOf(fleet, name)
+	if len(builds) == 0 {
 		return fmt.Errorf("no image and no role of the fleet is called %q: %w", name, state.ErrNotFound)
 	}
-	base := images.BaseRecipeOf(fleet.Images[role.OS]).ID()
-	if err := b.r.builds.retry(ctx, base); err != nil {
-		return err
-	}
-	return b.r.builds.retry(ctx, images.DeltaRecipeOf(base, role).ID())
+	return b.r.builds.ask(ctx, builds)
 }
 
 // Log reads the output of a recipe's last build; with follow, until that build ends.

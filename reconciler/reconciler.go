@@ -23,7 +23,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/backoff"
 	"github.com/troupe-dev/troupe/internal/digest"
@@ -89,7 +88,7 @@ func New(cfg Config) *Reconciler {
 	}
 	r.builds = &builds{
 		builder: cfg.Builder, arch: cfg.Arch, blobs: cfg.Blobs, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log,
-		now: time.Now, limit: cfg.Jobs, wake: make(chan struct{}, 1), hasten: make(chan images.RecipeID),
+		now: time.Now, limit: cfg.Jobs, wake: make(chan struct{}, 1), asks: make(chan ask),
 	}
 	r.assign = &assign{
 		store: cfg.Store, plan: r.plan, events: r.events, log: cfg.Log, now: time.Now, wake: make(chan struct{}, 1), again: assignAgain,

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/reconciler/api"
 	"github.com/troupe-dev/troupe/reconciler/state"
 	"github.com/troupe-dev/troupe/schema"
@@ -40,8 +42,9 @@ func newImageBuildCommand() *cobra.Command {
 		Use:   "build NAME",
 		Short: "Have an image or a role built now",
 		Long: `Has the server build an image of the fleet, or what a role adds to its image, now:
-also where a build failed and waits before it is tried again. What is built already
-is not built twice.
+also where a build failed and waits before it is tried again, and where no host needs
+it. What is built already is not built twice. A role needs its image, which is built
+with it.
 
 It has the server look at the repo first. With --wait, a newest commit that is
 refused ends it.
@@ -69,8 +72,8 @@ func (o *imageBuild) run(cmd *cobra.Command, c *api.Client, name string) error {
 	if err := o.look(cmd, c); err != nil {
 		return err
 	}
-	before, err := c.Image(cmd.Context(), name)
-	if err != nil && !api.NotFound(err) { // it was never built: no harm
+	before, err := c.Images(cmd.Context())
+	if err != nil {
 		return err
 	}
 	if err := c.BuildImage(cmd.Context(), name); err != nil {
@@ -80,7 +83,7 @@ func (o *imageBuild) run(cmd *cobra.Command, c *api.Client, name string) error {
 		_, err := fmt.Fprintf(cmd.OutOrStdout(), "noted; see troupe logs %s --follow\n", name)
 		return err
 	}
-	built, err := o.await(cmd, c, name, before.Finished)
+	built, err := o.await(cmd, c, name, before)
 	if err != nil {
 		return err
 	}
@@ -90,7 +93,11 @@ func (o *imageBuild) run(cmd *cobra.Command, c *api.Client, name string) error {
 				return err
 			}
 		}
-		return differs(fmt.Errorf("the build of %s failed at %s: %s", name, built.Step, built.Error))
+		at := ""
+		if built.Step != "" {
+			at = " at " + built.Step
+		}
+		return differs(fmt.Errorf("the build of %s failed%s: %s", built.Name, at, built.Error))
 	}
 	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s %s %s\n", name, built.Digest, api.Bytes(built.Size))
 	return err
@@ -113,29 +120,60 @@ func (o *imageBuild) look(cmd *cobra.Command, c *api.Client) error {
 	return differs(schema.Problems(st.Problems))
 }
 
-// await waits until the image of that name is built, or its build failed after before.
-func (o *imageBuild) await(cmd *cobra.Command, c *api.Client, name string, before time.Time) (api.Image, error) {
+// await waits until what was asked for is built, or a build of it failed that had not in before. It returns the image of
+// that name, or the one whose build failed: for a role that may be its OS image.
+func (o *imageBuild) await(cmd *cobra.Command, c *api.Client, name string, before []api.Image) (api.Image, error) {
 	ctx, cancel := context.WithTimeout(cmd.Context(), o.timeout)
 	defer cancel()
+	roles, err := c.Roles(ctx)
+	if err != nil {
+		return api.Image{}, err
+	}
+	finished := map[digest.Digest]time.Time{}
+	for _, i := range before {
+		finished[i.Recipe] = i.Finished
+	}
 	show := newProgress(cmd.ErrOrStderr())
 	defer show.end()
 	var built api.Image
-	err := c.Follow(ctx, func(s *api.Snapshot) bool {
-		one := api.Snapshot{Status: s.Status}
-		done := false
-		for _, i := range s.Images {
-			if i.Name != name || !i.Declared {
-				continue
+	err = c.Follow(ctx, func(s *api.Snapshot) bool {
+		parts := partsOf(s.Images, roles, name)
+		show.snapshot(&api.Snapshot{Status: s.Status, Images: parts})
+		done := len(parts) > 0
+		for _, i := range parts {
+			if built = i; i.Phase == state.BuildFailed && !i.Finished.Equal(finished[i.Recipe]) {
+				return true
 			}
-			one.Images = append(one.Images, i)
-			built = i
-			done = i.Phase == state.BuildDone || i.Phase == state.BuildFailed && !i.Finished.Equal(before)
+			done = done && i.Phase == state.BuildDone
 		}
-		show.snapshot(&one)
 		return done
 	})
 	if errors.Is(err, context.DeadlineExceeded) && cmd.Context().Err() == nil {
 		return built, differs(fmt.Errorf("%s was not built within %s", name, o.timeout))
 	}
 	return built, err
+}
+
+// partsOf are the images that the image of that name, or else the role, is made of: of a role its OS image first, and
+// itself last. An image that no role has is the one of that name that was begun last.
+func partsOf(images []api.Image, roles []api.Role, name string) []api.Image {
+	var recipes []digest.Digest
+	if at := slices.IndexFunc(roles, func(r api.Role) bool { return r.OS == name }); at >= 0 {
+		recipes = []digest.Digest{roles[at].BaseRecipe}
+	} else if at := slices.IndexFunc(roles, func(r api.Role) bool { return r.Name == name }); at >= 0 {
+		recipes = []digest.Digest{roles[at].BaseRecipe, roles[at].DeltaRecipe}
+	} else if at := slices.IndexFunc(images, func(i api.Image) bool { return i.Name == name }); at >= 0 {
+		recipes = []digest.Digest{images[at].Recipe}
+	}
+	var parts []api.Image
+	for _, recipe := range recipes {
+		at := slices.IndexFunc(images, func(i api.Image) bool { return i.Recipe == recipe })
+		if at < 0 {
+			return nil // the server has not come to it yet
+		}
+		i := images[at]
+		i.Declared = true // asked for, which is as good
+		parts = append(parts, i)
+	}
+	return parts
 }

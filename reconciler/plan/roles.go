@@ -9,6 +9,7 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
 )
 
 // role computes what the hosts of a role have in common, once.
@@ -16,8 +17,13 @@ func (p *planner) role(name string) *role {
 	if r := p.roles[name]; r != nil {
 		return r
 	}
-	r := &role{Role: p.fleet.Roles[name]}
+	r := p.newRole(name)
 	p.roles[name] = r
+	return r
+}
+
+func (p *planner) newRole(name string) *role {
+	r := &role{Role: p.fleet.Roles[name]}
 	r.baseRecipe = images.BaseRecipeOf(p.fleet.Images[r.OS])
 	r.base = r.baseRecipe.ID()
 	r.recipe = images.DeltaRecipeOf(r.base, r.Role)
@@ -28,24 +34,34 @@ func (p *planner) role(name string) *role {
 	return r
 }
 
-// builds lists what has to be built for the hosts, and for discovery: a machine that no host declares boots an OS image
-// too.
+// BuildsOf are the builds by which the image or, where there is no such image, the role of that name is made, the base
+// first, with their recipes and names alone, whether or not they are done. None where the fleet has neither.
+func BuildsOf(fleet *schema.Fleet, name string) []Build {
+	role, isRole := fleet.Roles[name]
+	os := role.OS
+	if _, isImage := fleet.Images[name]; isImage {
+		os, isRole = name, false
+	} else if !isRole {
+		return nil
+	}
+	base := images.BaseRecipeOf(fleet.Images[os])
+	all := []Build{{Recipe: base.ID(), Kind: KindBase, Name: os, Base: &base}}
+	if isRole {
+		delta := images.DeltaRecipeOf(all[0].Recipe, role)
+		all = append(all, Build{Recipe: delta.ID(), Kind: KindDelta, Name: name, Delta: &delta})
+	}
+	return all
+}
+
+// builds lists what has to be built for the hosts, for discovery, since a machine that no host declares boots an OS image
+// too, and what an operator asked for.
 func (p *planner) builds() []Build {
 	byRecipe := map[images.RecipeID]*Build{}
 	for _, name := range slices.Sorted(maps.Keys(p.roles)) {
-		r := p.roles[name]
-		if r.release != nil {
-			continue
-		}
-		_, based := p.obs.Bases[r.base]
-		if !based {
-			p.want(byRecipe, Build{Recipe: r.base, Kind: KindBase, Name: r.OS, Base: &r.baseRecipe, Hosts: r.waiting})
-		}
-		b := Build{Recipe: r.delta, Kind: KindDelta, Name: name, Delta: &r.recipe, Hosts: r.waiting}
-		if !based {
-			b.After = r.base
-		}
-		p.want(byRecipe, b)
+		p.wantRole(byRecipe, p.roles[name])
+	}
+	if slices.ContainsFunc(slices.Collect(maps.Values(p.obs.Builds)), func(b state.Build) bool { return b.Asked }) {
+		p.wantAsked(byRecipe)
 	}
 	if os := p.fleet.Discovery.OS; os != "" {
 		recipe := images.BaseRecipeOf(p.fleet.Images[os])
@@ -62,6 +78,41 @@ func (p *planner) builds() []Build {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Recipe, b.Recipe))
 	})
 	return out
+}
+
+// wantRole adds what is missing of a role.
+func (p *planner) wantRole(all map[images.RecipeID]*Build, r *role) {
+	if r.release != nil {
+		return
+	}
+	_, based := p.obs.Bases[r.base]
+	if !based {
+		p.want(all, Build{Recipe: r.base, Kind: KindBase, Name: r.OS, Base: &r.baseRecipe, Hosts: r.waiting})
+	}
+	b := Build{Recipe: r.delta, Kind: KindDelta, Name: r.Name, Delta: &r.recipe, Hosts: r.waiting}
+	if !based {
+		b.After = r.base
+	}
+	p.want(all, b)
+}
+
+// wantAsked adds what is missing of what operators asked for. It computes the recipe of every image and role.
+func (p *planner) wantAsked(all map[images.RecipeID]*Build) {
+	for _, name := range slices.Sorted(maps.Keys(p.fleet.Images)) {
+		recipe := images.BaseRecipeOf(p.fleet.Images[name])
+		id := recipe.ID()
+		if _, based := p.obs.Bases[id]; !based && all[id] == nil && p.obs.Builds[id].Asked {
+			p.want(all, Build{Recipe: id, Kind: KindBase, Name: name, Base: &recipe})
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(p.fleet.Roles)) {
+		if p.roles[name] != nil {
+			continue
+		}
+		if r := p.newRole(name); p.obs.Builds[r.delta].Asked {
+			p.wantRole(all, r)
+		}
+	}
 }
 
 // want adds a build, or the hosts that wait for it to one that is wanted already.

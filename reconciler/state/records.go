@@ -76,8 +76,8 @@ type Assignment struct {
 // BuildPhase is where a build is.
 type BuildPhase string
 
-// The phases of a build. BuildQueued is never written down: it is that of a recipe that has no record yet. A build that was under way when the server died is found Running with no process: it is
-// started again.
+// The phases of a build. BuildQueued is that of a recipe that has no record yet, and of one that an operator asked for.
+// A build that was under way when the server died is found Running with no process: it is started again.
 const (
 	BuildQueued  BuildPhase = "queued"
 	BuildRunning BuildPhase = "running"
@@ -98,8 +98,10 @@ type Build struct {
 	Started  time.Time       `json:"started,omitzero"`
 	Finished time.Time       `json:"finished,omitzero"`
 	Retry    time.Time       `json:"retry,omitzero"` // when a failed build is tried again
-	Result   digest.Digest   `json:"result,omitempty"`
-	Size     int64           `json:"size,omitempty"`
+	// Asked says that an operator wants it built, whether or not a host needs it; until that build ends.
+	Asked  bool          `json:"asked,omitempty"`
+	Result digest.Digest `json:"result,omitempty"`
+	Size   int64         `json:"size,omitempty"`
 	// Parts say what the recipe is made of, for people: "package nginx", "file /etc/motd", each with its value or the
 	// short digest of it. Two builds are compared by them. Empty where there are too many.
 	Parts map[string]string `json:"parts,omitempty"`
