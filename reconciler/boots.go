@@ -253,6 +253,9 @@ func addMark(boot *state.Boot, m state.Mark) {
 	if m.Stage != string(agentapi.StageStage) {
 		boot.Bytes += m.Bytes
 	}
+	if m.Stage == string(agentapi.StageHealthy) && boot.Healthy.IsZero() { // though its mark may find no room
+		boot.Healthy, boot.Error = m.Time, ""
+	}
 	details := len(m.Detail) + len(m.Error)
 	if n := len(boot.Marks); n > 0 {
 		last := &boot.Marks[n-1]
@@ -276,9 +279,6 @@ func addMark(boot *state.Boot, m state.Mark) {
 		return -1 // marks of one time keep the order in which they came
 	})
 	boot.Marks = slices.Insert(boot.Marks, at, m)
-	if m.Stage == string(agentapi.StageHealthy) && boot.Healthy.IsZero() {
-		boot.Healthy, boot.Error = m.Time, ""
-	}
 }
 
 // report adds an agent's marks to the boot that they belong to and writes it. received is when the report came in,

@@ -163,6 +163,10 @@ func TestRepeatedMarksAreOneAndTimelinesAreBounded(t *testing.T) {
 	if len(boot.Marks) > maxMarks {
 		t.Errorf("%d marks, want at most %d", len(boot.Marks), maxMarks)
 	}
+	addMark(boot, state.Mark{Stage: "healthy", Time: testStart.Add(time.Hour)})
+	if boot.Healthy.IsZero() {
+		t.Error("a boot whose timeline is full never becomes healthy")
+	}
 }
 
 func TestHealthyEndsABootsError(t *testing.T) {

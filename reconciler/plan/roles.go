@@ -140,6 +140,9 @@ func (p *planner) want(all map[images.RecipeID]*Build, b Build) {
 	all[b.Recipe] = &b
 }
 
+// maxNames is how many roles that have one release are named with it, for people: a record has a size.
+const maxNames = 100
+
 // releases lists the releases of the roles that hosts have.
 func (p *planner) releases() []state.Release {
 	var out []state.Release
@@ -153,7 +156,9 @@ func (p *planner) releases() []state.Release {
 			out = append(out, state.Release{ID: r.id, Base: r.base, Delta: r.delta, Release: *r.release})
 			i = len(out) - 1
 		}
-		out[i].Roles = append(out[i].Roles, name)
+		if len(out[i].Roles) < maxNames {
+			out[i].Roles = append(out[i].Roles, name)
+		}
 	}
 	slices.SortFunc(out, func(a, b state.Release) int { return cmp.Compare(a.ID, b.ID) })
 	return out

@@ -114,7 +114,7 @@ type Release struct {
 	Delta images.RecipeID `json:"deltaRecipe"`
 	images.Release
 	Created time.Time `json:"created"`
-	Roles   []string  `json:"roles"` // whose release it was when it was made
+	Roles   []string  `json:"roles"` // whose release it was when it was made; the first hundred
 }
 
 // A Machine is something that booted from us, declared or not.
