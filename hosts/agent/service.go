@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/troupe-dev/troupe/hosts/agent/cache"
 	"github.com/troupe-dev/troupe/hosts/agent/health"
 	"github.com/troupe-dev/troupe/hosts/agent/netup"
@@ -295,8 +297,14 @@ func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision
 	if ctx.Err() != nil { // the last moment to hear of a newer one
 		return ctx.Err()
 	}
-	// A reboot that cannot be counted could be the first of many.
-	return s.cache.SetState(func(st *cache.State) { st.Goal, st.GoalTries = goal, tries+1 })
+	// A reboot that cannot be counted could be the first of many. One from a cache that the kernel made read-only is
+	// none of them: it repairs the cache, or does not come to a switch.
+	err = s.cache.SetState(func(st *cache.State) { st.Goal, st.GoalTries = goal, tries+1 })
+	if errors.Is(err, unix.EROFS) {
+		s.log.Warn("the cache is read-only, the reboot is not counted", "error", err)
+		return nil
+	}
+	return err
 }
 
 // settleAfter is how long a node goes on as it is until its reboots before that are no longer in a row with the next
