@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/hosts/agent/cache"
 	"github.com/troupe-dev/troupe/hosts/agent/netup"
@@ -688,4 +689,31 @@ func TestBootMarksEachReasonToWait(t *testing.T) {
 	if diff := cmp.Diff([]string{"wait: unclaimed", "wait: waiting the base is being built", "wait: unclaimed"}, got); diff != "" {
 		t.Errorf("marks (-want +got):\n%s", diff)
 	}
+}
+
+// TestServiceRebootsFromAReadOnlyCache has a cache that the kernel made read-only for damage, which the next boot repairs.
+func TestServiceRebootsFromAReadOnlyCache(t *testing.T) {
+	var s agentapitest.Server
+	a := assigned(&s, "web", 1)
+	a.Checks = passing
+	n := newNode(t, a, &s)
+	dir := filepath.Join(n.dir, "cache")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	reboots, _ := n.start()
+	n.wait("health", healthy)
+	if err := unix.Mount("none", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	s.Assign(agentapi.Assignment{State: agentapi.Unclaimed})
+	<-reboots
 }
