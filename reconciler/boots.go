@@ -346,12 +346,13 @@ func (b *boots) withMarks(host string, r agentapi.Report, received time.Time) (s
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	boot := b.current[r.MAC]
-	before, bytes := len(boot.Marks), boot.Bytes
+	before, bytes, healthy, failed := len(boot.Marks), boot.Bytes, boot.Healthy, boot.Error
 	kernel, moved := settleClock(boot, received.Add(-r.Uptime))
 	for _, m := range r.Marks {
 		addReported(boot, m, kernel)
 	}
-	changed := moved || b.dirty[r.MAC] || before != len(boot.Marks) || bytes != boot.Bytes || host != "" && boot.Host != host
+	changed := moved || b.dirty[r.MAC] || before != len(boot.Marks) || bytes != boot.Bytes || host != "" && boot.Host != host ||
+		!boot.Healthy.Equal(healthy) || boot.Error != failed
 	boot.Host = cmp.Or(host, boot.Host)
 	if r.Error != boot.Error { // what the agent does not complain of any more is over, the firmware's troubles, too
 		boot.Error, changed = r.Error, true
@@ -401,6 +402,14 @@ func addReported(boot *state.Boot, m agentapi.Mark, kernel time.Time) {
 	if !known {
 		addMark(boot, state.Mark{Stage: string(m.Stage), Time: kernel.Add(m.At), Detail: m.Detail, Bytes: m.Bytes, At: m.At})
 	}
+}
+
+// wasHost says whether a machine was a host of the fleet in its last boot.
+func (b *boots) wasHost(mac string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	cur := b.current[mac]
+	return cur != nil && cur.Host != ""
 }
 
 // newest are the last boots of all machines.

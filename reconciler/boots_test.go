@@ -163,9 +163,29 @@ func TestRepeatedMarksAreOneAndTimelinesAreBounded(t *testing.T) {
 	if len(boot.Marks) > maxMarks {
 		t.Errorf("%d marks, want at most %d", len(boot.Marks), maxMarks)
 	}
-	addMark(boot, state.Mark{Stage: "healthy", Time: testStart.Add(time.Hour)})
-	if boot.Healthy.IsZero() {
-		t.Error("a boot whose timeline is full never becomes healthy")
+}
+
+func TestFullTimelineBecomesHealthy(t *testing.T) {
+	b := newBoots(openStore(t), slog.New(slog.DiscardHandler))
+	b.now = func() time.Time { return testStart }
+	id := b.id(testMAC)
+	report := func(m agentapi.Mark, why string) {
+		t.Helper()
+		r := agentapi.Report{Identity: agentapi.Identity{MAC: testMAC}, BootID: id, Uptime: m.At, Marks: []agentapi.Mark{m}, Error: why}
+		if err := b.report(t.Context(), "n1", r, testStart.Add(m.At)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range maxMarks + 10 {
+		report(agentapi.Mark{Stage: agentapi.StageFailed, At: time.Duration(i+1) * time.Second, Detail: fmt.Sprint(i)}, "no room")
+	}
+	report(agentapi.Mark{Stage: agentapi.StageHealthy, At: time.Hour}, "")
+	got, err := state.Boots.Get(t.Context(), b.store, testMAC+"/"+id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(got.Marks) != maxMarks || got.Healthy.IsZero() || got.Error != "" {
+		t.Errorf("%d marks, healthy %s, error %q; want %d, a time and none", len(got.Marks), got.Healthy, got.Error, maxMarks)
 	}
 }
 
