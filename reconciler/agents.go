@@ -51,7 +51,9 @@ func (a *agents) Hello(ctx context.Context, peer netip.Addr, h agentapi.Hello) (
 	}
 	if notFound(err) {
 		m.FirstSeen = now
-		if !v.declares(id.MAC) && !a.strangers.enter() { // a UUID or a serial number anybody can claim
+		// A UUID or a serial number anybody can claim: such a machine is counted, but never turned away, since it makes
+		// one host's machine at most.
+		if !v.declares(id.MAC) && !a.strangers.enter() && v.host(id) == "" {
 			return agentapi.Assignment{}, &UnavailableError{Reason: "too many machines are known that no host declares"}
 		}
 		if v.host(id) == "" {

@@ -20,6 +20,8 @@ const (
 	// freshStranger is how long a stranger must have been silent to be forgotten for another: one that waits for a host to
 	// name it is heard of every few seconds.
 	freshStranger = time.Minute
+	// freshHost is the same for one that was a host in its last boot: a commit that lost many may be reverted.
+	freshHost = 24 * time.Hour
 	// forgetEvery is how often at most it is looked for strangers to forget: that lists all machines and nodes.
 	forgetEvery = 10 * time.Second
 )
@@ -115,16 +117,17 @@ func (s *strangers) forget(ctx context.Context) error {
 	}
 	gone := 0
 	if len(all) >= s.most*7/8 {
-		before := s.now().Add(-freshStranger)
-		for _, mac := range all[:len(all)-s.most*3/4] {
-			dropped, err := s.drop(ctx, mac, before)
+		for _, mac := range all {
+			if len(all)-gone <= s.most*3/4 {
+				break
+			}
+			dropped, err := s.drop(ctx, mac)
 			if err != nil {
 				return err
 			}
-			if !dropped { // and those that follow were heard of even later
-				break
+			if dropped {
+				gone++
 			}
-			gone++
 		}
 	}
 	s.mu.Lock()
@@ -170,9 +173,9 @@ func (s *strangers) list(ctx context.Context) ([]string, error) {
 	return all, nil
 }
 
-// drop removes all records of a stranger, unless it was heard of since before. The machine's own goes last: whoever is
-// killed in between finds it again.
-func (s *strangers) drop(ctx context.Context, mac string, before time.Time) (bool, error) {
+// drop removes all records of a stranger, unless it was heard of lately or is a host by now. The machine's own goes last:
+// whoever is killed in between finds it again.
+func (s *strangers) drop(ctx context.Context, mac string) (bool, error) {
 	defer s.each.lock(mac)()
 	n, err := state.Nodes.Get(ctx, s.store, mac)
 	if err != nil && !notFound(err) {
@@ -182,7 +185,15 @@ func (s *strangers) drop(ctx context.Context, mac string, before time.Time) (boo
 	if err != nil && !notFound(err) {
 		return false, err
 	}
-	if n.LastSeen.After(before) || m.FirstSeen.After(before) {
+	fresh := freshStranger
+	if s.boots.wasHost(mac) {
+		fresh = freshHost
+	}
+	if before := s.now().Add(-fresh); n.LastSeen.After(before) || m.FirstSeen.After(before) {
+		return false, nil
+	}
+	// A commit may have named it since it was listed.
+	if v, _ := s.views.get(); v.host(agentapi.Identity{MAC: mac, UUID: m.UUID, Serial: m.Serial}) != "" {
 		return false, nil
 	}
 	if err := s.boots.forget(ctx, mac); err != nil {

@@ -96,3 +96,63 @@ func TestStrangersAreCountedByTheFleetInForce(t *testing.T) {
 		}
 	}
 }
+
+// A commit that loses many hosts may be reverted: their machines are kept for a day, though they are switched off.
+func TestMachinesOfLostHostsAreKept(t *testing.T) {
+	a := testAgents(t)
+	a.views.set(newView(testFleet()))
+	a.strangers.most = 8
+	clock := testStart
+	a.now = func() time.Time { return clock }
+	a.strangers.now = a.now
+	host := agentapi.Identity{MAC: testMAC}
+	a.hello(t, host)
+	if _, err := a.Report(t.Context(), testPeer, agentapi.Report{Identity: host, BootID: "b", Marks: []agentapi.Mark{{Stage: agentapi.StageHealthy, At: 1}}}); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 7 {
+		a.hello(t, agentapi.Identity{MAC: fmt.Sprintf("52:54:00:00:01:%02x", i)})
+	}
+	without := testFleet()
+	delete(without.Hosts, "n1")
+	a.views.set(newView(without))
+	kept := func() bool {
+		t.Helper()
+		if err := a.strangers.forget(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		_, err := state.Machines.Get(t.Context(), a.store, testMAC)
+		return err == nil
+	}
+	clock = clock.Add(freshHost - time.Minute)
+	if !kept() {
+		t.Error("forgotten within a day, though it was silent for no longer than the others")
+	}
+	if a.strangers.n != 6 {
+		t.Errorf("%d strangers are left, want 6: others go for it", a.strangers.n)
+	}
+	for i := range 2 {
+		a.hello(t, agentapi.Identity{MAC: fmt.Sprintf("52:54:00:00:02:%02x", i)})
+	}
+	clock = clock.Add(2 * time.Minute)
+	if kept() {
+		t.Error("kept after a day")
+	}
+}
+
+// A UUID or a serial number may be claimed by anybody; while strangers fill all places, a host declared by one gets in.
+func TestHostByUUIDIsNotTurnedAway(t *testing.T) {
+	const uuid = "4c4c4544-0042-3510-8052-b4c04f4a3132"
+	a := testAgents(t)
+	f := testFleet()
+	h := f.Hosts["n1"]
+	h.MAC, h.UUID = "", uuid
+	f.Hosts["n1"] = h
+	a.views.set(newView(f))
+	a.strangers.most = 1
+	a.hello(t, agentapi.Identity{MAC: "52:54:00:00:01:01"})
+	got, err := a.Hello(t.Context(), testPeer, agentapi.Hello{Identity: agentapi.Identity{MAC: "52:54:00:00:01:02", UUID: uuid}})
+	if err != nil || got.State == agentapi.Unclaimed {
+		t.Errorf("the host's first hello: %+v, %v", got, err)
+	}
+}
