@@ -14,6 +14,9 @@ import (
 // listenEvery is how often it is looked who has fallen silent.
 const listenEvery = 10 * time.Second
 
+// listenShare is how many times as long as a look took nobody looks then: it reads all records.
+const listenShare = 50
+
 // What the events of a silence begin with. The first is looked for after a restart, too.
 const (
 	fellSilent = "lost: "
@@ -34,15 +37,16 @@ func (s *silences) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	tick := time.NewTicker(s.every)
-	defer tick.Stop()
+	pause := s.every
 	for {
 		select {
-		case <-tick.C:
+		case <-time.After(pause):
 		case <-ctx.Done():
 			return nil
 		}
+		began := time.Now()
 		hosts, err := s.hosts(ctx)
+		pause = max(s.every, listenShare*time.Since(began))
 		if err != nil {
 			return err
 		}

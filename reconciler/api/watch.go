@@ -167,13 +167,13 @@ func (s *Server) frame(ctx context.Context) (*frame, error) {
 	return f, nil
 }
 
-// Hosts are all hosts as the views show them, as of a moment ago.
+// Hosts are all hosts as the views show them.
 func (s *Server) Hosts(ctx context.Context) ([]Host, error) {
-	f, err := s.frame(ctx)
+	recs, err := s.records(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return f.snapshot.Hosts, nil
+	return recs.Hosts(), nil
 }
 
 // forget has the next frame made from the records as they are then.
