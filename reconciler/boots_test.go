@@ -305,7 +305,8 @@ func TestMadeUpMACsFillNothing(t *testing.T) {
 		offer(0x52, i)
 	}
 	for i := range 5 * most {
-		if mac := offer(2, i); b.id(mac) != b.id(mac) || b.current[mac] == nil {
+		mac := offer(2, i)
+		if first := b.id(mac); first != b.id(mac) || b.current[mac] == nil {
 			t.Fatalf("stranger %d has no boot: the ones before keep it out", i)
 		}
 	}

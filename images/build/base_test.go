@@ -520,11 +520,16 @@ func TestCleanOfSubordinateUsers(t *testing.T) {
 		t.Log(log.String())
 		return
 	}
+	self, err := os.Open("/proc/self/exe") // by a path it may be out of nobody's reach
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer self.Close()
 	for _, tt := range []struct{ subuid, left string }{
 		{fmt.Sprintf("%d:%d:65536\n", nobody, subs), ""},
 		{"", "base-1"},
 	} {
-		dir, err := os.MkdirTemp("", "troupe-build-test-") // all above it can be entered by everybody, other than t.TempDir's
+		dir, err := os.MkdirTemp("", "troupe-build-test-") //nolint:usetesting // all above it can be entered by everybody
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -536,11 +541,6 @@ func TestCleanOfSubordinateUsers(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		self, err := os.Open("/proc/self/exe") // by a path it may be out of nobody's reach
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer self.Close()
 		cmd := exec.Command("unshare", "--mount", "sh", "-ec", `mount --bind "$1" /etc/subuid; mount --bind "$1" /etc/subgid
 			exec setpriv --reuid="$2" --regid="$2" --clear-groups /proc/self/fd/3 -test.run='^TestCleanOfSubordinateUsers$' -test.v`,
 			"sh", ids, fmt.Sprint(nobody))

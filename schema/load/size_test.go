@@ -28,16 +28,26 @@ func TestBig(t *testing.T) {
 		want string
 	}{
 		{`network: domain: "a" + strings.Repeat(".a", div(%d-1, 2))`, 254, "fleet.cue:3:18: network.domain: "},
-		{`hosts: a: {serial: "a", role: "web", node: files: "/etc/own": strings.Repeat("o", %d)}`, node,
-			`fleet.cue:4:8: hosts.a: its node files, with those of role "web", have 655361 bytes as JSON, more than the 655360 that a host may have; `},
-		{`hosts: b: {serial: "b", role: "web", node: files: "/etc/own": strings.Repeat("\n", div(%d, 2))}`, node - node%2 + 1,
-			`fleet.cue:5:8: hosts.b: its node files, with those of role "web", have 655361 bytes as JSON, `},
-		{`hosts: c: {serial: "c", role: "web", node: files: "/etc/own": strings.Repeat("\u0001", div(%d, 6))}`, node - node%6 + 5,
-			`fleet.cue:6:8: hosts.c: its node files, with those of role "web", have 655361 bytes as JSON, `},
-		{`roles: checked: {os: "debian", healthy: [{unit: "a.service"}, {exec: ["a", strings.Repeat("x", %d)]}, {tcp: port: 1}]}`, word,
-			"fleet.cue:7:106: roles.checked.healthy.2: with this, the checks have 65537 bytes as JSON, more than the 65536 that a role may have; "},
-		{`roles: args: {os: "debian", kernel: args: ["quiet", strings.Repeat("x", %d)]}`, maxKernelArgs - len("quiet "),
-			"fleet.cue:8:37: roles.args.kernel.args: 1537 bytes, with the spaces between them, are more than the 1536 that a kernel takes "},
+		{
+			`hosts: a: {serial: "a", role: "web", node: files: "/etc/own": strings.Repeat("o", %d)}`, node,
+			`fleet.cue:4:8: hosts.a: its node files, with those of role "web", have 655361 bytes as JSON, more than the 655360 that a host may have; `,
+		},
+		{
+			`hosts: b: {serial: "b", role: "web", node: files: "/etc/own": strings.Repeat("\n", div(%d, 2))}`, node - node%2 + 1,
+			`fleet.cue:5:8: hosts.b: its node files, with those of role "web", have 655361 bytes as JSON, `,
+		},
+		{
+			`hosts: c: {serial: "c", role: "web", node: files: "/etc/own": strings.Repeat("\u0001", div(%d, 6))}`, node - node%6 + 5,
+			`fleet.cue:6:8: hosts.c: its node files, with those of role "web", have 655361 bytes as JSON, `,
+		},
+		{
+			`roles: checked: {os: "debian", healthy: [{unit: "a.service"}, {exec: ["a", strings.Repeat("x", %d)]}, {tcp: port: 1}]}`, word,
+			"fleet.cue:7:106: roles.checked.healthy.2: with this, the checks have 65537 bytes as JSON, more than the 65536 that a role may have; ",
+		},
+		{
+			`roles: args: {os: "debian", kernel: args: ["quiet", strings.Repeat("x", %d)]}`, maxKernelArgs - len("quiet "),
+			"fleet.cue:8:37: roles.args.kernel.args: 1537 bytes, with the spaces between them, are more than the 1536 that a kernel takes ",
+		},
 		{`roles: packages: {os: "debian", packages: ["a" + strings.Repeat("a", %d-1)]}`, 255, "fleet.cue:9:44: roles.packages.packages.0: "},
 		{`roles: services: {os: "debian", services: enable: [strings.Repeat("a", %d-8) + ".service"]}`, 255, "fleet.cue:10:52: roles.services.services.enable.0: "},
 		{`images: debian: from: debian: components: [strings.Repeat("a", %d)]`, 255, "images.debian.from.debian.components"},
