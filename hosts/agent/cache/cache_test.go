@@ -823,7 +823,7 @@ func TestFetchOfNothingIsNoErrorOnADiskThatStaysFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.free = func() (int64, error) { return 0, nil }
-	if n, err := c.Fetch(t.Context(), Fetch{Blobs: []agentapi.Blob{b}}); n != 0 || err != nil || !c.Has(b.Digest, b.Size) {
+	if n, err := c.Fetch(t.Context(), Fetch{Blobs: []agentapi.Blob{b}, Deltas: []string{"aa"}}); n != 0 || err != nil || !c.Has(b.Digest, b.Size) {
 		t.Errorf("Fetch: %d bytes, %v", n, err)
 	}
 }

@@ -58,6 +58,12 @@ func (c *Cache) Delta(id string) (*Delta, error) {
 	return d, os.Chmod(d.Upper, 0o755)
 }
 
+// isSeeded says whether the node delta with that ID is there, and has what it shall start with.
+func (c *Cache) isSeeded(id string) bool {
+	_, err := os.Stat(c.path("deltas", id, "seeded"))
+	return err == nil
+}
+
 // Seeded says that the delta has what it shall start with. All that was written to it is on the disk before the mark
 // is.
 func (d *Delta) Seeded() error {

@@ -24,22 +24,23 @@ const maxDeltas = 16
 
 // An eviction is what may not go to make room for a fetch.
 type eviction struct {
+	missing  []agentapi.Blob // images that are being fetched
 	needed   []digest.Digest // images of what runs and of what shall run
 	previous []digest.Digest // images that a rollback wants
 	deltas   []string        // IDs of node deltas of what runs and of what shall run
 }
 
-// makeRoom evicts what nobody uses until missing fits.
+// makeRoom evicts what nobody uses until missing fits. Where there is room, it changes nothing.
 func (c *Cache) makeRoom(missing []agentapi.Blob, f Fetch) error {
 	c.evicting.Lock()
 	defer c.evicting.Unlock()
-	c.sweepTmp(missing)
 	need := int64(reserve)
 	for _, b := range missing {
 		need += b.Size - c.partial(b.Digest)
 	}
 	st := c.State()
 	e := eviction{
+		missing:  missing,
 		needed:   append(slices.Clone(f.Keep), st.Current.Base, st.Current.Delta),
 		previous: []digest.Digest{st.Previous.Base, st.Previous.Delta},
 		deltas:   append(slices.Clone(f.Deltas), st.Current.NodeDelta),
@@ -65,16 +66,18 @@ func (c *Cache) makeRoom(missing []agentapi.Blob, f Fetch) error {
 	}
 }
 
-// evict removes one image or node delta, and is false where there is none that may go. Images that can be had again go
+// evict removes one transfer, image or node delta, and is false where there is none that may go. Images that can be had again go
 // before what only this node has, and of that what belongs to no image here before what a change back would find:
 //
-//  1. images that nobody needs, oldest first
-//  2. node deltas whose images are gone, least recently used first
-//  3. the previous release's images
-//  4. any other node delta, least recently used first
+//  1. transfers that broke off, of images that are not being fetched
+//  2. images that nobody needs, oldest first
+//  3. node deltas whose images are gone, least recently used first
+//  4. the previous release's images
+//  5. any other node delta, least recently used first
 func (c *Cache) evict(e eviction) (bool, error) {
 	isOrphan := func(u Use) bool { return !c.Has(u.Base, -1) || !c.Has(u.Delta, -1) }
 	for _, step := range []func() (bool, error){
+		func() (bool, error) { return c.evictTransfer(e.missing) },
 		func() (bool, error) { return c.evictImage(slices.Concat(e.needed, e.previous)) },
 		func() (bool, error) { return c.evictDelta(e.deltas, isOrphan) },
 		func() (bool, error) { return c.evictImage(e.needed) },
@@ -83,6 +86,26 @@ func (c *Cache) evict(e eviction) (bool, error) {
 		if gone, err := step(); gone || err != nil {
 			return gone, err
 		}
+	}
+	return false, nil
+}
+
+// evictTransfer removes one transfer of an image outside missing. As long as there is room, what came of a release is
+// worth keeping: a node that was told something else meanwhile may be told to run it again.
+func (c *Cache) evictTransfer(missing []agentapi.Blob) (bool, error) {
+	entries, err := os.ReadDir(c.path("images/tmp"))
+	if err != nil {
+		return false, fmt.Errorf("listing the transfers: %w", err)
+	}
+	for _, e := range entries {
+		if slices.ContainsFunc(missing, func(b agentapi.Blob) bool { return b.Digest.Hex() == e.Name() }) {
+			continue
+		}
+		err := os.Remove(c.path("images/tmp", e.Name()))
+		if err == nil {
+			return true, nil
+		}
+		c.log.Warn("an old transfer cannot be removed, and takes room", "error", err)
 	}
 	return false, nil
 }
@@ -198,21 +221,6 @@ func (c *Cache) TrimDeltas(keep ...string) error {
 		gone, err := c.evictDelta(keep, func(Use) bool { return true })
 		if err != nil || !gone {
 			return err
-		}
-	}
-}
-
-// sweepTmp removes transfers of images that nobody wants any more.
-func (c *Cache) sweepTmp(wanted []agentapi.Blob) {
-	entries, err := os.ReadDir(c.path("images/tmp"))
-	if err != nil {
-		return // the transfer itself will say what is wrong with it
-	}
-	for _, e := range entries {
-		if !slices.ContainsFunc(wanted, func(b agentapi.Blob) bool { return b.Digest.Hex() == e.Name() }) {
-			if err := os.Remove(c.path("images/tmp", e.Name())); err != nil {
-				c.log.Warn("an old transfer cannot be removed", "error", err)
-			}
 		}
 	}
 }

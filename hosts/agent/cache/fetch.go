@@ -38,8 +38,9 @@ type Fetch struct {
 
 // Fetch brings into the cache what is missing, and returns how many bytes came over the network, also with an error.
 // It tries again for as long as ctx lasts, each time from where the last try broke off; only what no further try can
-// mend is an error: no space, and a disk that fails. Where nothing is missing, it makes room for the node delta all the
-// same, as far as that goes: a change of node files, or back to images that are here, needs some, too.
+// mend is an error: no space, and a disk that fails. Where nothing is missing, it makes room for a node delta that is not
+// seeded yet all the same, as far as that goes: a change of node files, or back to images that are here, needs some, too.
+// Where all is here, it evicts nothing, however full the disk is.
 func (c *Cache) Fetch(ctx context.Context, f Fetch) (int64, error) {
 	var missing []agentapi.Blob
 	var done, total, net int64
@@ -57,6 +58,9 @@ func (c *Cache) Fetch(ctx context.Context, f Fetch) (int64, error) {
 		}
 	}
 	if len(missing) == 0 {
+		if !slices.ContainsFunc(f.Deltas, func(id string) bool { return !c.isSeeded(id) }) {
+			return 0, nil
+		}
 		if err := c.makeRoom(nil, f); err != nil {
 			c.log.Warn("the node delta may not find the room that it needs", "error", err)
 		}
