@@ -7,12 +7,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/go-git/go-git/v5/plumbing"
 )
@@ -160,6 +163,96 @@ func TestBigFileOverHTTP(t *testing.T) {
 	r.remote.(*wire).most = MaxFileSize
 	if _, err := r.Fetch(t.Context()); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "uploadpack.allowFilter") {
 		t.Errorf("got %v, want ErrUnreachable, with what to do", err)
+	}
+}
+
+// A head that is too big is transferred once, however often it is asked for, until it moves or the server can leave files out.
+func TestBigFileIsRefusedOnce(t *testing.T) {
+	work, root := served(t)
+	good := work.git("rev-parse", "HEAD")
+	work.zeros("big", MaxFileSize+1)
+	bad := work.commit("b", "2")
+	work.git("push", "-q", "origin", "main")
+	work.git("checkout", "-q", "-b", "side", good)
+	side := work.commit("c", "3")
+	work.git("push", "-q", "origin", "side")
+	var transfers atomic.Int32
+	git := backend(root)
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, "/git-upload-pack") {
+			transfers.Add(1)
+		}
+		git.ServeHTTP(w, r)
+	}))
+	defer srv.Close()
+	r := open(t, Config{Repo: srv.URL + "/fleet.git", Interval: 10 * time.Millisecond})
+	r.remote.(*wire).most = MaxFileSize
+	refused := func(n int32) {
+		t.Helper()
+		var first error
+		transfers.Store(0)
+		for range 2 {
+			_, err := r.Fetch(t.Context())
+			if !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "uploadpack.allowFilter") {
+				t.Fatalf("got %v, want ErrUnreachable, with what to do", err)
+			}
+			if first == nil {
+				first = err
+			}
+			if err.Error() != first.Error() {
+				t.Errorf("got first %v, then %v", first, err)
+			}
+		}
+		if got := transfers.Load(); got != n {
+			t.Errorf("%d transfers, want %d", got, n)
+		}
+	}
+
+	refused(2) // with the other branches, then alone
+	woken := watch(t, r)
+	for range 3 {
+		until(t, r, woken, "", ErrUnreachable)
+	}
+	if got := transfers.Load(); got != 2 {
+		t.Errorf("%d transfers after some polls, want no more than 2", got)
+	}
+
+	work.git("push", "-q", "-f", "origin", good+":main")
+	want(t, fetch(t, r), good, "fleet.cue", "one")
+	if !has(r, side) {
+		t.Error("a branch that is small enough was given up for good")
+	}
+	work.git("push", "-q", "origin", bad+":main")
+	refused(1)
+	work.git("checkout", "-q", "main")
+	worse := work.commit("b", "4")
+	work.git("push", "-q", "origin", "main")
+	refused(1)
+
+	runGit(t, filepath.Join(root, "fleet.git"), "config", "uploadpack.allowFilter", "true")
+	until(t, r, woken, worse, nil)
+}
+
+// A server that learns to leave out files is asked again for the branches that were given up.
+func TestBigFileOfAnotherBranchWithFilterLater(t *testing.T) {
+	work, root := served(t)
+	head := work.git("rev-parse", "HEAD")
+	work.git("checkout", "-q", "-b", "other")
+	work.zeros("big", MaxFileSize+1)
+	other := work.commit("b", "2")
+	work.git("push", "-q", "origin", "other")
+	srv := httptest.NewServer(backend(root))
+	defer srv.Close()
+	r := open(t, Config{Repo: srv.URL + "/fleet.git"})
+	r.remote.(*wire).most = MaxFileSize
+	want(t, fetch(t, r), head, "fleet.cue", "one")
+	if has(r, other) {
+		t.Fatal("the mirror has what is too big")
+	}
+	runGit(t, filepath.Join(root, "fleet.git"), "config", "uploadpack.allowFilter", "true")
+	want(t, fetch(t, r), head, "fleet.cue", "one")
+	if !has(r, other) {
+		t.Error("the other branch did not come")
 	}
 }
 

@@ -33,7 +33,17 @@ type wire struct {
 	done   func()                 // closes what connections are kept; may be nil
 	branch plumbing.ReferenceName // the one that matters
 	most   int64                  // bytes of a file; 0 stands for maxReceived
-	huge   map[plumbing.Hash]bool // heads that are not asked for again until they move: one of them is too big
+
+	// What was too big, for whoever calls fetch. It is forgotten when the remote learns to leave out big files, or unlearns it.
+	filters bool                   // whether the remote could when it was last asked
+	huge    map[plumbing.Hash]bool // heads that are not asked for again until they move: one of them is too big
+	refused refusal                // of branch
+}
+
+// A refusal is a head that is not asked for again until its branch moves: how big it is, only a whole transfer tells.
+type refusal struct {
+	head plumbing.Hash
+	err  error // what every fetch says until then; nil for no refusal
 }
 
 // A session is one conversation with git-upload-pack(1).
@@ -92,7 +102,7 @@ func (w *wire) fetch(ctx context.Context, m *mirror) (refs, error) {
 		if errors.Is(err, errHuge) && w.forgo(m, got, err) {
 			continue
 		}
-		if err == nil || !answered || errors.Is(err, errMirror) || ctx.Err() != nil {
+		if err == nil || !answered || errors.Is(err, errHuge) || errors.Is(err, errMirror) || ctx.Err() != nil {
 			break
 		}
 		m.sweepPacks()
@@ -101,8 +111,12 @@ func (w *wire) fetch(ctx context.Context, m *mirror) (refs, error) {
 }
 
 // forgo gives up the heads beside the followed one that the mirror lacks, after err, which says that something is too big:
-// nobody shall hold up that branch by pushing another. It says whether there was anything to give up.
+// nobody shall hold up that branch by pushing another. It says whether there was anything to give up. Where there was
+// not, the followed head alone is too big, and is refused.
 func (w *wire) forgo(m *mirror, got refs, err error) bool {
+	if w.refused.err != nil {
+		return false // err is that one: nothing was transferred
+	}
 	dst := openStorage(m.dir)
 	huge := map[plumbing.Hash]bool{}
 	more := false
@@ -112,10 +126,13 @@ func (w *wire) forgo(m *mirror, got refs, err error) bool {
 			more = more || !w.huge[h]
 		}
 	}
-	if w.huge = huge; more {
-		m.log.Warn("following one branch without the new heads of others", "branch", w.branch.Short(), "why", err)
+	if !more {
+		w.huge, w.refused = nil, refusal{head: got[w.branch], err: err} // the others may have been given up for its sake
+		return false
 	}
-	return more
+	w.huge = huge
+	m.log.Warn("following one branch without the new heads of others", "branch", w.branch.Short(), "why", err)
+	return true
 }
 
 // session talks to the remote: f gets what it offers, and is not called for an empty repository.
@@ -153,8 +170,23 @@ func advertised(ar *packp.AdvRefs) (refs, error) {
 	return readRefs(all)
 }
 
-// transfer brings what the mirror lacks of got.
+// recall is the error with which head was refused, if nothing has changed since then that could make it acceptable.
+func (w *wire) recall(head plumbing.Hash, filters bool) error {
+	if filters != w.filters {
+		w.filters, w.huge, w.refused = filters, nil, refusal{}
+	}
+	if head != w.refused.head {
+		w.refused = refusal{}
+	}
+	return w.refused.err
+}
+
+// transfer brings what the mirror lacks of got, unless the head that matters was refused before.
 func (w *wire) transfer(ctx context.Context, s session, ar *packp.AdvRefs, got refs, m *mirror) error {
+	filters := ar.Capabilities.Supports(capability.Filter)
+	if err := w.recall(got[w.branch], filters); err != nil {
+		return err
+	}
 	dst := openStorage(m.dir)
 	req := packp.NewUploadPackRequestFromCapabilities(ar.Capabilities)
 	if ar.Capabilities.Supports(capability.NoProgress) {
@@ -171,7 +203,6 @@ func (w *wire) transfer(ctx context.Context, s session, ar *packp.AdvRefs, got r
 		return nil
 	}
 	req.Haves = m.haves()
-	filters := ar.Capabilities.Supports(capability.Filter)
 	if filters {
 		if err := req.Capabilities.Set(capability.Filter); err != nil {
 			return err
