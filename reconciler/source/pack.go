@@ -113,7 +113,7 @@ func writeBatches(w io.Writer, src storer.EncodedObjectStorer, all [][]plumbing.
 	for _, batch := range all {
 		n += len(batch)
 	}
-	header := binary.BigEndian.AppendUint32([]byte("PACK\x00\x00\x00\x02"), uint32(n)) //nolint:gosec // of a repository with fewer
+	header := binary.BigEndian.AppendUint32([]byte("PACK\x00\x00\x00\x02"), uint32(n))
 	if _, err := w.Write(header); err != nil {
 		return err
 	}
