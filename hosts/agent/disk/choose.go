@@ -1,6 +1,7 @@
 package disk
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -21,8 +22,9 @@ type place struct {
 	part Part
 }
 
-// findCache returns our cache, whole. Where there are several, one on the disk that the fleet names comes first, then the
-// one whose file system has the lowest UUID: names of disks change from boot to boot, that does not.
+// findCache returns our cache, whole. Where there are several, one on the disk that the fleet names comes first, then those
+// on disks that stay in the machine, then the one whose file system has the lowest UUID: names of disks change from boot to
+// boot, that does not.
 func findCache(disks []Disk, spec agentapi.Disks) (place, bool) {
 	return first(disks, spec, func(p Part) bool { return p.Holds == Troupe })
 }
@@ -49,17 +51,22 @@ func places(disks []Disk, spec agentapi.Disks) []place {
 			out = append(out, placesOn(d)...)
 		}
 	}
-	out = slices.DeleteFunc(out, func(p place) bool { return p.part.Foreign })
+	out = slices.DeleteFunc(out, func(p place) bool { return p.part.Foreign || !p.isUsable(spec) })
 	slices.SortStableFunc(out, func(a, b place) int {
-		if x, y := a.disk.matches(spec.Device), b.disk.matches(spec.Device); x != y {
-			if x {
-				return -1
-			}
-			return 1
-		}
-		return strings.Compare(a.part.UUID, b.part.UUID)
+		return cmp.Or(rank(a.disk, spec)-rank(b.disk, spec), strings.Compare(a.part.UUID, b.part.UUID))
 	})
 	return out
+}
+
+// rank says how near a disk is to the one that the fleet means: the lower, the nearer.
+func rank(d Disk, spec agentapi.Disks) int {
+	switch {
+	case d.matches(spec.Device):
+		return 0
+	case !d.Removable:
+		return 1
+	}
+	return 2
 }
 
 func placesOn(d Disk) []place {
@@ -79,13 +86,22 @@ func placesOn(d Disk) []place {
 }
 
 // mayHold says whether the cache may be on a disk, as far as the fleet says. A disk that the fleet names by what it is,
-// is the only one. A name of the kernel's order says only where a cache shall be made: the cache that was made there is
-// used under whatever name its disk has in this boot.
+// is the only one. A name of the kernel's order says only where a cache shall be made: the one that was made there is on
+// the disk that had the name then, which may be any in this boot, a removable one too.
 func mayHold(d Disk, spec agentapi.Disks) bool {
-	if isIdentity(spec.Device) || d.Removable {
-		return d.matches(spec.Device)
+	switch {
+	case d.matches(spec.Device):
+		return true
+	case isIdentity(spec.Device):
+		return false
 	}
-	return true
+	return !d.Removable || spec.Device != ""
+}
+
+// isUsable says whether a place on a disk that may hold the cache is used. A removable disk that does not have the name
+// in the fleet came from anywhere: what is there is used only where the cache says that it is this machine's.
+func (p place) isUsable(spec agentapi.Disks) bool {
+	return !p.disk.Removable || p.disk.matches(spec.Device) || p.part.Holds == Troupe && p.part.Owner.MAC != ""
 }
 
 // otherCaches are the devices of the whole caches beside p. One disk may show twice, by two ways to it.
@@ -113,15 +129,35 @@ func foreignCache(d Disk) (place, bool) {
 func doubts(disks []Disk, spec agentapi.Disks) []string {
 	var why []string
 	for _, d := range disks {
-		switch {
-		case !mayHold(d, spec):
-		case unread(d) && !slices.ContainsFunc(disks, d.isOtherWayTo):
-			why = append(why, fmt.Sprintf("%s cannot be read: %v", d.Name, d.Err))
-		case !unread(d) && d.ReadOnly && slices.ContainsFunc(placesOn(d), func(p place) bool { return p.part.Holds == Troupe && !p.part.Foreign }):
-			why = append(why, d.Name+" has a cache and is read-only")
+		if !mayHold(d, spec) {
+			continue
+		}
+		if unread(d) {
+			if !slices.ContainsFunc(disks, d.isOtherWayTo) {
+				why = append(why, fmt.Sprintf("%s cannot be read: %v", d.Name, d.Err))
+			}
+			continue
+		}
+		for _, p := range placesOn(d) {
+			if reason := p.doubt(spec); reason != "" {
+				why = append(why, reason)
+			}
 		}
 	}
 	return why
+}
+
+// doubt says why a place may be that of the cache, and is not used; "" where it is used, or is no cache of this machine.
+func (p place) doubt(spec agentapi.Disks) string {
+	switch {
+	case p.part.Foreign:
+		return ""
+	case p.disk.ReadOnly && p.part.Holds == Troupe:
+		return p.disk.Name + " has a cache and is read-only"
+	case !p.isUsable(spec):
+		return p.disk.Name + " is removable and has a cache, or the beginning of one, that does not say whose it is"
+	}
+	return ""
 }
 
 // isOtherWayTo says whether o is the same disk, and can be read: of two ways to a disk on a storage network one often

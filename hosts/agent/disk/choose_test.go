@@ -67,13 +67,19 @@ func cacheOn(name, uuid, holds string) Disk {
 	return d
 }
 
-func with(d Disk, change func(*Disk)) Disk {
-	change(&d)
+func with(d Disk, changes ...func(*Disk)) Disk {
+	for _, change := range changes {
+		change(&d)
+	}
 	return d
 }
 
+func removable(d *Disk) { d.Removable = true }
+
+// own marks the cache of a disk as this machine's.
+func own(d *Disk) { d.Parts[0].Owner = agentapi.Identity{MAC: "52:54:00:00:00:01"} }
+
 func TestFindCache(t *testing.T) {
-	removable := func(d *Disk) { d.Removable = true }
 	serial := func(s string) func(*Disk) { return func(d *Disk) { d.Serial = s } }
 	for _, tt := range []struct {
 		name  string
@@ -91,6 +97,11 @@ func TestFindCache(t *testing.T) {
 		{"not on a stick", []Disk{with(cacheOn("sda", "aaa", Troupe), removable), cacheOn("sdb", "bbb", Troupe)}, agentapi.Disks{}, "sdb"},
 		{"on a stick that is named", []Disk{with(cacheOn("sda", "bbb", Troupe), removable), cacheOn("sdb", "aaa", Troupe)}, agentapi.Disks{Device: "/dev/sda"}, "sda"},
 		{"not on a stick, if another is named", []Disk{with(cacheOn("sda", "aaa", Troupe), removable), {Name: "sdb", Holds: Blank}}, agentapi.Disks{Device: "/dev/sdb"}, ""},
+		{"its own, on a stick that had the name", []Disk{{Name: "sda", Holds: "xfs"}, with(cacheOn("sdb", "aaa", Troupe), removable, own)}, agentapi.Disks{Device: "/dev/sda", Take: true}, "sdb"},
+		{"its own, on a stick after one that stays", []Disk{{Name: "sda", Holds: "xfs"}, with(cacheOn("sdb", "aaa", Troupe), removable, own), cacheOn("sdc", "bbb", Troupe)}, agentapi.Disks{Device: "/dev/sda"}, "sdc"},
+		{"its own, on a stick that another id is not", []Disk{with(cacheOn("sda", "aaa", Troupe), removable, own), {Name: "sdb", Serial: "S2", Holds: Blank}}, agentapi.Disks{Device: "/dev/disk/by-id/ata-X_S2"}, ""},
+		{"its own, on a stick of which the fleet says nothing", []Disk{with(cacheOn("sda", "aaa", Troupe), removable, own)}, agentapi.Disks{}, ""},
+		{"another machine's, on a stick", []Disk{{Name: "sda", Holds: "xfs"}, with(cacheOn("sdb", "aaa", Troupe), removable, own, func(d *Disk) { d.Parts[0].Foreign = true })}, agentapi.Disks{Device: "/dev/sda"}, ""},
 		{"not on a disk that cannot be read", []Disk{with(cacheOn("sda", "aaa", Troupe), func(d *Disk) { d.Err = errCut })}, agentapi.Disks{}, ""},
 		{"not on a read-only disk", []Disk{with(cacheOn("sda", "aaa", Troupe), func(d *Disk) { d.ReadOnly = true })}, agentapi.Disks{}, ""},
 		{"not one of another machine", []Disk{with(cacheOn("sda", "aaa", Troupe), func(d *Disk) { d.Parts[0].Foreign = true }), cacheOn("sdb", "bbb", Troupe)}, agentapi.Disks{}, "sdb"},
@@ -123,7 +134,14 @@ func TestNoCacheIsMadeWhileThereMayBeOne(t *testing.T) {
 		{"named, taken", []Disk{{Name: "sda", Size: big, Holds: "xfs"}, bad}, agentapi.Disks{Take: true, Device: "/dev/sda"}, "so sda is left alone"},
 		{"named, blank", []Disk{{Name: "sda", Size: big, Holds: Blank}, bad}, agentapi.Disks{Device: "/dev/sda"}, "sda"},
 		{"identified, taken", []Disk{{Name: "sda", Size: big, Holds: "xfs", WWN: "0x5a"}, bad}, agentapi.Disks{Take: true, Device: "/dev/disk/by-id/wwn-0x5a"}, "sda"},
-		{"a stick", []Disk{{Name: "sda", Size: big, Holds: Blank}, with(bad, func(d *Disk) { d.Removable = true })}, agentapi.Disks{}, "sda"},
+		{"a stick", []Disk{{Name: "sda", Size: big, Holds: Blank}, with(bad, removable)}, agentapi.Disks{}, "sda"},
+		{"a stick, where a stick may have had the name", []Disk{{Name: "sda", Size: big, Holds: "xfs"}, with(bad, removable)}, agentapi.Disks{Take: true, Device: "/dev/sda"}, "sdb cannot be read: power cut"},
+		{"a stick with nobody's cache", []Disk{{Name: "sda", Size: big, Holds: "xfs"}, with(cacheOn("sdb", "a", Troupe), removable)}, agentapi.Disks{Take: true, Device: "/dev/sda"}, "sdb is removable and has a cache"},
+		{"a stick with the beginning of a cache", []Disk{{Name: "sda", Size: big, Holds: "xfs"}, {Name: "sdb", Size: big, Holds: Claimed, Removable: true}}, agentapi.Disks{Take: true, Device: "/dev/sda"}, "so sda is left alone"},
+		{"a stick with its own cache, read-only", []Disk{{Name: "sda", Size: big, Holds: "xfs"}, with(cacheOn("sdb", "a", Troupe), removable, own, func(d *Disk) { d.ReadOnly = true })}, agentapi.Disks{Take: true, Device: "/dev/sda"}, "sdb has a cache and is read-only"},
+		{"a stick with another machine's cache", []Disk{{Name: "sda", Size: big, Holds: "xfs"}, with(cacheOn("sdb", "a", Troupe), removable, func(d *Disk) { d.Parts[0].Foreign = true })}, agentapi.Disks{Take: true, Device: "/dev/sda"}, "sda"},
+		{"a stick with nobody's cache, another disk identified", []Disk{{Name: "sda", Size: big, Holds: "xfs", WWN: "0x5a"}, with(cacheOn("sdb", "a", Troupe), removable)}, agentapi.Disks{Take: true, Device: "/dev/disk/by-id/wwn-0x5a"}, "sda"},
+		{"a stick with nobody's cache, a blank disk named", []Disk{{Name: "sda", Size: big, Holds: Blank}, with(cacheOn("sdb", "a", Troupe), removable)}, agentapi.Disks{Device: "/dev/sda"}, "sda"},
 		{"a second way to the same disk", []Disk{{Name: "sda", Size: big, Holds: Blank, WWN: "0x5b"}, bad}, agentapi.Disks{}, "sda"},
 		{"a read-only cache", []Disk{{Name: "sda", Size: big, Holds: Blank}, with(cacheOn("sdb", "a", Troupe), func(d *Disk) { d.ReadOnly = true })}, agentapi.Disks{}, "sdb has a cache and is read-only"},
 		{"another machine's, read-only", []Disk{{Name: "sda", Size: big, Holds: Blank}, with(cacheOn("sdb", "a", Troupe), func(d *Disk) { d.ReadOnly, d.Parts[0].Foreign = true, true })}, agentapi.Disks{}, "sda"},
