@@ -693,15 +693,62 @@ func TestBootMarksEachReasonToWait(t *testing.T) {
 
 // TestServiceRebootsFromAReadOnlyCache has a cache that the kernel made read-only for damage, which the next boot repairs.
 func TestServiceRebootsFromAReadOnlyCache(t *testing.T) {
-	var s agentapitest.Server
-	a := assigned(&s, "web", 1)
-	a.Checks = passing
-	n := newNode(t, a, &s)
-	dir := filepath.Join(n.dir, "cache")
+	for name, tt := range map[string]struct {
+		full   bool // with no image to evict, but a node delta that cannot be removed
+		assign func(*agentapitest.Server)
+		why    string
+	}{
+		"to discovery": {
+			assign: func(s *agentapitest.Server) { s.Assign(agentapi.Assignment{State: agentapi.Unclaimed}) },
+			why:    "no host of the fleet is this machine any more",
+		},
+		"to a release that is not there": {
+			assign: func(s *agentapitest.Server) { s.Assign(assigned(s, "idle", 2)) },
+			why:    "generation 2, role idle; the cache is damaged: fetched after that",
+		},
+		"to one for which there is no room": {
+			full:   true,
+			assign: func(s *agentapitest.Server) { s.Assign(assigned(s, "idle", 2)) },
+			why:    "generation 2, role idle; the cache is damaged: fetched after that",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var s agentapitest.Server
+			a := assigned(&s, "web", 1)
+			a.Checks = passing
+			n := newNode(t, a, &s)
+			dir := filepath.Join(n.dir, "cache")
+			size := "128m"
+			if tt.full {
+				size = "1m"
+			}
+			mountTmpfs(t, dir, size)
+			reboots, _ := n.start()
+			n.wait("health", healthy)
+			if tt.full {
+				if err := os.MkdirAll(filepath.Join(dir, "deltas/old/upper"), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := unix.Mount("none", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+				t.Fatal(err)
+			}
+			tt.assign(&s)
+			<-reboots
+			n.wait("the mark", func(agentapi.Report) bool { return strings.HasSuffix(n.stages(), " healthy reboot") })
+			if m := s.Marks(); m[len(m)-1].Detail != tt.why {
+				t.Errorf("it reboots for %q, want %q", m[len(m)-1].Detail, tt.why)
+			}
+		})
+	}
+}
+
+func mountTmpfs(t *testing.T, dir, size string) {
+	t.Helper()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Mount("none", dir, "tmpfs", 0, "size=1m"); err != nil {
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size="+size); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -709,11 +756,4 @@ func TestServiceRebootsFromAReadOnlyCache(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	reboots, _ := n.start()
-	n.wait("health", healthy)
-	if err := unix.Mount("none", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
-		t.Fatal(err)
-	}
-	s.Assign(agentapi.Assignment{State: agentapi.Unclaimed})
-	<-reboots
 }

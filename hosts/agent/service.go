@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -282,10 +283,14 @@ func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision
 		if err := check(a); err != nil {
 			return err
 		}
-		if err := s.stage(ctx, a); err != nil {
-			return err
-		}
 		why, goal = fmt.Sprintf("generation %d, role %s", a.Generation, a.Role), deltaID(a)
+		if err := s.stage(ctx, a); err != nil {
+			if ctx.Err() != nil || !s.needsRepair(err) {
+				return err
+			}
+			s.log.Error("the release is left to the boot, which repairs the cache first", "error", err)
+			why += "; the cache is damaged: fetched after that"
+		}
 	}
 	tries, err := s.awaitTurn(ctx, goal, why)
 	if err != nil {
@@ -305,6 +310,25 @@ func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision
 		return nil
 	}
 	return err
+}
+
+// needsRepair says whether a release could not be staged since the cache's file system is damaged. The kernel makes such a
+// one read-only, and nothing mends it but the next boot. Not each error says so: where nothing can be removed, a read-only
+// cache is a full one, too.
+func (s *service) needsRepair(err error) bool {
+	if isDamage(err) {
+		return true
+	}
+	probe, err := os.CreateTemp(s.cache.Dir(), "probe-")
+	if err != nil {
+		return isDamage(err)
+	}
+	return isDamage(errors.Join(probe.Close(), os.Remove(probe.Name())))
+}
+
+// isDamage knows what a damaged file system answers: EUCLEAN and EBADMSG where it is, EROFS from then on.
+func isDamage(err error) bool {
+	return errors.Is(err, unix.EROFS) || errors.Is(err, unix.EUCLEAN) || errors.Is(err, unix.EBADMSG)
 }
 
 // settleAfter is how long a node goes on as it is until its reboots before that are no longer in a row with the next
