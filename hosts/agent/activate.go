@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -93,10 +94,7 @@ func (b *boot) openCache(ctx context.Context, spec agentapi.Disks) error {
 	if found, err = maker.Mount(ctx, found, cacheDir); err != nil {
 		return err
 	}
-	c, err := cache.Open(cacheDir, b.log)
-	if err == nil && found.Repaired {
-		err = c.VerifyAll()
-	}
+	c, err := openMounted(cacheDir, &found, b.log)
 	if err != nil {
 		return errors.Join(err, unix.Unmount(cacheDir, 0))
 	}
@@ -104,6 +102,38 @@ func (b *boot) openCache(ctx context.Context, spec agentapi.Disks) error {
 	b.rep.update(false, func(r *agentapi.Report) { r.Cached = cached(c) })
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageCache, Detail: cacheDetail(found)})
 	return nil
+}
+
+// openMounted opens the cache in dir. Where its file system was repaired, now or in a boot that did not come as far as
+// this, it looks through what is left of the cache before, and adds to found what became of it.
+func openMounted(dir string, found *disk.Found, log *slog.Logger) (*cache.Cache, error) {
+	if found.Repaired {
+		if err := cache.Distrust(dir); err != nil {
+			log.Error("the cache is looked through only if this boot comes to it", "error", err)
+		}
+	}
+	c, err := cache.Open(dir, log)
+	if err != nil {
+		return nil, err
+	}
+	if !found.Repaired && !c.IsDistrusted() {
+		return c, nil
+	}
+	log.Warn("the cache was repaired, hashing all its images", "device", found.Path)
+	got, err := c.Recover()
+	if err != nil {
+		return nil, err
+	}
+	found.Repaired = true
+	for _, n := range []struct {
+		count int
+		what  string
+	}{{got.Images, "broken images removed"}, {got.Lost, "files without a name removed from lost+found"}} {
+		if n.count > 0 {
+			found.Note = strings.TrimPrefix(fmt.Sprintf("%s, %s: %d", found.Note, n.what, n.count), ", ")
+		}
+	}
+	return c, nil
 }
 
 // cacheDetail tells people where the cache is, and what became of it.

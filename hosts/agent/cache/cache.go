@@ -7,6 +7,7 @@
 //	deltas/ID/seeded       the delta has what it shall start with; without this file it is made anew. The 16 deltas
 //	                       that were used last are kept, and fewer where an image needs the room
 //	state.json             what this node runs and ran: see State
+//	verify                 the file system was repaired, and what that left was not looked through yet: see Recover
 //	spare                  room for state.json on a disk that is full
 //
 // Every step is on the disk before the next begins, so that a power cut leaves the old state or the new one.

@@ -592,12 +592,8 @@ func TestVerifyFindsRot(t *testing.T) {
 	if ok, err := c.Verify(b.Digest); ok || err != nil {
 		t.Errorf("a rotten image: %v, %v", ok, err)
 	}
-	good := digest.Of([]byte("good"))
-	if err := os.WriteFile(c.Path(good), []byte("good"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := c.VerifyAll(); err != nil || !c.Has(good, 4) || c.Has(b.Digest, -1) {
-		t.Errorf("VerifyAll: %v; the good one is there: %v, the rotten one: %v", err, c.Has(good, 4), c.Has(b.Digest, -1))
+	if err := c.RemoveImage(b.Digest); err != nil || c.Has(b.Digest, -1) {
+		t.Errorf("removing the rotten image: %v", err)
 	}
 	if err := c.RemoveImage(b.Digest); err != nil {
 		t.Errorf("removing an image that is gone: %v", err)

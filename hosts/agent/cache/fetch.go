@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -248,46 +246,4 @@ func (t *transfer) commit(file *os.File, path string) error {
 		}
 	}
 	return nil
-}
-
-// RemoveImage takes an image out of the cache, because it turned out to be broken.
-func (c *Cache) RemoveImage(d digest.Digest) error {
-	if err := os.Remove(c.Path(d)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("removing a broken image: %w", err)
-	}
-	return atomicfile.SyncDir(filepath.Dir(c.Path(d)))
-}
-
-// Verify hashes an image again, and says whether it is what its name says.
-func (c *Cache) Verify(d digest.Digest) (bool, error) {
-	f, err := os.Open(c.Path(d))
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("verifying image %s: %w", d.Short(), err)
-	}
-	defer f.Close()
-	got, _, err := digest.FromReader(f)
-	// A disk that cannot read the file back has lost it, too.
-	return err == nil && got == d, nil
-}
-
-// VerifyAll hashes all images again, and takes those out of the cache that are not what they were: after a repair of the
-// file system a name says no more that an image is whole.
-func (c *Cache) VerifyAll() error {
-	all, err := c.List()
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, d := range all {
-		ok, err := c.Verify(d)
-		if err == nil && !ok {
-			c.log.Error("an image in the cache is broken and is fetched again", "digest", d.Short())
-			err = c.RemoveImage(d)
-		}
-		errs = append(errs, err)
-	}
-	return errors.Join(errs...)
 }
