@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"log/slog"
 	"net/http"
@@ -561,6 +562,67 @@ func TestReporterSendsAMarkOnce(t *testing.T) {
 	}
 	if strings.Join(got, " ") != "agent-up failedno disk" {
 		t.Errorf("marks %q", got)
+	}
+}
+
+// replies is a server of which each answer to a report is the next of these, and a record of the marks that came.
+type replies struct {
+	next []agentapi.ReportReply
+	got  [][]agentapi.Stage
+}
+
+func (s *replies) RoundTrip(r *http.Request) (*http.Response, error) {
+	var rep agentapi.Report
+	if err := json.NewDecoder(r.Body).Decode(&rep); err != nil {
+		return nil, err
+	}
+	var stages []agentapi.Stage
+	for _, m := range rep.Marks {
+		stages = append(stages, m.Stage)
+	}
+	s.got = append(s.got, stages)
+	reply := s.next[0]
+	s.next = s.next[1:]
+	return answer(r, http.StatusOK, reply)
+}
+
+// TestReporterKeepsMarksThatNobodyWroteDown has a server that lost its record of the machine.
+func TestReporterKeepsMarksThatNobodyWroteDown(t *testing.T) {
+	s := replies{next: []agentapi.ReportReply{{Hello: true}, {Hello: true}, {}, {}}}
+	c, err := agentapi.NewClient("http://10.77.0.1", &s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var saved []agentapi.Mark
+	r := newReporter(c, nothing, agentapi.Report{})
+	r.save = func(m []agentapi.Mark) { saved = m }
+	hellos := 0
+	r.onReply = func(reply agentapi.ReportReply) {
+		if reply.Hello {
+			hellos++
+		}
+	}
+	send := func(pending int) {
+		t.Helper()
+		if err := r.send(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if len(r.pending()) != pending || len(saved) != pending {
+			t.Errorf("pending %+v, saved %+v, want %d", r.pending(), saved, pending)
+		}
+	}
+	r.mark(agentapi.Mark{Stage: agentapi.StageService})
+	send(1)
+	r.mark(agentapi.Mark{Stage: agentapi.StageHealthy})
+	send(2)
+	send(0)
+	send(0)
+	both := []agentapi.Stage{agentapi.StageService, agentapi.StageHealthy}
+	if diff := cmp.Diff([][]agentapi.Stage{both[:1], both, both, nil}, s.got); diff != "" {
+		t.Errorf("marks in each report (-want +got):\n%s", diff)
+	}
+	if hellos != 2 {
+		t.Errorf("a hello was asked for %d times, want 2", hellos)
 	}
 }
 

@@ -192,17 +192,24 @@ func (r *reporter) send(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	r.mu.Lock()
-	// Marks are only ever added at the end, and taken away here: what was sent is still the beginning.
-	r.report.Marks = slices.Delete(r.report.Marks, 0, min(len(rep.Marks), len(r.report.Marks)))
-	if len(rep.Marks) > 0 {
-		r.persist()
+	if !reply.Hello { // else the marks may have been written nowhere: they come again after the hello
+		r.acknowledged(len(rep.Marks))
 	}
-	r.mu.Unlock()
 	if r.onReply != nil {
 		r.onReply(reply)
 	}
 	return nil
+}
+
+// acknowledged takes away the n oldest marks. Marks are only ever added at the end: what was sent is still the beginning.
+func (r *reporter) acknowledged(n int) {
+	if n == 0 {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.report.Marks = slices.Delete(r.report.Marks, 0, min(n, len(r.report.Marks)))
+	r.persist()
 }
 
 // stages are those that were reached in this boot.

@@ -245,7 +245,8 @@ type Progress struct {
 type ReportReply struct {
 	// Version is of the current assignment; where it is not the agent's, the agent asks for it.
 	Version string `json:"version"`
-	// Hello asks for a Hello: the server does not know this machine (any more).
+	// Hello asks for a Hello: the server does not know this machine (any more). The marks of the report are not
+	// acknowledged then: they are sent again, and the server leaves out those that it has.
 	Hello bool `json:"hello,omitempty"`
 }
 
