@@ -39,9 +39,9 @@ type Builder interface {
 }
 
 // builds is the controller that builds what the fleet in force needs and nobody has built yet: each recipe once, at most
-// limit at a time. One goroutine, run's, decides; each build has one of its own, which writes the build's records and
-// then says on ended that it is over. So a plan that run makes after that sees those records, and no recipe is begun
-// twice.
+// limit at a time. One goroutine, run's, decides and writes that a build begins; each build has one of its own, which
+// writes the build's other records and then says on ended that it is over. So a plan that run makes after either sees
+// those records, and no recipe is begun twice.
 type builds struct {
 	builder Builder
 	arch    string // of the images that can be booted
@@ -58,16 +58,53 @@ type builds struct {
 	asks chan ask
 
 	// Owned by run:
-	running   map[images.RecipeID]context.CancelCauseFunc
+	running   map[images.RecipeID]*job
 	notBefore map[images.RecipeID]time.Time // of builds whose records could not be written
-	waiting   []ask                         // for a build that ends
+	waiting   []ask                         // for builds that are ending
 	ended     chan ended
 }
 
 // An ask is for builds that an operator wants now.
 type ask struct {
 	builds []plan.Build
-	done   chan<- error // has room for one: the answer
+	done   chan<- error    // has room for one: the answer
+	gone   <-chan struct{} // closed when nobody waits for the answer any more
+}
+
+// A job is a build that is under way. Its record has two writers: the build, and run where an operator asks for it.
+type job struct {
+	stop    context.CancelCauseFunc
+	stopped bool // told to stop; owned by run
+
+	mu  sync.Mutex // held while the record is written, so that what is stored is never older than rec
+	rec state.Build
+}
+
+// set changes the record in memory, for the next write.
+func (j *job) set(change func(*state.Build)) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	change(&j.rec)
+}
+
+// write changes the record and stores it. It returns the record as it is then.
+func (j *job) write(ctx context.Context, s *state.Store, change func(*state.Build)) (state.Build, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	change(&j.rec)
+	return j.rec, state.Builds.Put(ctx, s, j.rec.Recipe.String(), j.rec)
+}
+
+// ask records that an operator wants the build. It does not where the build is about to end, or has ended: what it comes
+// to is no answer to who asks now.
+func (j *job) ask(ctx context.Context, s *state.Store) (taken bool, err error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.stopped || j.rec.Phase != state.BuildRunning {
+		return false, nil
+	}
+	j.rec.Asked = true
+	return true, state.Builds.Put(ctx, s, j.rec.Recipe.String(), j.rec)
 }
 
 // ended says that a build is over. err is of its records, not of the build.
@@ -78,8 +115,7 @@ type ended struct {
 
 // run starts what is missing, until ctx ends; then it waits for the builds, which ctx ends, too.
 func (b *builds) run(ctx context.Context) error {
-	b.running, b.notBefore = map[images.RecipeID]context.CancelCauseFunc{}, map[images.RecipeID]time.Time{}
-	b.ended, b.waiting = make(chan ended), nil
+	b.reset()
 	if err := b.settle(ctx); err != nil {
 		return err
 	}
@@ -112,6 +148,11 @@ func (b *builds) run(ctx context.Context) error {
 		}
 		retry = b.next(ctx)
 	}
+}
+
+func (b *builds) reset() {
+	b.running, b.notBefore = map[images.RecipeID]*job{}, map[images.RecipeID]time.Time{}
+	b.ended, b.waiting = make(chan ended), nil
 }
 
 // next starts what can be started, and returns the time when to look again, as a channel; nil for none.
@@ -177,20 +218,25 @@ func (b *builds) poke() {
 	}
 }
 
-// over takes a build out of those that run, and answers who asked for it meanwhile.
+// over takes a build out of those that run, and answers who asked for it while it was ending.
 func (b *builds) over(ctx context.Context, e ended) {
-	b.running[e.recipe](nil)
+	b.running[e.recipe].stop(nil)
 	delete(b.running, e.recipe)
 	delete(b.notBefore, e.recipe)
 	if e.err != nil {
-		b.log.Error("recording a build", "recipe", e.recipe.Short(), "error", e.err)
-		b.notBefore[e.recipe] = b.now().Add(firstRetry)
+		b.postpone(e.recipe, e.err)
 	}
 	waiting := b.waiting
 	b.waiting = nil
 	for _, a := range waiting {
 		b.serve(ctx, a)
 	}
+}
+
+// postpone has a recipe whose records could not be written wait.
+func (b *builds) postpone(id images.RecipeID, err error) {
+	b.log.Error("recording a build", "recipe", id.Short(), "error", err)
+	b.notBefore[id] = b.now().Add(firstRetry)
 }
 
 // step starts what can be started and stops what nobody needs. It returns when a failed build may be tried again; the
@@ -206,19 +252,21 @@ func (b *builds) step(ctx context.Context) (next time.Time, err error) {
 		if b.running[want.Recipe] != nil || !baseIsThere(want, obs) {
 			continue // under way; or its base comes first, and wakes us
 		}
-		if at := b.after(obs.Builds[want.Recipe], want.Recipe); at.After(b.now()) {
-			if next.IsZero() || at.Before(next) {
-				next = at
+		at := b.after(obs.Builds[want.Recipe], want.Recipe)
+		if !at.After(b.now()) && len(b.running) < b.limit {
+			if err := b.begin(ctx, want, obs); err != nil {
+				b.postpone(want.Recipe, err)
+				at = b.notBefore[want.Recipe]
 			}
-			continue
 		}
-		if len(b.running) < b.limit {
-			b.begin(ctx, want, obs)
+		if at.After(b.now()) && (next.IsZero() || at.Before(next)) {
+			next = at
 		}
 	}
-	for id, stop := range b.running {
+	for id, j := range b.running {
 		if !wanted[id] {
-			stop(errUnwanted) // in vain where the build is through and only its records are left
+			j.stop(errUnwanted) // in vain where the build is through and only its records are left
+			j.stopped = true
 		}
 	}
 	return next, b.unask(ctx, wanted, obs)
@@ -241,53 +289,61 @@ func (b *builds) after(rec state.Build, id images.RecipeID) time.Time {
 	return at
 }
 
-// begin starts one build.
-func (b *builds) begin(ctx context.Context, want plan.Build, obs plan.Observed) {
-	bctx, stop := context.WithCancelCause(ctx)
-	b.running[want.Recipe] = stop
-	go func() {
-		var err error
-		defer func() { b.ended <- ended{recipe: want.Recipe, err: err} }()
-		err = caught(ctx, func(ctx context.Context) error { return b.one(ctx, bctx, want, obs) })
-		if ctx.Err() != nil {
-			err = nil // the server ends: the record stays at running, and the next start settles it
-		}
-	}()
-}
-
-// one builds one recipe and records how that went. ctx is of the records, bctx of the build.
-func (b *builds) one(ctx, bctx context.Context, want plan.Build, obs plan.Observed) error {
-	rec := state.Build{
+// begin starts one build. When it returns without an error, the build has a log, and a record that says that it runs:
+// who looks for either finds those of this attempt.
+func (b *builds) begin(ctx context.Context, want plan.Build, obs plan.Observed) error {
+	j := &job{rec: state.Build{
 		Recipe: want.Recipe, Kind: string(want.Kind), Name: want.Name, Phase: state.BuildRunning,
 		Attempts: obs.Builds[want.Recipe].Attempts + 1, Started: b.now(), Parts: want.Parts,
 		Asked: obs.Builds[want.Recipe].Asked,
-	}
+	}}
 	out, err := b.logs.create(want.Recipe)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = out.Close() }() // an artifact is worth more than its log
-	if err := state.Builds.Put(ctx, b.store, want.Recipe.String(), rec); err != nil {
+	if _, err := j.write(ctx, b.store, func(*state.Build) {}); err != nil {
+		_ = out.Close()
 		return err
 	}
+	var bctx context.Context
+	bctx, j.stop = context.WithCancelCause(ctx)
+	b.running[want.Recipe] = j
+	go func() {
+		var err error
+		defer func() { b.ended <- ended{recipe: want.Recipe, err: err} }()
+		defer func() { _ = out.Close() }() // an artifact is worth more than its log
+		err = caught(ctx, func(ctx context.Context) error {
+			return b.one(ctx, bctx, want, obs, &progress{file: out, ctx: ctx, builds: b, job: j})
+		})
+		if ctx.Err() != nil {
+			err = nil // the server ends: the record stays at running, and the next start settles it
+		}
+	}()
+	return nil
+}
+
+// one builds one recipe and records how that went. ctx is of the records, bctx of the build.
+func (b *builds) one(ctx, bctx context.Context, want plan.Build, obs plan.Observed, p *progress) error {
 	b.events.note(ctx, state.Event{Kind: "build", Subject: want.Name, Message: fmt.Sprintf("building the %s (recipe %s)", want.Kind, want.Recipe.Short())})
 	bctx, cancel := context.WithTimeoutCause(bctx, maxBuild, fmt.Errorf("it took longer than %s", maxBuild))
 	defer cancel()
-	keep, err := b.build(bctx, want, obs, &progress{file: out, ctx: ctx, builds: b, rec: &rec})
+	keep, err := b.build(bctx, want, obs, p)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	rec.Finished = b.now()
+	finished := b.now()
 	if err != nil {
-		return b.failed(ctx, &rec, cmp.Or(context.Cause(bctx), err), err)
+		return b.failed(ctx, p.job, finished, cmp.Or(context.Cause(bctx), err), err)
 	}
 	blob, err := keep(ctx)
 	if err != nil {
 		return err
 	}
-	rec.Phase, rec.Step, rec.Error, rec.Tail, rec.Asked = state.BuildDone, "", "", nil, false
-	rec.Result, rec.Size = blob.Digest, blob.Size
-	if err := state.Builds.Put(ctx, b.store, want.Recipe.String(), rec); err != nil {
+	rec, err := p.job.write(ctx, b.store, func(rec *state.Build) {
+		rec.Phase, rec.Step, rec.Error, rec.Tail, rec.Asked = state.BuildDone, "", "", nil, false
+		rec.Finished, rec.Result, rec.Size = finished, blob.Digest, blob.Size
+	})
+	if err != nil {
 		return err
 	}
 	took := rec.Finished.Sub(rec.Started).Round(100 * time.Millisecond)
@@ -315,16 +371,19 @@ func (b *builds) build(ctx context.Context, want plan.Build, obs plan.Observed, 
 }
 
 // failed records why a build ended without a result. cause says it in a word; err has the step and its output.
-func (b *builds) failed(ctx context.Context, rec *state.Build, cause, err error) error {
-	rec.Phase, rec.Error, rec.Asked = state.BuildFailed, cause.Error(), false
+func (b *builds) failed(ctx context.Context, j *job, finished time.Time, cause, err error) error {
 	var step *build.StepError
-	if errors.As(err, &step) {
-		rec.Step, rec.Tail = step.Step, step.Tail
-	}
-	if !errors.Is(cause, errUnwanted) { // such a one is started at once when it is wanted again
-		rec.Retry = rec.Finished.Add(backoff.Exponential(firstRetry, lastRetry, rec.Attempts))
-	}
-	if err := state.Builds.Put(ctx, b.store, rec.Recipe.String(), *rec); err != nil {
+	isStep := errors.As(err, &step)
+	rec, err := j.write(ctx, b.store, func(rec *state.Build) {
+		rec.Phase, rec.Error, rec.Asked, rec.Finished = state.BuildFailed, cause.Error(), false, finished
+		if isStep {
+			rec.Step, rec.Tail = step.Step, step.Tail
+		}
+		if !errors.Is(cause, errUnwanted) { // such a one is started at once when it is wanted again
+			rec.Retry = finished.Add(backoff.Exponential(firstRetry, lastRetry, rec.Attempts))
+		}
+	})
+	if err != nil {
 		return err
 	}
 	b.events.note(ctx, state.Event{
@@ -339,7 +398,7 @@ func (b *builds) failed(ctx context.Context, rec *state.Build, cause, err error)
 func (b *builds) ask(ctx context.Context, builds []plan.Build) error {
 	done := make(chan error, 1)
 	select {
-	case b.asks <- ask{builds: builds, done: done}:
+	case b.asks <- ask{builds: builds, done: done, gone: ctx.Done()}:
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -351,39 +410,48 @@ func (b *builds) ask(ctx context.Context, builds []plan.Build) error {
 	}
 }
 
-// serve answers an ask. One for a build of which the record says that it is over, and which has not said so itself yet,
-// waits for that: it would be taken for one that is under way.
+// serve answers an ask, unless nobody waits for that any more. One for a build that is ending waits until that is over:
+// it is for what comes after it.
 func (b *builds) serve(ctx context.Context, a ask) {
+	select {
+	case <-a.gone:
+		return
+	default:
+	}
 	_, obs, err := b.plan(ctx)
 	if err != nil {
 		a.done <- err
 		return
 	}
-	for _, want := range a.builds {
-		if b.running[want.Recipe] != nil && obs.Builds[want.Recipe].Phase != state.BuildRunning {
+	for len(a.builds) > 0 {
+		taken, err := b.take(ctx, a.builds[0], obs)
+		if err != nil {
+			a.done <- err
+			return
+		}
+		if !taken {
 			b.waiting = append(b.waiting, a)
 			return
 		}
+		a.builds = a.builds[1:] // taken once: if it fails now, that is the answer to who asked
 	}
-	a.done <- b.take(ctx, a.builds, obs)
+	a.done <- nil
 }
 
-// take records what was asked for. What is built, or is being built, needs no record.
-func (b *builds) take(ctx context.Context, builds []plan.Build, obs plan.Observed) error {
-	for _, want := range builds {
-		if b.running[want.Recipe] != nil || isBuilt(want, obs) {
-			continue
-		}
-		delete(b.notBefore, want.Recipe)
-		rec := obs.Builds[want.Recipe]
-		rec.Recipe, rec.Kind, rec.Name = want.Recipe, string(want.Kind), cmp.Or(rec.Name, want.Name)
-		rec.Phase, rec.Asked, rec.Retry = state.BuildQueued, true, time.Time{}
-		rec.Step, rec.Error, rec.Tail = "", "", nil
-		if err := state.Builds.Put(ctx, b.store, want.Recipe.String(), rec); err != nil {
-			return err
-		}
+// take records that a build was asked for, unless it is ending. What is built needs no record.
+func (b *builds) take(ctx context.Context, want plan.Build, obs plan.Observed) (taken bool, err error) {
+	if j := b.running[want.Recipe]; j != nil {
+		return j.ask(ctx, b.store)
 	}
-	return nil
+	if isBuilt(want, obs) {
+		return true, nil
+	}
+	delete(b.notBefore, want.Recipe)
+	rec := obs.Builds[want.Recipe]
+	rec.Recipe, rec.Kind, rec.Name = want.Recipe, string(want.Kind), cmp.Or(rec.Name, want.Name)
+	rec.Phase, rec.Asked, rec.Retry = state.BuildQueued, true, time.Time{}
+	rec.Step, rec.Error, rec.Tail = "", "", nil
+	return true, state.Builds.Put(ctx, b.store, want.Recipe.String(), rec)
 }
 
 func isBuilt(want plan.Build, obs plan.Observed) bool {
@@ -418,7 +486,7 @@ type progress struct {
 	file    logFile
 	ctx     context.Context //nolint:containedctx // lives as long as one build: Progress has no room for it
 	builds  *builds
-	rec     *state.Build
+	job     *job
 	written time.Time
 }
 
@@ -426,11 +494,13 @@ func (p *progress) Write(b []byte) (int, error) { return p.file.Write(b) }
 
 func (p *progress) Step(name string) {
 	_, _ = fmt.Fprintf(p.file, "==> %s\n", name)
-	p.rec.Step = name
-	if now := p.builds.now(); now.Sub(p.written) >= stepEvery {
-		p.written = now
-		if err := state.Builds.Put(p.ctx, p.builds.store, p.rec.Recipe.String(), *p.rec); err != nil {
-			p.builds.log.Warn("recording a build's step", "error", err)
-		}
+	now, at := p.builds.now(), func(rec *state.Build) { rec.Step = name }
+	if now.Sub(p.written) < stepEvery {
+		p.job.set(at)
+		return
+	}
+	p.written = now
+	if _, err := p.job.write(p.ctx, p.builds.store, at); err != nil {
+		p.builds.log.Warn("recording a build's step", "error", err)
 	}
 }

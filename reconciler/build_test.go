@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -437,8 +438,9 @@ func TestWhatWasAskedForSurvivesTheServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := b.take(t.Context(), asked, obs); err != nil {
-		t.Fatal(err)
+	b.reset()
+	if taken, err := b.take(t.Context(), asked[0], obs); err != nil || !taken {
+		t.Fatalf("taken %t, %v", taken, err)
 	}
 	gone := state.Build{Recipe: digest.Of([]byte("gone")), Kind: "base", Phase: state.BuildQueued, Asked: true}
 	if err := state.Builds.Put(t.Context(), b.store, gone.Recipe.String(), gone); err != nil {
@@ -475,4 +477,151 @@ func TestAskedForAndFailed(t *testing.T) {
 	if err != nil || len(p.Builds) != 0 {
 		t.Errorf("%d builds are wanted, %v; want none", len(p.Builds), err)
 	}
+}
+
+// stepped readies b for a test that does itself what run does, one thing after the other. What is under way at the
+// test's end is stopped.
+func stepped(t *testing.T, b *builds) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	b.reset()
+	t.Cleanup(func() {
+		cancel()
+		for range b.running {
+			<-b.ended
+		}
+	})
+	return ctx
+}
+
+// mustStep has b start and stop what is due, and wants so many builds to be under way then.
+func mustStep(ctx context.Context, t *testing.T, b *builds, running int) {
+	t.Helper()
+	if _, err := b.step(ctx); err != nil || len(b.running) != running {
+		t.Fatalf("%d builds are under way, %v; want %d", len(b.running), err, running)
+	}
+}
+
+// asks has b serve an ask, and returns where the answer comes.
+func asks(ctx, caller context.Context, b *builds, builds []plan.Build) <-chan error {
+	done := make(chan error, 1)
+	b.serve(ctx, ask{builds: builds, done: done, gone: caller.Done()})
+	return done
+}
+
+// wantNoted wants an ask to have been answered already.
+func wantNoted(t *testing.T, done <-chan error) {
+	t.Helper()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Fatal(err)
+		}
+	default:
+		t.Fatal("what was asked for is not noted yet")
+	}
+}
+
+// record is the record of a build, the zero one where there is none.
+func record(t *testing.T, b *builds, id images.RecipeID) state.Build {
+	t.Helper()
+	all, err := state.Builds.List(t.Context(), b.store)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all[id.String()]
+}
+
+// hostless is testFleet without its hosts: nobody needs its images.
+func hostless() *schema.Fleet {
+	f := testFleet()
+	f.Hosts, f.Discovery = nil, schema.Discovery{}
+	return f
+}
+
+// Who asks for a build that just began need not wait for its end to hear that it is noted; and noted it is: the build
+// goes on though the fleet needs it no longer.
+func TestAskedForJustAfterItBegan(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	gate := make(chan struct{})
+	builder.set(nil, gate)
+	ctx := stepped(t, b)
+	mustStep(ctx, t, b, 1)
+	asked := plan.BuildsOf(testFleet(), "debian")
+	wantNoted(t, asks(ctx, t.Context(), b, asked))
+	if rec := record(t, b, asked[0].Recipe); rec.Phase != state.BuildRunning || !rec.Asked {
+		t.Errorf("record of a build that was asked for while it ran: %+v", rec)
+	}
+	builder.fleet.Store(&inForce{fleet: hostless(), commit: state.Commit{Hash: "c2"}})
+	mustStep(ctx, t, b, 1)
+	close(gate)
+	b.over(ctx, <-b.ended)
+	if rec := record(t, b, asked[0].Recipe); rec.Phase != state.BuildDone || rec.Asked || rec.Attempts != 1 {
+		t.Errorf("record of what was asked for: %+v, want it done", rec)
+	}
+	mustStep(ctx, t, b, 0)
+}
+
+// What is asked for while its build is being stopped is built after that.
+func TestAskedForWhileItIsStopped(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	builder.set(nil, make(chan struct{})) // which nobody opens
+	ctx := stepped(t, b)
+	mustStep(ctx, t, b, 1)
+	builder.fleet.Store(&inForce{fleet: hostless(), commit: state.Commit{Hash: "c2"}})
+	mustStep(ctx, t, b, 1)
+	asked := plan.BuildsOf(testFleet(), "debian")
+	done := asks(ctx, t.Context(), b, asked)
+	b.over(ctx, <-b.ended)
+	wantNoted(t, done)
+	builder.set(nil, nil)
+	if rec := record(t, b, asked[0].Recipe); rec.Phase != state.BuildQueued || !rec.Asked {
+		t.Errorf("record of what was asked for: %+v, want it queued", rec)
+	}
+	mustStep(ctx, t, b, 1)
+	b.over(ctx, <-b.ended)
+	if rec := record(t, b, asked[0].Recipe); rec.Phase != state.BuildDone || rec.Attempts != 2 {
+		t.Errorf("record of what was asked for: %+v, want it done", rec)
+	}
+}
+
+// What somebody asked for who gave up waiting is not built for him.
+func TestAskedForByOneWhoLeft(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	builder.set(nil, make(chan struct{})) // which nobody opens
+	ctx := stepped(t, b)
+	mustStep(ctx, t, b, 1)
+	builder.fleet.Store(&inForce{fleet: hostless(), commit: state.Commit{Hash: "c2"}})
+	mustStep(ctx, t, b, 1)
+	caller, leave := context.WithCancel(t.Context())
+	asked := plan.BuildsOf(testFleet(), "debian")
+	asks(ctx, caller, b, asked)
+	leave()
+	b.over(ctx, <-b.ended)
+	if rec := record(t, b, asked[0].Recipe); rec.Phase != state.BuildFailed || rec.Asked {
+		t.Errorf("record of what nobody waits for: %+v, want it as it was stopped", rec)
+	}
+	mustStep(ctx, t, b, 0)
+}
+
+// A build that cannot have a log is not begun, and others are; it is tried again later.
+func TestBuildThatCannotBeRecordedWaits(t *testing.T) {
+	b, _ := newTestBuilds(t)
+	b.logs.dir = filepath.Join(b.logs.dir, "file")
+	if err := os.WriteFile(b.logs.dir, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	b.now = func() time.Time { return now }
+	ctx := stepped(t, b)
+	next, err := b.step(ctx)
+	if err != nil || len(b.running) != 0 || !next.Equal(now.Add(firstRetry)) {
+		t.Fatalf("%d builds are under way, the next step is at %s, %v", len(b.running), next, err)
+	}
+	if err := os.Remove(b.logs.dir); err != nil {
+		t.Fatal(err)
+	}
+	mustStep(ctx, t, b, 0)
+	b.now = func() time.Time { return next }
+	mustStep(ctx, t, b, 1)
 }
