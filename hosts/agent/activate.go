@@ -152,10 +152,10 @@ func cacheDetail(f disk.Found) string {
 }
 
 // closeDamaged lets go of a cache whose file system turned out to be damaged: the kernel makes it read-only then. The next
-// try opens it again, and so repairs it.
+// try opens it again, and so repairs it. An image that does not mount says nothing about the file system that it lies on.
 func (b *boot) closeDamaged(err error) {
 	isDamage := slices.ContainsFunc([]error{unix.EROFS, unix.EUCLEAN, unix.EBADMSG}, func(e error) bool { return errors.Is(err, e) })
-	if b.cache == nil || !isDamage {
+	if b.cache == nil || !isDamage || errors.Is(err, rootfs.ErrImage) {
 		return
 	}
 	b.log.Error("the cache is damaged", "error", err)
@@ -221,20 +221,19 @@ func (b *boot) progress(id digest.Digest) func(done, total int64) {
 func (b *boot) retrying(err error, _ time.Duration) { b.rep.fail(mending{err}) }
 
 // dropBroken hashes images that did not mount, and takes those out of the cache that are not what they were. It returns
-// why they did not mount: where one was broken, the next try fetches it and gets further.
+// why they did not mount: where one was broken, the next try fetches it and gets further. An error of the cache itself
+// comes without ErrImage: it may be damaged.
 func (b *boot) dropBroken(blobs []agentapi.Blob, why error) error {
 	dropped := false
 	for _, blob := range blobs {
 		ok, err := b.cache.Verify(blob.Digest)
-		if err != nil {
-			return errors.Join(why, err)
-		}
-		if !ok {
+		if err == nil && !ok {
 			b.log.Error("an image in the cache is broken and is fetched again", "digest", blob.Digest.Short())
-			if err := b.cache.RemoveImage(blob.Digest); err != nil {
-				return errors.Join(why, err)
-			}
+			err = b.cache.RemoveImage(blob.Digest)
 			dropped = true
+		}
+		if err != nil {
+			return fmt.Errorf("after an error (%s): %w", why.Error(), err)
 		}
 	}
 	if dropped {

@@ -1,14 +1,18 @@
 package agent
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/hosts/agent/cache"
 	"github.com/troupe-dev/troupe/hosts/agent/disk"
+	"github.com/troupe-dev/troupe/hosts/agent/rootfs"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/hosts/agentapi/agentapitest"
 )
@@ -88,4 +92,53 @@ func TestARepairIsRememberedUntilTheCacheWasLookedThrough(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantRecovered(t, c, a, found)
+}
+
+// brokenImage is a cache on a file system of its own, whose base is an EROFS image with a wrong checksum, and the error
+// of its mount.
+func brokenImage(t *testing.T) (b *boot, blobs []agentapi.Blob, why error) {
+	t.Helper()
+	var s agentapitest.Server
+	a, dir := assigned(&s, "web", 1), t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }) // where the cache was not closed
+	image := make([]byte, 4096)
+	copy(image[1024:], "\xe2\xe1\xf5\xe0\x99\x99\x99\x99\x01\x00\x00\x00\x0c") // magic, checksum, that it has one, 1<<12 bytes a block
+	b = &boot{log: nothing, cache: cacheWith(t, dir, a, string(image), "delta of web"), rep: newReporter(nil, nothing, agentapi.Report{})}
+	mnt := t.TempDir()
+	why = rootfs.Mount(rootfs.Spec{Base: b.cache.Path(a.Release.Base.Digest), BaseDir: mnt})
+	if !errors.Is(why, rootfs.ErrImage) || !errors.Is(why, unix.EBADMSG) {
+		t.Fatalf("mounting the broken image: %v", why)
+	}
+	return b, []agentapi.Blob{a.Release.Base, a.Release.Delta}, why
+}
+
+func TestABrokenImageIsNoDamagedCache(t *testing.T) {
+	b, blobs, why := brokenImage(t)
+	err := b.dropBroken(blobs, why)
+	b.closeDamaged(err)
+	if b.cache == nil || !errors.Is(err, why) {
+		t.Fatalf("the cache was closed, for %v", err)
+	}
+	if b.cache.Has(blobs[0].Digest, -1) || !b.cache.Has(blobs[1].Digest, -1) {
+		t.Error("not the broken image, and it alone, is gone")
+	}
+}
+
+// TestACacheThatKeepsABrokenImageIsDamaged has one that became read-only: the image cannot be taken out.
+func TestACacheThatKeepsABrokenImageIsDamaged(t *testing.T) {
+	b, blobs, why := brokenImage(t)
+	if err := unix.Mount("", b.cache.Dir(), "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	err := b.dropBroken(blobs, why)
+	if !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), why.Error()) {
+		t.Errorf("taking it out: %v", err)
+	}
+	b.closeDamaged(err)
+	if b.cache != nil {
+		t.Error("the next try does not open the cache again")
+	}
 }
