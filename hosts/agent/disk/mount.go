@@ -19,27 +19,59 @@ const (
 	fsckFailed      = 8 // it could not do its work, e.g. as it found no superblock
 )
 
+// Where e2fsck could not do its work, for want of memory or since the disk did not answer, that says nothing of the cache,
+// and the next try may go better. Where it can do nothing twice in a row, there is nothing left to repair. So that the
+// second try knows of the first, also after a reboot, a note lies behind the record of the owner, where ext4 has nothing:
+//
+//	512 ff   failedMark, then zeros up to 1024
+const (
+	failedMark = "troupe: e2fsck failed\n"
+	failedAt   = ownerSize
+	failedSize = 512
+)
+
 // Mount mounts a cache that Ensure returned on dir. A file system that says of itself that it has errors is repaired
 // before, and one that the kernel finds damaged after that; where nothing repairs it, the cache is made anew: images can
-// be fetched again, and a machine that does not boot is of no use to what programs wrote there. The result says what was
-// done. After a power cut alone nothing is to be repaired: the kernel replays the journal.
+// be fetched again, and a machine that does not boot is of no use to what programs wrote there. That takes an e2fsck which
+// ran to its end, or two tries in a row in which it did not. The result says what was done. After a power cut alone
+// nothing is to be repaired: the kernel replays the journal.
 func (m Maker) Mount(ctx context.Context, found Found, dir string) (Found, error) {
 	ctx = context.WithoutCancel(ctx) // a repair that is broken off leaves more to repair
-	err := m.preen(ctx, &found)
+	was, err := m.look(found.Path)
 	if err != nil {
 		return found, err
+	}
+	if was.hasFailed {
+		if err := noteFailed(found.Path, false); err != nil {
+			return found, err
+		}
+	}
+	if was.hasErrors {
+		if err := m.preen(ctx, &found); err != nil {
+			return found, err
+		}
 	}
 	if err = Mount(found.Path, dir); !isDamage(err) {
 		return found, err
 	}
 	m.Log.Error("the cache does not mount, repairing it", "device", found.Path, "error", err)
-	if _, fsckErr := m.fsck(ctx, &found, "-y"); fsckErr != nil {
+	result, fsckErr := m.fsck(ctx, &found, "-y")
+	if fsckErr != nil {
 		return found, errors.Join(err, fsckErr)
 	}
 	if err = Mount(found.Path, dir); !isBroken(err) {
 		return found, err
 	}
-	m.Log.Error("the cache cannot be repaired and is made anew: what programs wrote on this node is lost", "device", found.Path, "error", err)
+	if !result.isFinished() && !was.hasFailed {
+		err = fmt.Errorf("repairing the cache: e2fsck ended with status %d: %s: %w", result.status, result.said, err)
+		return found, errors.Join(err, noteFailed(found.Path, true))
+	}
+	return m.anew(ctx, found, dir, err)
+}
+
+// anew makes and mounts a cache in the place of one that nothing repairs.
+func (m Maker) anew(ctx context.Context, found Found, dir string, why error) (Found, error) {
+	m.Log.Error("the cache cannot be repaired and is made anew: what programs wrote on this node is lost", "device", found.Path, "error", why)
 	if err := m.fill(ctx, found.Path); err != nil {
 		return found, err
 	}
@@ -47,23 +79,52 @@ func (m Maker) Mount(ctx context.Context, found Found, dir string) (Found, error
 	return found, Mount(found.Path, dir)
 }
 
+// noteFailed notes that e2fsck failed, or takes that note away. What a boot loader has there is left alone.
+func noteFailed(path string, hasFailed bool) error {
+	f, err := claim(path)
+	if err != nil {
+		return fmt.Errorf("noting a repair: %w", err)
+	}
+	defer f.Close()
+	b := make([]byte, failedSize)
+	if _, err := f.ReadAt(b, failedAt); err != nil {
+		return fmt.Errorf("noting a repair on %s: %w", path, err)
+	}
+	if !zero(b) && !bytes.HasPrefix(b, []byte(failedMark)) {
+		return nil
+	}
+	clear(b)
+	if hasFailed {
+		copy(b, failedMark)
+	}
+	if _, err := f.WriteAt(b, failedAt); err != nil {
+		return fmt.Errorf("noting a repair on %s: %w", path, err)
+	}
+	return f.Sync()
+}
+
 // preen repairs a file system that says of itself that it has errors: first what is safe, then all.
 func (m Maker) preen(ctx context.Context, found *Found) error {
-	hasErrors, err := m.look(found.Path)
-	if err != nil || !hasErrors {
-		return err
-	}
 	m.Log.Warn("the cache has errors, checking it", "device", found.Path)
-	status, err := m.fsck(ctx, found, "-p")
-	if err != nil || status&(fsckUncorrected|fsckFailed) == 0 {
+	result, err := m.fsck(ctx, found, "-p")
+	if err != nil || result.status&(fsckUncorrected|fsckFailed) == 0 {
 		return err
 	}
 	_, err = m.fsck(ctx, found, "-y")
 	return err
 }
 
+// checked is how an e2fsck ended.
+type checked struct {
+	status int
+	said   string // its last line
+}
+
+// isFinished says whether it looked at all of the file system. It may have left errors.
+func (c checked) isFinished() bool { return c.status&fsckFailed == 0 || c.status&fsckUncorrected != 0 }
+
 // fsck checks the cache, and notes whether it changed something. An error says that it did not run.
-func (m Maker) fsck(ctx context.Context, found *Found, mode string) (status int, err error) {
+func (m Maker) fsck(ctx context.Context, found *Found, mode string) (checked, error) {
 	tool := m.E2fsck
 	if tool == "" {
 		tool = "/sbin/e2fsck"
@@ -72,15 +133,15 @@ func (m Maker) fsck(ctx context.Context, found *Found, mode string) (status int,
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	var exit *exec.ExitError
-	if err = cmd.Run(); err != nil && (!errors.As(err, &exit) || exit.ExitCode() < 0 || exit.ExitCode() >= 2*fsckFailed) {
-		return 0, fmt.Errorf("checking the cache on %s: %s: %w", found.Path, lastLine(out.String()), err)
+	if err := cmd.Run(); err != nil && (!errors.As(err, &exit) || exit.ExitCode() < 0 || exit.ExitCode() >= 2*fsckFailed) {
+		return checked{}, fmt.Errorf("checking the cache on %s: %s: %w", found.Path, lastLine(out.String()), err)
 	}
-	status = cmd.ProcessState.ExitCode()
-	m.Log.Warn("the cache was checked", "device", found.Path, "how", mode, "status", status, "result", lastLine(out.String()))
-	if status&(fsckCorrected|fsckReboot|fsckUncorrected) != 0 {
+	c := checked{status: cmd.ProcessState.ExitCode(), said: lastLine(out.String())}
+	m.Log.Warn("the cache was checked", "device", found.Path, "how", mode, "status", c.status, "result", c.said)
+	if c.status&(fsckCorrected|fsckReboot|fsckUncorrected) != 0 {
 		found.Repaired = true
 	}
-	return status, nil
+	return c, nil
 }
 
 // isDamage says whether a mount failed for what e2fsck may repair: EUCLEAN and EBADMSG are ext4's EFSCORRUPTED and

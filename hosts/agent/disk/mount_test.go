@@ -118,7 +118,7 @@ func TestMountRepairsWhatHasErrors(t *testing.T) {
 			if err != nil || got.Made || x != "kept" {
 				t.Fatalf("Mount: %+v, %q, %v", got, x, err)
 			}
-			if has, err := m.look(found.Path); has || err != nil {
+			if is, err := m.look(found.Path); is.hasErrors || err != nil {
 				t.Errorf("it has errors still: %v", err)
 			}
 			run(t, "e2fsck", "-f", "-n", found.Path)
@@ -143,12 +143,56 @@ func TestMountMakesAnewOnlyWhatNothingRepairs(t *testing.T) {
 	if got, _, err := mount(t, m, found); err == nil || got.Made {
 		t.Errorf("with one that is killed: %+v, %v", got, err)
 	}
-	m.E2fsck = tool(t, "exit 12")
+	m.E2fsck = tool(t, "exit 4") // it has run, and left errors
 	got, x, err := mount(t, m, found)
 	if err != nil || !got.Made || x != "" || !strings.Contains(got.Note, "is lost") {
 		t.Errorf("Mount: %+v, %q, %v", got, x, err)
 	}
 	run(t, "e2fsck", "-f", "-n", found.Path)
+}
+
+// TestMountMakesNothingAnewForOneFailureOfE2fsck has an e2fsck that can do nothing: for want of memory, or for good.
+func TestMountMakesNothingAnewForOneFailureOfE2fsck(t *testing.T) {
+	for _, status := range []string{"8", "9"} {
+		m, found := usedCache(t)
+		broken, whole := tool(t, "echo no memory; exit "+status), "e2fsck"
+		for i, tt := range []struct {
+			tool, x string
+			isMade  bool
+		}{{broken, "", false}, {whole, "kept", false}, {broken, "", false}, {broken, "", true}} {
+			if i%2 == 0 { // else it is still broken
+				breakDescriptors(t, found.Path)
+			}
+			m.E2fsck = tt.tool
+			got, x, err := mount(t, m, found)
+			if isFailed := !tt.isMade && tt.x == ""; isFailed != (err != nil) || isFailed && (!errors.Is(err, unix.EUCLEAN) || !strings.Contains(err.Error(), "no memory")) {
+				t.Errorf("status %s, try %d: %v", status, i, err)
+			}
+			if got.Made != tt.isMade || x != tt.x {
+				t.Errorf("status %s, try %d: %+v, %q", status, i, got, x)
+			}
+		}
+		if is, err := m.look(found.Path); is.hasFailed || err != nil {
+			t.Errorf("the note was left: %v", err)
+		}
+	}
+}
+
+// TestANoteOfAFailureLeavesABootLoaderAlone has bytes where the note would be.
+func TestANoteOfAFailureLeavesABootLoaderAlone(t *testing.T) {
+	m, found := usedCache(t)
+	put(t, found.Path, failedAt+100, "a boot loader")
+	breakDescriptors(t, found.Path)
+	m.E2fsck = tool(t, "exit 8")
+	before := run(t, "sha256sum", found.Path)
+	for range 2 {
+		if got, _, err := mount(t, m, found); !errors.Is(err, unix.EUCLEAN) || got.Made {
+			t.Errorf("Mount: %+v, %v", got, err)
+		}
+	}
+	if run(t, "sha256sum", found.Path) != before {
+		t.Error("it was written to")
+	}
 }
 
 // TestMountLeavesAloneWhatAnotherKernelCouldMount has a feature that the kernel does not know.

@@ -97,25 +97,35 @@ func ownerRecord(id agentapi.Identity) []byte {
 // errForeign says that a cache has become another machine's.
 var errForeign = errors.New("another machine made this cache its own")
 
-// look reads what a mount depends on: whose the cache is, and whether it has errors. The second is
-// ext4_super_block.s_state, EXT4_VALID_FS and EXT4_ERROR_FS; with a journal the former stays set while it is mounted.
-func (m Maker) look(path string) (hasErrors bool, err error) {
+// health is what a cache says of itself before it is mounted.
+type health struct {
+	// hasErrors is ext4_super_block.s_state, EXT4_VALID_FS and EXT4_ERROR_FS; with a journal the former stays set while it
+	// is mounted.
+	hasErrors bool
+	hasFailed bool // an e2fsck of the try before could not do its work
+}
+
+// look reads what a mount depends on: whose the cache is, and how it is.
+func (m Maker) look(path string) (health, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return false, fmt.Errorf("looking at the cache: %w", err)
+		return health{}, fmt.Errorf("looking at the cache: %w", err)
 	}
 	defer f.Close()
 	b := make([]byte, 2048)
 	if _, err := f.ReadAt(b, 0); err != nil {
-		return false, fmt.Errorf("looking at the cache %s: %w", path, err)
+		return health{}, fmt.Errorf("looking at the cache %s: %w", path, err)
 	}
 	// A second machine may have begun on a blank disk of both in the same seconds.
 	if o := readOwner(b); !m.Machine.owns(o) {
-		return false, fmt.Errorf("%s: %w: %s", path, errForeign, ownerText(o))
+		return health{}, fmt.Errorf("%s: %w: %s", path, errForeign, ownerText(o))
 	}
 	const isValid, isError = 1, 2
 	state := uint16(b[1024+0x3a]) | uint16(b[1024+0x3b])<<8
-	return state&isValid == 0 || state&isError != 0, nil
+	return health{
+		hasErrors: state&isValid == 0 || state&isError != 0,
+		hasFailed: bytes.HasPrefix(b[failedAt:], []byte(failedMark)),
+	}, nil
 }
 
 // ownerText says who an owner is. The record came with the disk: what is in it is quoted.
