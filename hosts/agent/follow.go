@@ -66,8 +66,9 @@ func (f *follower) reply(r agentapi.ReportReply) {
 	}
 }
 
-// greet says hello until the server answers, and returns only then or with ctx's error.
-func (f *follower) greet(ctx context.Context) error {
+// greet says hello until the server answers with an assignment, and returns only then or with ctx's error. It calls heard
+// at each answer of the server that is none, as while no fleet is in force.
+func (f *follower) greet(ctx context.Context, heard func()) error {
 	tries := agentapi.Retry()
 	for {
 		a, err := f.client.Hello(ctx, f.hello())
@@ -77,6 +78,9 @@ func (f *follower) greet(ctx context.Context) error {
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
+		}
+		if se := (*agentapi.StatusError)(nil); errors.As(err, &se) && se.Troupe {
+			heard()
 		}
 		d := tries.Next()
 		f.log.Warn("the server does not answer, trying again", "server", f.client.Server(), "error", err, "in", d.Round(time.Millisecond))

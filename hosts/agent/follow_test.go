@@ -93,7 +93,7 @@ func TestServerThatIsNotReadyIsAskedAgainQuietly(t *testing.T) {
 		hello := func() agentapi.Hello { return agentapi.Hello{} }
 		booting, serving := newFollower(c, nothing, hello), newFollower(c, nothing, hello)
 		greeted := make(chan error, 1)
-		go func() { greeted <- booting.greet(ctx) }()
+		go func() { greeted <- booting.greet(ctx, func() {}) }()
 		var wg sync.WaitGroup
 		wg.Go(func() { serving.run(ctx) })
 		wg.Go(func() { rep.run(ctx) })

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -94,8 +95,8 @@ func (b *boot) writeResolv(conf string) error {
 }
 
 // meet says hello to the server, and keeps the lease meanwhile: a server may be away for longer than a lease lasts. A
-// network on which it is not found is left for another one, unless the machine booted from it. The lease is kept on until
-// stop is called, which waits for that; it may be called more than once.
+// network on which it is not found is left for another one, unless the machine booted from it, or has no other interface.
+// The lease is kept on until stop is called, which waits for that; it may be called more than once.
 func (b *boot) meet(ctx context.Context) (stop func(), err error) {
 	for {
 		stop = b.keepLease(ctx)
@@ -122,19 +123,53 @@ func (b *boot) meet(ctx context.Context) (stop func(), err error) {
 // errStranger says that the server is not found through an interface that the machine did not boot from.
 var errStranger = errors.New("the server is not found on this network")
 
-// greet says hello until the server answers, or, where it is a question whether this is its network at all, until
-// patience ends.
+// greet says hello until the server answers, or until another network is to be looked for: then its error is errStranger.
 func (b *boot) greet(ctx context.Context) error {
-	if l := b.lease.Load(); strings.EqualFold(l.MAC, b.cmd.MAC) {
-		return b.fol.greet(ctx)
+	l := b.lease.Load()
+	if strings.EqualFold(l.MAC, b.cmd.MAC) {
+		return b.fol.greet(ctx, func() {})
 	}
-	bounded, cancel := context.WithTimeout(ctx, b.patience)
-	defer cancel()
-	err := b.fol.greet(bounded)
-	if err != nil && ctx.Err() == nil {
-		return fmt.Errorf("%w: no answer from %s within %v", errStranger, b.client.Server(), b.patience)
+	ctx, leave := context.WithCancelCause(ctx)
+	heard := make(chan struct{})
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer leave(nil)
+	wg.Go(func() { b.doubt(ctx, l, heard, leave) })
+	err := b.fol.greet(ctx, sync.OnceFunc(func() { close(heard) }))
+	if cause := context.Cause(ctx); err != nil && errors.Is(cause, errStranger) {
+		return cause
 	}
 	return err
+}
+
+// doubt calls leave once the network of l has had its time, and the machine has another interface, which may be on the
+// right one. It ends with ctx, and once a word of the server was heard: also one that is not ready can be reached from
+// here.
+func (b *boot) doubt(ctx context.Context, l *netup.Lease, heard <-chan struct{}, leave func(error)) {
+	tick := time.NewTicker(b.patience) // an interface may show late
+	defer tick.Stop()
+	for {
+		select {
+		case <-heard:
+			return
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if b.hasOther(l) {
+			leave(fmt.Errorf("%w: no answer from %s within %v", errStranger, b.client.Server(), b.patience))
+			return
+		}
+	}
+}
+
+// hasOther says whether the machine has an interface beside that of l.
+func (b *boot) hasOther(l *netup.Lease) bool {
+	links, err := netup.Links(b.cmd.MAC)
+	if err != nil {
+		b.log.Warn("it is not known whether there is another network", "error", err)
+	}
+	return slices.ContainsFunc(links, func(o netup.Link) bool { return !strings.EqualFold(o.MAC.String(), l.MAC) })
 }
 
 // keepLease renews the lease until stop is called, which waits for the end of that.

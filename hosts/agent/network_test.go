@@ -16,6 +16,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -254,27 +255,64 @@ func TestBootKeepsItsLeaseWhileTheServerIsAway(t *testing.T) {
 	}
 }
 
-// TestBootStaysOnItsOwnNetwork has a server that is away for longer than another network would be given.
-func TestBootStaysOnItsOwnNetwork(t *testing.T) {
-	const mac = "52:54:00:77:00:01"
-	var s agentapitest.Server
-	srv := httptest.NewServer(&s)
-	srv.Close()
-	client, err := agentapi.NewClient(srv.URL, nil)
-	if err != nil {
-		t.Fatal(err)
+// status is a transport to a host that answers each request with that, and how; 0 is one that is away.
+type status struct {
+	code int
+	body any
+}
+
+func (s status) RoundTrip(r *http.Request) (*http.Response, error) {
+	if s.code == 0 {
+		return nil, errors.New("nobody there")
 	}
-	for _, tt := range []struct {
+	return answer(r, s.code, s.body)
+}
+
+// TestBootLeavesOnlyForAnotherNetwork has machines that are not answered, or not what they ask for, for an hour.
+func TestBootLeavesOnlyForAnotherNetwork(t *testing.T) {
+	if !ownNetwork(t) {
+		return
+	}
+	const mac, other = "52:54:00:77:00:01", "52:54:00:77:00:02"
+	away := status{}
+	notReady := status{http.StatusServiceUnavailable, agentapi.Error{Message: "no fleet is in force yet"}}
+	proxy := status{http.StatusServiceUnavailable, "<h1>no such host</h1>"}
+	type test struct {
 		booted string
+		server status
 		want   error
-	}{{"52:54:00:77:00:01", context.DeadlineExceeded}, {"52:54:00:77:00:02", errStranger}, {"", errStranger}} {
-		b := &boot{log: nothing, cmd: Cmdline{MAC: tt.booted}, client: client, patience: time.Millisecond}
-		b.speak()
-		b.lease.Store(&netup.Lease{MAC: mac, Interface: "eth0"})
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		if err := b.greet(ctx); !errors.Is(err, tt.want) {
-			t.Errorf("booted from %q: %v, want %v", tt.booted, err, tt.want)
-		}
-		cancel()
 	}
+	greet := func(tests ...test) {
+		for _, tt := range tests {
+			synctest.Test(t, func(t *testing.T) {
+				client, err := agentapi.NewClient("http://10.77.0.1", tt.server)
+				if err != nil {
+					t.Fatal(err)
+				}
+				b := &boot{log: nothing, cmd: Cmdline{MAC: tt.booted}, client: client, patience: strangerPatience}
+				b.speak()
+				b.lease.Store(&netup.Lease{MAC: mac, Interface: "home"})
+				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+				defer cancel()
+				if err := b.greet(ctx); !errors.Is(err, tt.want) {
+					t.Errorf("booted from %q, server %+v: %v, want %v", tt.booted, tt.server, err, tt.want)
+				}
+			})
+		}
+	}
+	newLAN(t).plug("home", mac, 77)
+	greet( // nowhere else to go
+		test{mac, away, context.DeadlineExceeded},
+		test{other, away, context.DeadlineExceeded},
+		test{"", away, context.DeadlineExceeded},
+	)
+	newLAN(t).plug("office", other, 78)
+	greet(
+		test{mac, away, context.DeadlineExceeded},
+		test{other, away, errStranger},
+		test{"", away, errStranger},
+		test{other, proxy, errStranger},
+		test{other, notReady, context.DeadlineExceeded},
+		test{"", notReady, context.DeadlineExceeded},
+	)
 }

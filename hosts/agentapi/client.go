@@ -138,6 +138,7 @@ type StatusError struct {
 	Code    int    // of HTTP
 	Message string // the server's own words, where it had some
 	Request string // method and path
+	Troupe  bool   // it is of a troupe server, and not of a proxy or another host on the way
 }
 
 func (e *StatusError) Error() string {
@@ -155,7 +156,7 @@ func statusError(resp *http.Response) error {
 	b, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // a body that breaks off still says something
 	var e Error
 	if json.Unmarshal(b, &e) == nil && e.Message != "" {
-		se.Message = e.Message
+		se.Message, se.Troupe = e.Message, true
 	} else if se.Message = string(bytes.TrimSpace(b)); se.Message == "" {
 		se.Message = http.StatusText(resp.StatusCode)
 	}

@@ -85,8 +85,13 @@ func TestErrorsSayWhatTheServerSaid(t *testing.T) {
 			w.WriteHeader(http.StatusServiceUnavailable)
 			_, _ = io.WriteString(w, body)
 		}))
-		if _, err := c.Report(t.Context(), agentapi.Report{}); err == nil || err.Error() != want {
+		_, err := c.Report(t.Context(), agentapi.Report{})
+		if err == nil || err.Error() != want {
 			t.Errorf("error %v, want %s", err, want)
+		}
+		var se *agentapi.StatusError
+		if isOurs := strings.HasPrefix(body, "{"); !errors.As(err, &se) || se.Troupe != isOurs {
+			t.Errorf("error %+v: of a troupe server, want %v", se, isOurs)
 		}
 	}
 }
