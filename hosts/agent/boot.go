@@ -44,6 +44,7 @@ type boot struct {
 	drivers   chan struct{} // closed once the drivers were loaded
 	copied    chan error    // has room for one: how copyProgram ended
 	fsReady   chan struct{} // closed once fsModules were tried
+	place     string        // what the last mark of StageAgent says
 	shown     string        // what the last mark of StageWait says
 	fetched   int64         // image bytes since the last mark of it
 	force     func() error  // reboots; replaced in tests

@@ -79,8 +79,11 @@ func (b *boot) take(l *netup.Lease) {
 		b.id.MAC = l.MAC
 	}
 	b.rep.update(false, func(r *agentapi.Report) { r.Identity = b.id })
-	b.rep.forget(agentapi.StageAgent)
-	b.rep.mark(agentapi.Mark{Stage: agentapi.StageAgent, Detail: l.Address.Addr().String() + " on " + l.Interface})
+	if place := l.Address.Addr().String() + " on " + l.Interface; place != b.place {
+		b.place = place
+		b.rep.forget(agentapi.StageAgent)
+		b.rep.mark(agentapi.Mark{Stage: agentapi.StageAgent, Detail: place})
+	}
 }
 
 // writeResolv sets the name servers, since troupe.server may be a name; those of a network before do not stay.

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,6 +20,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/hosts/agent/netup"
@@ -315,4 +317,31 @@ func TestBootLeavesOnlyForAnotherNetwork(t *testing.T) {
 		test{other, notReady, context.DeadlineExceeded},
 		test{"", notReady, context.DeadlineExceeded},
 	)
+}
+
+// TestBootMarksEachNetworkOnce takes leases as a machine does whose server is away.
+func TestBootMarksEachNetworkOnce(t *testing.T) {
+	client, err := agentapi.NewClient("http://10.77.0.1", status{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &boot{log: nothing, client: client, resolv: filepath.Join(t.TempDir(), "resolv.conf")}
+	b.speak()
+	for _, l := range []netup.Lease{
+		{Interface: "eth0", Address: netip.MustParsePrefix("10.77.0.11/24"), Duration: time.Hour},
+		{Interface: "eth0", Address: netip.MustParsePrefix("10.77.0.11/24"), Duration: time.Minute},
+		{Interface: "eth0", Address: netip.MustParsePrefix("10.77.0.12/24")},
+		{Interface: "eth1", Address: netip.MustParsePrefix("10.77.0.12/24")},
+		{Interface: "eth1", Address: netip.MustParsePrefix("10.77.0.12/24")},
+	} {
+		b.take(&l)
+	}
+	var got []string
+	for _, m := range b.rep.pending() {
+		got = append(got, string(m.Stage)+": "+m.Detail)
+	}
+	want := []string{"agent-up: 10.77.0.11 on eth0", "agent-up: 10.77.0.12 on eth0", "agent-up: 10.77.0.12 on eth1"}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("marks (-want +got):\n%s", diff)
+	}
 }
