@@ -71,16 +71,20 @@ type imageBuilds struct{ r *Reconciler }
 
 // Build has the image or the role of that name built now: also where a build failed and waits to be tried again, and
 // where no host needs it.
-func (b imageBuilds) Build(ctx context.Context, name string) error {
+func (b imageBuilds) Build(ctx context.Context, name string) ([]digest.Digest, error) {
 	fleet := b.r.Fleet()
 	if fleet == nil {
-		return &UnavailableError{Reason: errNoFleet.Error()}
+		return nil, &UnavailableError{Reason: errNoFleet.Error()}
 	}
 	builds := plan.BuildsOf(fleet, name)
 	if len(builds) == 0 {
-		return fmt.Errorf("no image and no role of the fleet is called %q: %w", name, state.ErrNotFound)
+		return nil, fmt.Errorf("no image and no role of the fleet is called %q: %w", name, state.ErrNotFound)
 	}
-	return b.r.builds.ask(ctx, builds)
+	var recipes []digest.Digest
+	for _, want := range builds {
+		recipes = append(recipes, want.Recipe)
+	}
+	return recipes, b.r.builds.ask(ctx, builds)
 }
 
 // Log reads the output of a recipe's last build; with follow, until that build ends.

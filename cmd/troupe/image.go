@@ -41,10 +41,10 @@ func newImageBuildCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "build NAME",
 		Short: "Have an image or a role built now",
-		Long: `Has the server build an image of the fleet, or what a role adds to its image, now:
-also where a build failed and waits before it is tried again, and where no host needs
-it. What is built already is not built twice. A role needs its image, which is built
-with it.
+		Long: `Has the server build an image of the fleet or, where none has that name, what the
+role of that name adds to its image, now: also where a build failed and waits before it
+is tried again, and where no host needs it. What is built already is not built twice. A
+role needs its image, which is built with it.
 
 It has the server look at the repo first. With --wait, a newest commit that is
 refused ends it.
@@ -76,14 +76,15 @@ func (o *imageBuild) run(cmd *cobra.Command, c *api.Client, name string) error {
 	if err != nil {
 		return err
 	}
-	if err := c.BuildImage(cmd.Context(), name); err != nil {
+	noted, err := c.BuildImage(cmd.Context(), name)
+	if err != nil {
 		return err
 	}
 	if !o.wait {
 		_, err := fmt.Fprintf(cmd.OutOrStdout(), "noted; see troupe logs %s --follow\n", name)
 		return err
 	}
-	built, err := o.await(cmd, c, name, before)
+	built, err := o.await(cmd, c, name, noted.Recipes, before)
 	if err != nil {
 		return err
 	}
@@ -120,15 +121,13 @@ func (o *imageBuild) look(cmd *cobra.Command, c *api.Client) error {
 	return differs(schema.Problems(st.Problems))
 }
 
-// await waits until what was asked for is built, or a build of it failed that had not in before. It returns the image of
-// that name, or the one whose build failed: for a role that may be its OS image.
-func (o *imageBuild) await(cmd *cobra.Command, c *api.Client, name string, before []api.Image) (api.Image, error) {
+// await waits until the recipes that were asked for are built, or a build of one failed that had not in before. It
+// returns the image of the last one, or the one whose build failed: for a role that may be its OS image.
+func (o *imageBuild) await(
+	cmd *cobra.Command, c *api.Client, name string, recipes []digest.Digest, before []api.Image,
+) (api.Image, error) {
 	ctx, cancel := context.WithTimeout(cmd.Context(), o.timeout)
 	defer cancel()
-	roles, err := c.Roles(ctx)
-	if err != nil {
-		return api.Image{}, err
-	}
 	finished := map[digest.Digest]time.Time{}
 	for _, i := range before {
 		finished[i.Recipe] = i.Finished
@@ -136,8 +135,8 @@ func (o *imageBuild) await(cmd *cobra.Command, c *api.Client, name string, befor
 	show := newProgress(cmd.ErrOrStderr())
 	defer show.end()
 	var built api.Image
-	err = c.Follow(ctx, func(s *api.Snapshot) bool {
-		parts := partsOf(s.Images, roles, name)
+	err := c.Follow(ctx, func(s *api.Snapshot) bool {
+		parts := partsOf(s.Images, recipes)
 		show.snapshot(&api.Snapshot{Status: s.Status, Images: parts})
 		done := len(parts) > 0
 		for _, i := range parts {
@@ -154,17 +153,8 @@ func (o *imageBuild) await(cmd *cobra.Command, c *api.Client, name string, befor
 	return built, err
 }
 
-// partsOf are the images that the image of that name, or else the role, is made of: of a role its OS image first, and
-// itself last. An image that no role has is the one of that name that was begun last.
-func partsOf(images []api.Image, roles []api.Role, name string) []api.Image {
-	var recipes []digest.Digest
-	if at := slices.IndexFunc(roles, func(r api.Role) bool { return r.OS == name }); at >= 0 {
-		recipes = []digest.Digest{roles[at].BaseRecipe}
-	} else if at := slices.IndexFunc(roles, func(r api.Role) bool { return r.Name == name }); at >= 0 {
-		recipes = []digest.Digest{roles[at].BaseRecipe, roles[at].DeltaRecipe}
-	} else if at := slices.IndexFunc(images, func(i api.Image) bool { return i.Name == name }); at >= 0 {
-		recipes = []digest.Digest{images[at].Recipe}
-	}
+// partsOf are the images of recipes, in their order; none before all are known.
+func partsOf(images []api.Image, recipes []digest.Digest) []api.Image {
 	var parts []api.Image
 	for _, recipe := range recipes {
 		at := slices.IndexFunc(images, func(i api.Image) bool { return i.Recipe == recipe })

@@ -12,6 +12,8 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/reconciler/api/apitest"
 	"github.com/troupe-dev/troupe/reconciler/plan"
 	"github.com/troupe-dev/troupe/reconciler/state"
@@ -20,9 +22,9 @@ import (
 
 // TestOperatorScripts runs the scripts in testdata/operator. They have the commands
 //
-//	server mixed|healthy|sick|empty    serves such a fleet, from a store of its own, to the commands that follow
-//	heal                               makes the sick host of that fleet healthy
-//	push good|bad                      pushes a commit, which the server sees only when it looks at the repo
+//	server mixed|healthy|sick|empty|namesakes  serves such a fleet, from a store of its own, to the commands that follow
+//	heal                                       makes the sick host of that fleet healthy
+//	push good|bad                              pushes a commit, which the server sees only when it looks at the repo
 func TestOperatorScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/operator", RequireExplicitExec: true, RequireUniqueNames: true,
@@ -63,12 +65,33 @@ func fleetOf(name string) (*apitest.Fleet, *apitest.Controllers) {
 		f.Declare(n+1, "web")
 		f.Run(n + 1)
 	}
+	if name == "namesakes" {
+		addNamesake(f)
+	}
 	if name == "sick" {
 		n := f.Nodes[apitest.MAC(1)]
 		n.Running.Health = agentapi.Health{Failing: []string{"unit web.service: failed"}}
 		f.Nodes[n.MAC] = n
 	}
 	return f, ctl
+}
+
+// addNamesake adds an image that is built, that no role uses, and that has the name of a role of which nothing is built.
+func addNamesake(f *apitest.Fleet) {
+	f.Role("db", false)
+	img := f.Schema.Images["debian"]
+	from := *img.From.Debian
+	from.Packages = []string{"postgresql"}
+	img.Name, img.From.Debian = "db", &from
+	f.Schema.Images["db"] = img
+	id := images.BaseRecipeOf(img).ID()
+	base := f.Bases[string(images.BaseRecipeOf(f.Schema.Images["debian"]).ID())]
+	base.Recipe, base.Image = id, images.Blob{Digest: digest.Of([]byte("db")), Size: 77 << 20}
+	f.Bases[string(id)] = base
+	f.Builds[string(id)] = state.Build{
+		Recipe: id, Kind: "base", Name: "db", Phase: state.BuildDone, Attempts: 1, Started: f.Now.Add(-time.Hour),
+		Finished: f.Now.Add(-time.Hour + time.Minute), Result: base.Image.Digest, Size: base.Image.Size,
+	}
 }
 
 // plannedSwitch is a plan in which n2 gets another role.
@@ -89,7 +112,7 @@ func plannedSwitch() plan.Plan {
 
 func serveFleet(ts *testscript.TestScript, _ bool, args []string) {
 	if len(args) != 1 {
-		ts.Fatalf("usage: server mixed|healthy|sick|empty")
+		ts.Fatalf("usage: server mixed|healthy|sick|empty|namesakes")
 	}
 	f, ctl := fleetOf(args[0])
 	ctx := context.Background()                      // the store outlives the script's commands, until Defer

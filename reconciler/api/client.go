@@ -117,10 +117,12 @@ func (c *Client) Look(ctx context.Context) error {
 	return r.Body.Close()
 }
 
-// BuildImage has the server build an image or a role's delta by name, also if its build failed and waits to be tried
-// again. It returns as soon as that is noted.
-func (c *Client) BuildImage(ctx context.Context, name string) error {
-	return c.post(ctx, "/api/v1/images/"+url.PathEscape(name)+"/build", nil, nil)
+// BuildImage has the server build an image or a role by name, also if its build failed and waits to be tried again. It
+// returns what is built for that as soon as it is noted.
+func (c *Client) BuildImage(ctx context.Context, name string) (Noted, error) {
+	var noted Noted
+	err := c.post(ctx, "/api/v1/images/"+url.PathEscape(name)+"/build", nil, &noted)
+	return noted, err
 }
 
 // BuildLog reads the output of a recipe's last build; with follow, until the build ends. The caller closes it.

@@ -65,6 +65,7 @@ func TestOpenAPISchemas(t *testing.T) {
 		Image{},
 		ImageDetail{},
 		Release{},
+		Noted{},
 		Change{},
 		PlanRequest{},
 		Error{},

@@ -130,10 +130,11 @@ func (s *Server) buildImage(w http.ResponseWriter, r *http.Request) error {
 	if s.Images == nil {
 		return notHere("image builder")
 	}
-	if err := s.Images.Build(r.Context(), r.PathValue("image")); err != nil {
+	recipes, err := s.Images.Build(r.Context(), r.PathValue("image"))
+	if err != nil {
 		return err
 	}
-	return writeJSON(w, http.StatusAccepted, struct{}{})
+	return writeJSON(w, http.StatusAccepted, Noted{Recipes: recipes})
 }
 
 // getLog sends the output of a build as it comes.

@@ -33,8 +33,9 @@ type Agents interface {
 
 // Images builds images. An unknown name, and a recipe without a log, wrap state.ErrNotFound.
 type Images interface {
-	// Build has the image or the role's delta of that name built, also if its build failed and waits.
-	Build(ctx context.Context, name string) error
+	// Build has the image or, where there is no such image, the role of that name built, also if its build failed and waits.
+	// It returns the recipes of that: of a role first its image's, then its own.
+	Build(ctx context.Context, name string) ([]digest.Digest, error)
 	// Log reads the output of a recipe's last build; with follow, until the build ends.
 	Log(ctx context.Context, recipe digest.Digest, follow bool) (io.ReadCloser, error)
 }

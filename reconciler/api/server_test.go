@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -149,10 +150,16 @@ func TestWrites(t *testing.T) {
 	if _, err = c.PlanRevision(ctx, "none"); !api.NotFound(err) {
 		t.Errorf("an unknown revision: %v", err)
 	}
-	if err := c.BuildImage(ctx, "web"); err != nil {
-		t.Error(err)
+	roles, err := c.Roles(ctx)
+	if err != nil {
+		t.Fatal(err)
 	}
-	if err := c.BuildImage(ctx, "none"); !api.NotFound(err) {
+	web := roles[slices.IndexFunc(roles, func(r api.Role) bool { return r.Name == "web" })]
+	noted, err := c.BuildImage(ctx, "web")
+	if d := cmp.Diff(api.Noted{Recipes: []digest.Digest{web.BaseRecipe, web.DeltaRecipe}}, noted); err != nil || d != "" {
+		t.Errorf("asked for web: %v (-want +got):\n%s", err, d)
+	}
+	if _, err := c.BuildImage(ctx, "none"); !api.NotFound(err) {
 		t.Errorf("an unknown image: %v", err)
 	}
 	log, err := c.BuildLog(ctx, "db", true)
@@ -266,7 +273,8 @@ func TestNoControllers(t *testing.T) {
 	if err != nil || st.Converged || len(st.Waiting) != 1 {
 		t.Errorf("status of an empty server: %+v, %v", st, err)
 	}
-	for _, err := range []error{c.Poke(t.Context()), c.BuildImage(t.Context(), "x")} {
+	_, buildErr := c.BuildImage(t.Context(), "x")
+	for _, err := range []error{c.Poke(t.Context()), buildErr} {
 		var e *api.Error
 		if !errors.As(err, &e) || e.Status != http.StatusNotImplemented {
 			t.Errorf("without a controller: %v", err)

@@ -224,6 +224,11 @@ type ImageDetail struct {
 	Releases []digest.Digest `json:"releases,omitempty"` // that it is part of, newest first
 }
 
+// A Noted says what the server builds for an operator who asked for an image or a role.
+type Noted struct {
+	Recipes []digest.Digest `json:"recipes"` // in the order in which they are built: of a role its image's and then its own
+}
+
 // A Release is what a node of some role runs.
 type Release struct {
 	ID      digest.Digest  `json:"id"`

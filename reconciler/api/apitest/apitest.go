@@ -434,25 +434,36 @@ func (c *Controllers) PlanRevision(_ context.Context, revision string) (plan.Pla
 	return c.Planned, nil
 }
 
-// Build implements api.Images: the image "none" is not known.
-func (c *Controllers) Build(_ context.Context, name string) error {
-	if name == "none" {
-		return fmt.Errorf("image %q: %w", name, state.ErrNotFound)
-	}
-	c.note("build %s", name)
-	return nil
+// imagesOf implements api.Images for the fleet.
+type imagesOf struct {
+	*Controllers
+	fleet *Fleet
 }
 
-// Log implements api.Images.
-func (c *Controllers) Log(_ context.Context, recipe digest.Digest, follow bool) (io.ReadCloser, error) {
-	c.note("log %s follow %t", recipe.Short(), follow)
-	return io.NopCloser(strings.NewReader(c.LogText)), nil
+// Build notes that it was called. Nothing is built.
+func (i imagesOf) Build(_ context.Context, name string) ([]digest.Digest, error) {
+	builds := plan.BuildsOf(i.fleet.Schema, name)
+	if len(builds) == 0 {
+		return nil, fmt.Errorf("image %q: %w", name, state.ErrNotFound)
+	}
+	i.note("build %s", name)
+	var recipes []digest.Digest
+	for _, b := range builds {
+		recipes = append(recipes, b.Recipe)
+	}
+	return recipes, nil
+}
+
+// Log reads the same text for every recipe.
+func (i imagesOf) Log(_ context.Context, recipe digest.Digest, follow bool) (io.ReadCloser, error) {
+	i.note("log %s follow %t", recipe.Short(), follow)
+	return io.NopCloser(strings.NewReader(i.LogText)), nil
 }
 
 // Server is an api.Server over s that serves f and asks c.
 func Server(s *state.Store, f *Fleet, c *Controllers) *api.Server {
 	return &api.Server{
-		Store: s, Fleet: func() *schema.Fleet { return f.Schema }, Poke: c.Poke, Look: c.Look, Agents: c, Planner: c, Images: c,
+		Store: s, Fleet: func() *schema.Fleet { return f.Schema }, Poke: c.Poke, Look: c.Look, Agents: c, Planner: c, Images: imagesOf{c, f},
 		Started: f.ago(time.Hour),
 	}
 }
