@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/build"
 	"github.com/troupe-dev/troupe/images/store"
@@ -624,4 +626,31 @@ func TestBuildThatCannotBeRecordedWaits(t *testing.T) {
 	mustStep(ctx, t, b, 0)
 	b.now = func() time.Time { return next }
 	mustStep(ctx, t, b, 1)
+}
+
+// Who asks by name is told the recipes of what has that name: an image goes before a role.
+func TestBuildByName(t *testing.T) {
+	fleet := unusedFleet()
+	role := fleet.Roles["spare-role"]
+	role.Name = "spare"
+	fleet.Roles["spare"] = role
+	b, builder := newTestBuilds(t)
+	builder.fleet.Store(&inForce{fleet: fleet, commit: state.Commit{Hash: "c2"}})
+	stop := start(t, b)
+	defer stop()
+	r := &Reconciler{follow: &follow{}, builds: b}
+	r.follow.fleet.Store(&inForce{fleet: fleet, commit: state.Commit{Hash: "c2"}})
+	base := images.BaseRecipeOf(fleet.Images["spare"]).ID()
+	for name, want := range map[string][]digest.Digest{
+		"spare":      {base},
+		"spare-role": {base, images.DeltaRecipeOf(base, fleet.Roles["spare-role"]).ID()},
+	} {
+		got, err := imageBuilds{r}.Build(t.Context(), name)
+		if diff := cmp.Diff(want, got); err != nil || diff != "" {
+			t.Errorf("%s: %v (-want +got):\n%s", name, err, diff)
+		}
+	}
+	if _, err := (imageBuilds{r}).Build(t.Context(), "none"); !errors.Is(err, state.ErrNotFound) {
+		t.Errorf("an unknown name: %v", err)
+	}
 }
