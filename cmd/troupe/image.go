@@ -128,9 +128,9 @@ func (o *imageBuild) await(
 ) (api.Image, error) {
 	ctx, cancel := context.WithTimeout(cmd.Context(), o.timeout)
 	defer cancel()
-	finished := map[digest.Digest]time.Time{}
+	old := map[digest.Digest]api.Image{}
 	for _, i := range before {
-		finished[i.Recipe] = i.Finished
+		old[i.Recipe] = i
 	}
 	show := newProgress(cmd.ErrOrStderr())
 	defer show.end()
@@ -140,7 +140,7 @@ func (o *imageBuild) await(
 		show.snapshot(&api.Snapshot{Status: s.Status, Images: parts})
 		done := len(parts) > 0
 		for _, i := range parts {
-			if built = i; i.Phase == state.BuildFailed && !i.Finished.Equal(finished[i.Recipe]) {
+			if built = i; failedAnew(i, old[i.Recipe]) {
 				return true
 			}
 			done = done && i.Phase == state.BuildDone
@@ -151,6 +151,13 @@ func (o *imageBuild) await(
 		return built, differs(fmt.Errorf("%s was not built within %s", name, o.timeout))
 	}
 	return built, err
+}
+
+// failedAnew says whether a build failed and had not when it was old. One that was asked for, and that a later commit takes
+// out of the fleet before it begins, fails without having finished.
+func failedAnew(i, old api.Image) bool {
+	return i.Phase == state.BuildFailed &&
+		(old.Phase != state.BuildFailed || i.Error != old.Error || !i.Finished.Equal(old.Finished))
 }
 
 // partsOf are the images of recipes, in their order; none before all are known.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -36,6 +37,28 @@ func TestPartsOf(t *testing.T) {
 		}
 		if diff := cmp.Diff(tt.want, got); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", tt.name, diff)
+		}
+	}
+}
+
+func TestFailedAnew(t *testing.T) {
+	early, late := time.Unix(1, 0), time.Unix(2, 0)
+	failed := api.Image{Phase: state.BuildFailed, Error: "exit status 1", Finished: early}
+	for _, tt := range []struct {
+		name   string
+		i, old api.Image
+		want   bool
+	}{
+		{"the failure from before", failed, failed, false},
+		{"a second failure", api.Image{Phase: state.BuildFailed, Error: "exit status 1", Finished: late}, failed, true},
+		{"a first failure", failed, api.Image{}, true},
+		{"it ran", failed, api.Image{Phase: state.BuildRunning}, true},
+		{"never begun, and given up", api.Image{Phase: state.BuildFailed, Error: "stopped"}, api.Image{}, true},
+		{"failed, asked for, and given up", api.Image{Phase: state.BuildFailed, Error: "stopped", Finished: early}, failed, true},
+		{"it runs", api.Image{Phase: state.BuildRunning, Finished: early}, failed, false},
+	} {
+		if got := failedAnew(tt.i, tt.old); got != tt.want {
+			t.Errorf("%s: %t, want %t", tt.name, got, tt.want)
 		}
 	}
 }
