@@ -188,11 +188,38 @@ func frozen(t *testing.T) (dir string, thaw func()) {
 	return dir, thaw
 }
 
+// stuck waits until the process whose ID is the first line of a file waits in the kernel, and cannot be killed there.
+func stuck(t *testing.T, file string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Error("the command never hangs")
+			return
+		}
+		b, _ := os.ReadFile(file) // not there yet, or not whole
+		pid, _, ok := strings.Cut(string(b), "\n")
+		if !ok {
+			continue
+		}
+		stat, _ := os.ReadFile("/proc/" + pid + "/stat")
+		// proc_pid_stat(5): the state follows the name, which may have any character and stands in parentheses.
+		if at := strings.LastIndex(string(stat), ")"); at >= 0 && strings.HasPrefix(string(stat)[at:], ") D ") {
+			return
+		}
+	}
+}
+
 // TestRunnerLeavesACommandThatHangsInTheKernel has a check that cannot be killed.
 func TestRunnerLeavesACommandThatHangsInTheKernel(t *testing.T) {
 	dir, thaw := frozen(t)
 	runs := filepath.Join(t.TempDir(), "runs")
-	c := agentapi.Check{Exec: []string{"sh", "-c", "echo run >>" + runs + "; echo x >" + dir + "/x"}, Every: time.Millisecond, Timeout: 100 * time.Millisecond}
+	c := agentapi.Check{Exec: []string{"sh", "-c", "echo $$ >>" + runs + "; echo x >" + dir + "/x"}}
 	lines := func() int {
 		b, err := os.ReadFile(runs)
 		if err != nil {
@@ -201,8 +228,17 @@ func TestRunnerLeavesACommandThatHangsInTheKernel(t *testing.T) {
 		return strings.Count(string(b), "\n")
 	}
 	var p prober
-	for range 3 {
-		if err := p.try(t.Context(), c, c.Timeout); err == nil || err.Error() != "no answer within 100ms: it hangs in the kernel" {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	first := make(chan error, 1)
+	go func() { first <- p.try(ctx, c, time.Hour) }()
+	stuck(t, runs)
+	cancel()
+	if err := <-first; !errors.Is(err, errHangs) || !errors.Is(err, context.Canceled) {
+		t.Fatalf("as it hangs: %v", err)
+	}
+	for range 2 {
+		if err := p.try(t.Context(), c, 100*time.Millisecond); err == nil || err.Error() != "no answer within 100ms: it hangs in the kernel" {
 			t.Errorf("while it hangs: %v", err)
 		}
 	}
@@ -221,9 +257,9 @@ func TestRunnerLeavesACommandThatHangsInTheKernel(t *testing.T) {
 func TestRunnerEndsWhileACommandHangs(t *testing.T) {
 	dir, _ := frozen(t)
 	ctx, cancel := context.WithCancel(t.Context())
-	told := make(chan agentapi.Health, 1)
+	told := make(chan agentapi.Health)
 	r := Runner{
-		Checks: []agentapi.Check{{Exec: []string{"sh", "-c", "echo x >" + dir + "/x"}, Timeout: 100 * time.Millisecond}},
+		Checks: []agentapi.Check{{Exec: []string{"sh", "-c", "echo x >" + dir + "/x"}, Timeout: 500 * time.Millisecond}},
 		Log:    slog.New(slog.DiscardHandler), Changed: func(h agentapi.Health) { told <- h },
 	}
 	done := make(chan struct{})
@@ -231,8 +267,13 @@ func TestRunnerEndsWhileACommandHangs(t *testing.T) {
 		defer close(done)
 		r.Run(ctx)
 	}()
-	if h := <-told; h.Healthy || !strings.HasSuffix(strings.Join(h.Failing, ""), "it hangs in the kernel") {
-		t.Errorf("health %+v", h)
+	for h := range told { // a command may be killed before it comes to where it hangs
+		if h.Healthy {
+			t.Fatalf("health %+v", h)
+		}
+		if strings.HasSuffix(strings.Join(h.Failing, ""), "it hangs in the kernel") {
+			break
+		}
 	}
 	cancel()
 	<-done
