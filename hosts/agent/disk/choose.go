@@ -29,9 +29,14 @@ func findCache(disks []Disk, spec agentapi.Disks) (place, bool) {
 	return first(disks, spec, func(p Part) bool { return p.Holds == Troupe })
 }
 
+// findDamaged returns our cache where its superblock is gone.
+func findDamaged(disks []Disk, spec agentapi.Disks) (place, bool) {
+	return first(disks, spec, func(p Part) bool { return p.Holds == Damaged })
+}
+
 // findUnfinished returns a place where a cache was being made.
 func findUnfinished(disks []Disk, spec agentapi.Disks) (place, bool) {
-	return first(disks, spec, func(p Part) bool { return p.Holds != Troupe })
+	return first(disks, spec, func(p Part) bool { return !isCache(p.Holds) })
 }
 
 func first(disks []Disk, spec agentapi.Disks, which func(Part) bool) (place, bool) {
@@ -43,7 +48,7 @@ func first(disks []Disk, spec agentapi.Disks, which func(Part) bool) (place, boo
 	return place{}, false
 }
 
-// places are all caches of this machine on disks that may be used, whole and unfinished, the best first.
+// places are all caches of this machine on disks that may be used, whole, damaged and unfinished, the best first.
 func places(disks []Disk, spec agentapi.Disks) []place {
 	var out []place
 	for _, d := range disks {
@@ -74,11 +79,11 @@ func placesOn(d Disk) []place {
 	if d.Holds == Claimed {
 		out = append(out, place{d, Part{Holds: Claimed}})
 	}
-	if d.Holds == Troupe && len(d.Parts) == 0 { // ext4 with our label on the whole disk: somebody made it by hand
-		out = append(out, place{d, Part{Path: d.Path, Holds: Troupe, Owner: d.Owner, Foreign: d.Foreign}})
+	if isCache(d.Holds) && len(d.Parts) == 0 { // ext4 with our label on the whole disk: somebody made it by hand
+		out = append(out, place{d, Part{Path: d.Path, Holds: d.Holds, Owner: d.Owner, Foreign: d.Foreign}})
 	}
 	for _, p := range d.Parts {
-		if p.Name == Label && (p.Holds == Troupe || unfinished(p.Holds)) {
+		if p.Name == Label && (isCache(p.Holds) || unfinished(p.Holds)) {
 			out = append(out, place{d, p})
 		}
 	}
@@ -101,7 +106,7 @@ func mayHold(d Disk, spec agentapi.Disks) bool {
 // isUsable says whether a place on a disk that may hold the cache is used. A removable disk that does not have the name
 // in the fleet came from anywhere: what is there is used only where the cache says that it is this machine's.
 func (p place) isUsable(spec agentapi.Disks) bool {
-	return !p.disk.Removable || p.disk.matches(spec.Device) || p.part.Holds == Troupe && p.part.Owner.MAC != ""
+	return !p.disk.Removable || p.disk.matches(spec.Device) || isCache(p.part.Holds) && p.part.Owner.MAC != ""
 }
 
 // otherCaches are the devices of the whole caches beside p. One disk may show twice, by two ways to it.
@@ -152,7 +157,7 @@ func (p place) doubt(spec agentapi.Disks) string {
 	switch {
 	case p.part.Foreign:
 		return ""
-	case p.disk.ReadOnly && p.part.Holds == Troupe:
+	case p.disk.ReadOnly && isCache(p.part.Holds):
 		return p.disk.Name + " has a cache and is read-only"
 	case !p.isUsable(spec):
 		return p.disk.Name + " is removable and has a cache, or the beginning of one, that does not say whose it is"
@@ -171,6 +176,9 @@ func doubtful(d Disk, why []string) error {
 	return fmt.Errorf("%w: one that the machine has already may be on another disk, so %s is left alone (disk: device with a name of %s would settle it): %s",
 		ErrNoDisk, d.Name, byID, strings.Join(why, "; "))
 }
+
+// isCache says whether a device holds a cache, whole or damaged.
+func isCache(holds string) bool { return holds == Troupe || holds == Damaged }
 
 // unfinished says whether a partition with our name holds what an mke2fs leaves that was killed: it writes the
 // superblock last. A partition with our name that holds another format was put to another use.

@@ -112,7 +112,14 @@ func TestFindCache(t *testing.T) {
 			t.Errorf("%s: found %v, %q, want %q", tt.name, ok, p.disk.Name, tt.want)
 		}
 	}
-	for _, holds := range []string{"xfs", Troupe} {
+	damaged := []Disk{cacheOn("sda", "", Unknown), cacheOn("sdb", "", Damaged), with(cacheOn("sdc", "", Damaged), func(d *Disk) { d.Parts[0].Foreign = true })}
+	if p, ok := findDamaged(damaged[1:], agentapi.Disks{Device: "/dev/sdc"}); !ok || p.disk.Name != "sdb" {
+		t.Errorf("damaged: found %v, %q", ok, p.disk.Name)
+	}
+	if p, ok := findUnfinished(damaged, agentapi.Disks{Device: "/dev/sdb"}); !ok || p.disk.Name != "sda" {
+		t.Errorf("unfinished: found %v, %q", ok, p.disk.Name)
+	}
+	for _, holds := range []string{"xfs", Troupe, Damaged} {
 		if p, ok := findUnfinished([]Disk{cacheOn("sda", "", holds)}, agentapi.Disks{}); ok {
 			t.Errorf("a partition that holds %s is to be finished: %+v", holds, p)
 		}
@@ -139,6 +146,7 @@ func TestNoCacheIsMadeWhileThereMayBeOne(t *testing.T) {
 		{"a stick with nobody's cache", []Disk{{Name: "sda", Size: big, Holds: "xfs"}, with(cacheOn("sdb", "a", Troupe), removable)}, agentapi.Disks{Take: true, Device: "/dev/sda"}, "sdb is removable and has a cache"},
 		{"a stick with the beginning of a cache", []Disk{{Name: "sda", Size: big, Holds: "xfs"}, {Name: "sdb", Size: big, Holds: Claimed, Removable: true}}, agentapi.Disks{Take: true, Device: "/dev/sda"}, "so sda is left alone"},
 		{"a stick with its own cache, read-only", []Disk{{Name: "sda", Size: big, Holds: "xfs"}, with(cacheOn("sdb", "a", Troupe), removable, own, func(d *Disk) { d.ReadOnly = true })}, agentapi.Disks{Take: true, Device: "/dev/sda"}, "sdb has a cache and is read-only"},
+		{"a damaged cache, read-only", []Disk{{Name: "sda", Size: big, Holds: Blank}, with(cacheOn("sdb", "", Damaged), func(d *Disk) { d.ReadOnly = true })}, agentapi.Disks{}, "sdb has a cache and is read-only"},
 		{"a stick with another machine's cache", []Disk{{Name: "sda", Size: big, Holds: "xfs"}, with(cacheOn("sdb", "a", Troupe), removable, func(d *Disk) { d.Parts[0].Foreign = true })}, agentapi.Disks{Take: true, Device: "/dev/sda"}, "sda"},
 		{"a stick with nobody's cache, another disk identified", []Disk{{Name: "sda", Size: big, Holds: "xfs", WWN: "0x5a"}, with(cacheOn("sdb", "a", Troupe), removable)}, agentapi.Disks{Take: true, Device: "/dev/disk/by-id/wwn-0x5a"}, "sda"},
 		{"a stick with nobody's cache, a blank disk named", []Disk{{Name: "sda", Size: big, Holds: Blank}, with(cacheOn("sdb", "a", Troupe), removable)}, agentapi.Disks{Device: "/dev/sda"}, "sda"},

@@ -19,6 +19,8 @@ import (
 //	claimed                         the same
 //	table, partition empty          mke2fs
 //	table, mke2fs broken off        mke2fs
+//	table, superblock gone,         use it as below: Mount repairs it
+//	  record of an owner
 //	table, ext4 with our label      use it; where another machine made it, only if the disk may be taken
 //
 // A cache that is whole is used at once. Before anything is written, the disks must have been the same for Settle, and
@@ -56,6 +58,10 @@ func (m Maker) Ensure(ctx context.Context, spec agentapi.Disks) (Found, error) {
 	}
 	ctx = context.WithoutCancel(ctx)
 	if p, ok := findCache(disks, spec); ok {
+		return m.use(p, disks, spec)
+	}
+	if p, ok := findDamaged(disks, spec); ok {
+		m.Log.Error("the superblock of the cache is gone; it is to be repaired", "disk", p.disk.Name)
 		return m.use(p, disks, spec)
 	}
 	if p, ok := findUnfinished(disks, spec); ok {
@@ -155,8 +161,12 @@ func (m Maker) scan() ([]Disk, error) {
 	return disks, err
 }
 
-// fill makes the file system of a cache, and marks it as this machine's. Between the two it is nobody's, and so everybody's.
+// fill makes the file system of a cache, and marks it as this machine's. Until then it is nobody's, and so everybody's: a
+// mark from before would say of an mke2fs that was killed that there is a cache to repair.
 func (m Maker) fill(ctx context.Context, path string) error {
+	if err := unmark(path); err != nil {
+		return err
+	}
 	if err := m.format(ctx, path); err != nil {
 		return err
 	}

@@ -13,6 +13,7 @@ const (
 	Blank   = "blank"             // nothing at all: only zeros wherever a trace could be
 	Unknown = "unknown data"      // something, that has no name here
 	Troupe  = "troupe"            // our cache
+	Damaged = "damaged troupe"    // our cache, as the record of its owner says; its superblock is gone
 	Claimed = "unfinished troupe" // a disk that a Maker began to write to, and did not finish
 )
 

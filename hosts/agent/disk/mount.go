@@ -59,7 +59,7 @@ func (m Maker) Mount(ctx context.Context, found Found, dir string) (Found, error
 	if fsckErr != nil {
 		return found, errors.Join(err, fsckErr)
 	}
-	if err = Mount(found.Path, dir); !isBroken(err) {
+	if err = Mount(found.Path, dir); !m.isBeyondRepair(found.Path, err) {
 		return found, err
 	}
 	if !result.isFinished() && !was.hasFailed {
@@ -150,6 +150,15 @@ func isDamage(err error) bool { return isBroken(err) || errors.Is(err, unix.EINV
 
 // isBroken leaves EINVAL out: a kernel says that also of a whole file system with a feature that it does not know.
 func isBroken(err error) bool { return errors.Is(err, unix.EUCLEAN) || errors.Is(err, unix.EBADMSG) }
+
+// isBeyondRepair says whether a mount failed after a repair for what no other kernel would mount either.
+func (m Maker) isBeyondRepair(path string, err error) bool {
+	if errors.Is(err, unix.EINVAL) {
+		is, lookErr := m.look(path)
+		return lookErr == nil && !is.hasMagic
+	}
+	return isBroken(err)
+}
 
 // Mount mounts the cache's file system on dir, which is made where it is not there.
 func Mount(path, dir string) error {

@@ -195,6 +195,86 @@ func TestANoteOfAFailureLeavesABootLoaderAlone(t *testing.T) {
 	}
 }
 
+// goneSuperblock makes the cache of one machine, with a file in it, and takes its superblock away.
+func goneSuperblock(t *testing.T, d *loopDisk) (Maker, Found) {
+	t.Helper()
+	m := makerOf(d).as(one)
+	m.E2fsck = "e2fsck"
+	found, err := m.Ensure(t.Context(), agentapi.Disks{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	mounted(t, found.Path, func(dir string) {
+		if err := os.WriteFile(filepath.Join(dir, "x"), []byte("kept"), 0o600); err != nil {
+			t.Error(err)
+		}
+	})
+	put(t, found.Path, 1024, strings.Repeat("\x00", 1024))
+	return m, Found{Path: found.Path}
+}
+
+func TestACacheWithoutItsSuperblockIsRepaired(t *testing.T) {
+	for _, make := range [][]string{{"true"}, {"mke2fs", "-q", "-F", "-t", "ext4", "-L", Label}} { // in a partition, on the whole disk
+		for _, who := range []struct {
+			machine Machine
+			spec    agentapi.Disks
+			note    string
+		}{{one, agentapi.Disks{}, ""}, {one, agentapi.Disks{Take: true}, ""}, {two, agentapi.Disks{Take: true}, one.MAC}} {
+			d := diskWith(t, make...)
+			m, damaged := goneSuperblock(t, d)
+			before := run(t, "sha256sum", d.dev)
+			if got, err := m.as(two).Ensure(t.Context(), agentapi.Disks{}); !errors.Is(err, ErrNoDisk) || !strings.Contains(err.Error(), one.MAC) {
+				t.Errorf("%s: another machine's: %+v, %v", make[0], got, err)
+			}
+			if run(t, "sha256sum", d.dev) != before {
+				t.Fatal("another machine wrote to the disk")
+			}
+			m = m.as(who.machine)
+			found, err := m.Ensure(t.Context(), who.spec)
+			if err != nil || found.Made || found.Path != damaged.Path || !strings.Contains(found.Note, who.note) {
+				t.Fatalf("%s: Ensure: %+v, %v", make[0], found, err)
+			}
+			if got, x, err := mount(t, m, found); err != nil || !got.Repaired || got.Made || x != "kept" {
+				t.Errorf("%s: Mount: %+v, %q, %v", make[0], got, x, err)
+			}
+			run(t, "e2fsck", "-f", "-n", found.Path)
+			if got, err := m.Ensure(t.Context(), agentapi.Disks{}); err != nil || got != damaged {
+				t.Errorf("%s: repaired: %+v, %v", make[0], got, err)
+			}
+		}
+	}
+}
+
+// TestACacheWithoutAnySuperblockIsMadeAnew has nothing left that e2fsck could begin with, and a first mke2fs that is killed.
+func TestACacheWithoutAnySuperblockIsMadeAnew(t *testing.T) {
+	d := diskWith(t, "true")
+	m, found := goneSuperblock(t, d)
+	run(t, "sh", "-c", `tr '\0' x </dev/zero | dd of="$0" bs=1M seek=1 iflag=fullblock count=124 conv=notrunc status=none`, found.Path)
+	if got, _, err := mount(t, m, found); !errors.Is(err, unix.EINVAL) || got.Made {
+		t.Fatalf("Mount: %+v, %v", got, err)
+	}
+	m.Mke2fs = tool(t, "kill -9 $$")
+	if got, _, err := mount(t, m, found); err == nil || got.Made {
+		t.Errorf("with an mke2fs that is killed: %+v, %v", got, err)
+	}
+	if disks, err := m.Scanner.Scan(); err != nil || len(disks) != 1 || len(disks[0].Parts) != 1 || disks[0].Parts[0].Holds != Unknown {
+		t.Errorf("a cache that was not made to the end: %+v, %v", disks, err)
+	}
+	m.Mke2fs = "mke2fs"
+	if found, err := m.Ensure(t.Context(), agentapi.Disks{}); err != nil || !found.Made {
+		t.Errorf("Ensure: %+v, %v", found, err)
+	}
+	put(t, found.Path, 1024, strings.Repeat("\x00", 1024))
+	m.E2fsck = tool(t, "exit 4")
+	got, x, err := mount(t, m, found)
+	if err != nil || !got.Made || x != "" || !strings.Contains(got.Note, "is lost") {
+		t.Errorf("Mount: %+v, %q, %v", got, x, err)
+	}
+	if again, err := m.Ensure(t.Context(), agentapi.Disks{}); err != nil || again != found {
+		t.Errorf("Ensure after all: %+v, %v", again, err)
+	}
+}
+
 // TestMountLeavesAloneWhatAnotherKernelCouldMount has a feature that the kernel does not know.
 func TestMountLeavesAloneWhatAnotherKernelCouldMount(t *testing.T) {
 	m, found := usedCache(t)

@@ -54,12 +54,14 @@ func readOwner(b []byte) (o agentapi.Identity) {
 	return o
 }
 
-func ownerAt(r io.ReaderAt) agentapi.Identity {
+func ownerAt(r io.ReaderAt) (agentapi.Identity, error) {
 	b := make([]byte, ownerSize)
-	if _, err := r.ReadAt(b, 0); err != nil {
-		return agentapi.Identity{} // whoever mounts it will see what is wrong
+	if n, err := r.ReadAt(b, 0); err != nil && !errors.Is(err, io.EOF) {
+		return agentapi.Identity{}, fmt.Errorf("reading whose the cache is: %w", err)
+	} else if n < ownerSize {
+		return agentapi.Identity{}, nil
 	}
-	return readOwner(b)
+	return readOwner(b), nil
 }
 
 // mark makes the machine the owner of a cache that is not mounted. A boot loader that lies there is left alone.
@@ -86,6 +88,23 @@ func (m Maker) mark(path string) error {
 	return f.Sync()
 }
 
+// unmark takes the owner's record away from what is to become a new file system: a cache is marked only when it is whole.
+func unmark(path string) error {
+	f, err := claim(path)
+	if err != nil {
+		return fmt.Errorf("unmarking the cache: %w", err)
+	}
+	defer f.Close()
+	owner, err := ownerAt(f)
+	if err != nil || owner == (agentapi.Identity{}) {
+		return err
+	}
+	if _, err := f.WriteAt(make([]byte, ownerSize), 0); err != nil {
+		return fmt.Errorf("unmarking the cache %s: %w", path, err)
+	}
+	return f.Sync()
+}
+
 func ownerRecord(id agentapi.Identity) []byte {
 	text, err := json.Marshal(id)
 	if err != nil || len(ownerMark)+len(text) > ownerSize { // a serial number without end
@@ -99,6 +118,7 @@ var errForeign = errors.New("another machine made this cache its own")
 
 // health is what a cache says of itself before it is mounted.
 type health struct {
+	hasMagic bool // of ext4; without it nothing else of the superblock is right
 	// hasErrors is ext4_super_block.s_state, EXT4_VALID_FS and EXT4_ERROR_FS; with a journal the former stays set while it
 	// is mounted.
 	hasErrors bool
@@ -121,9 +141,12 @@ func (m Maker) look(path string) (health, error) {
 		return health{}, fmt.Errorf("%s: %w: %s", path, errForeign, ownerText(o))
 	}
 	const isValid, isError = 1, 2
-	state := uint16(b[1024+0x3a]) | uint16(b[1024+0x3b])<<8
+	sb := b[1024:]
+	state := uint16(sb[0x3a]) | uint16(sb[0x3b])<<8
+	hasMagic := sb[0x38] == 0x53 && sb[0x39] == 0xef
 	return health{
-		hasErrors: state&isValid == 0 || state&isError != 0,
+		hasMagic:  hasMagic,
+		hasErrors: hasMagic && (state&isValid == 0 || state&isError != 0),
 		hasFailed: bytes.HasPrefix(b[failedAt:], []byte(failedMark)),
 	}, nil
 }

@@ -156,11 +156,8 @@ func (s Scanner) look(d *Disk) error {
 		return err
 	}
 	defer f.Close()
-	if d.Holds, err = Identify(f, d.Size); err != nil {
+	if d.Holds, d.Owner, err = examine(f, d.Size); err != nil {
 		return fmt.Errorf("disk %s: %w", d.Name, err)
-	}
-	if d.Holds == Troupe {
-		d.Owner = ownerAt(f)
 	}
 	if d.Holds != "gpt" {
 		return nil
@@ -173,18 +170,30 @@ func (s Scanner) look(d *Disk) error {
 		p := Part{Entry: e, Path: s.partPath(d.Name, e)}
 		if e.Name == Label {
 			part := io.NewSectionReader(f, e.First, e.Size)
-			if p.Holds, err = Identify(part, e.Size); err != nil {
+			if p.Holds, p.Owner, err = examine(part, e.Size); err != nil {
 				return fmt.Errorf("partition %d of disk %s: %w", e.Number, d.Name, err)
 			}
 			p.UUID = extUUID(part)
 			if p.Holds == Troupe {
-				p.Owner = ownerAt(part)
 				d.Holds = Troupe
 			}
 		}
 		d.Parts = append(d.Parts, p)
 	}
 	return nil
+}
+
+// examine says what a device holds, and whose it is where that is a cache. A cache is marked when it is whole: where
+// nothing but the mark shows, it was damaged since. An mke2fs that was killed leaves no mark (see Maker.fill).
+func examine(r io.ReaderAt, size int64) (holds string, owner agentapi.Identity, err error) {
+	holds, err = Identify(r, size)
+	if err != nil || holds != Troupe && holds != Unknown {
+		return holds, owner, err
+	}
+	if owner, err = ownerAt(r); err == nil && holds == Unknown && owner.MAC != "" {
+		holds = Damaged
+	}
+	return holds, owner, err
 }
 
 // partPath is the device of a partition: the one with that number, start and size.
