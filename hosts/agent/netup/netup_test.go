@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -351,7 +352,8 @@ func TestKeepGoesOnWithAServerAtAnotherAddress(t *testing.T) {
 			if n.Server.String() != "10.77.0.2" || n.Address != l.Address || n.Duration != 2*time.Minute || n.age() > time.Minute {
 				t.Errorf("renewed: %+v", n)
 			}
-			if got := strings.Join(w.discovers()[before:], ", "); got != tt.discover {
+			asks := slices.Compact(w.discovers()[before:]) // the client repeats itself where the server takes its time
+			if got := strings.Join(asks, ", "); got != tt.discover {
 				t.Errorf("asked with DHCPDISCOVER for %q, want %q", got, tt.discover)
 			}
 		})
