@@ -36,6 +36,7 @@ func ownNetwork(t *testing.T) bool {
 	if os.Getenv(env) != "" {
 		return true
 	}
+	keepThread(t)
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
 	cmd.Env = append(os.Environ(), env+"=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
@@ -47,6 +48,13 @@ func ownNetwork(t *testing.T) bool {
 	return false
 }
 
+// keepThread keeps the test's thread for as long as the test runs: Pdeathsig is sent when the thread ends that started a
+// process, and a goroutine that ends locked to its thread takes that with it.
+func keepThread(t *testing.T) {
+	runtime.LockOSThread()
+	t.Cleanup(runtime.UnlockOSThread)
+}
+
 // A lan is a network namespace with a DHCP server, joined to this one by a cable once plug is called.
 type lan struct {
 	t      *testing.T
@@ -55,6 +63,7 @@ type lan struct {
 
 func newLAN(t *testing.T) *lan {
 	t.Helper()
+	keepThread(t)
 	l := &lan{t: t, holder: exec.Command("sleep", "infinity")}
 	l.start(l.holder, syscall.CLONE_NEWNET)
 	return l
