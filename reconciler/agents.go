@@ -114,8 +114,8 @@ func (a *agents) Assignment(ctx context.Context, mac, after string, wait time.Du
 	}
 }
 
-// Report writes down how a node is. What it acknowledges is on disk, unless it is of a machine without a record that no
-// host declares by its MAC: that one is asked to say hello first.
+// Report writes down how a node is. What it acknowledges is on disk. Of a machine without a record that no host declares
+// by its MAC nothing is written: that one is asked to say hello first, by a reply that acknowledges nothing.
 func (a *agents) Report(ctx context.Context, _ netip.Addr, r agentapi.Report) (agentapi.ReportReply, error) {
 	id, err := cleanIdentity(r.Identity)
 	if err != nil {
