@@ -51,6 +51,7 @@ func ownNetwork(t *testing.T) bool {
 // keepThread keeps the test's thread for as long as the test runs: Pdeathsig is sent when the thread ends that started a
 // process, and a goroutine that ends locked to its thread takes that with it.
 func keepThread(t *testing.T) {
+	t.Helper()
 	runtime.LockOSThread()
 	t.Cleanup(runtime.UnlockOSThread)
 }
