@@ -243,7 +243,8 @@ func (r *Records) stateRunning(a state.Assignment, s sighting) (HostState, strin
 func (r *Records) starting(n state.Node) bool {
 	began := n.Booted
 	if b, ok := r.Boots[n.MAC]; ok && b.ID == n.BootID {
-		if !b.Healthy.IsZero() {
+		// A report's marks are written before the rest of it: until that is, the node is as it was before it was healthy.
+		if !b.Healthy.IsZero() && !n.LastSeen.Before(b.Healthy) {
 			return false
 		}
 		for _, m := range slices.Backward(b.Marks) {

@@ -104,6 +104,10 @@ func TestHostStateOne(t *testing.T) {
 		{"its first checks fail", starting(4*time.Minute, 0), "booting (checks: a; b)"},
 		{"its first checks fail for long", starting(6*time.Minute, 0), "unhealthy (a; b)"},
 		{"a check fails after it was healthy", starting(4*time.Minute, time.Minute), "unhealthy (a; b)"},
+		{"its healthy mark is written, the rest of that report not yet", func(f *apitest.Fleet) {
+			starting(time.Minute, time.Millisecond)(f)
+			node(func(n *state.Node) { n.LastSeen = now.Add(-2 * time.Millisecond) })(f)
+		}, "booting (checks: a; b)"},
 		{"needs help", node(func(n *state.Node) { n.Stage, n.Error = "failed", "cache full" }), "failed (cache full)"},
 		{"went on after a failure", node(func(n *state.Node) { n.Stage = "failed" }), "healthy"},
 		{"tries again", node(func(n *state.Node) {
