@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -154,8 +153,7 @@ func cacheDetail(f disk.Found) string {
 // closeDamaged lets go of a cache whose file system turned out to be damaged: the kernel makes it read-only then. The next
 // try opens it again, and so repairs it. An image that does not mount says nothing about the file system that it lies on.
 func (b *boot) closeDamaged(err error) {
-	isDamage := slices.ContainsFunc([]error{unix.EROFS, unix.EUCLEAN, unix.EBADMSG}, func(e error) bool { return errors.Is(err, e) })
-	if b.cache == nil || !isDamage || errors.Is(err, rootfs.ErrImage) {
+	if b.cache == nil || !isDamage(err) || errors.Is(err, rootfs.ErrImage) {
 		return
 	}
 	b.log.Error("the cache is damaged", "error", err)
