@@ -12,6 +12,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/troupe-dev/troupe/internal/pipelisten"
 )
 
 // A server that can no longer keep records ends with an error, and so is started again; one that is told to end ends
@@ -26,20 +28,6 @@ func TestServerEndsWithItsRecords(t *testing.T) {
 		t.Errorf("told to end: %v", err)
 	}
 }
-
-// pipes listens for one end of each net.Pipe that it is given: deadlines of those go by the clock of a synctest bubble.
-type pipes chan net.Conn
-
-func (p pipes) Accept() (net.Conn, error) {
-	c, ok := <-p
-	if !ok {
-		return nil, net.ErrClosed
-	}
-	return c, nil
-}
-
-func (p pipes) Close() error   { close(p); return nil }
-func (p pipes) Addr() net.Addr { return &net.UnixAddr{Name: "pipe"} }
 
 // Whatever a handler does, a client that takes no answer or sends no body does not hold a connection for ever; one that is
 // only idle for a while is served again.
@@ -70,12 +58,14 @@ func TestClientsAreBounded(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
-			l, served := make(pipes, 1), make(chan error, 1)
+			l, served := pipelisten.New(), make(chan error, 1)
 			go func() {
 				served <- serveHTTP(ctx, l, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, big) }))
 			}()
-			ours, theirs := net.Pipe()
-			l <- theirs
+			ours, err := l.Dial(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
 			start := time.Now()
 			if _, err := io.WriteString(ours, tt.request); err != nil {
 				t.Fatal(err)

@@ -24,6 +24,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/internal/pipelisten"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -289,35 +290,19 @@ func TestMachineThatGoesAway(t *testing.T) {
 	}
 }
 
-// pipe is a connection whose deadlines go by the clock of a synctest bubble, and a listener that accepts it alone.
-type pipe struct {
-	theirs chan net.Conn
-	end    chan struct{}
-}
-
-func (p pipe) Accept() (net.Conn, error) {
-	select {
-	case c := <-p.theirs:
-		return c, nil
-	case <-p.end:
-		return nil, net.ErrClosed
-	}
-}
-
-func (p pipe) Close() error   { close(p.end); return nil }
-func (p pipe) Addr() net.Addr { return &net.UnixAddr{Name: "pipe"} }
-
 // askByPipe sends a request to h and returns what the answer is read from.
 func askByPipe(t *testing.T, h *Handler, path string) net.Conn {
 	t.Helper()
-	ours, theirs := net.Pipe()
-	l := pipe{theirs: make(chan net.Conn, 1), end: make(chan struct{})}
-	l.theirs <- theirs
+	l := pipelisten.New()
 	mux := http.NewServeMux()
 	h.Routes(mux)
 	srv := &http.Server{Handler: mux}
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve(l) }()
+	ours, err := l.Dial(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
 		_ = ours.Close()
 		_ = srv.Close()

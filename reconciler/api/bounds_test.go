@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/troupe-dev/troupe/internal/pipelisten"
 	"github.com/troupe-dev/troupe/reconciler/api"
 	"github.com/troupe-dev/troupe/reconciler/plan"
 	"github.com/troupe-dev/troupe/schema"
@@ -37,31 +38,20 @@ func (p *patient) PlanRevision(ctx context.Context, _ string) (plan.Plan, error)
 	}
 }
 
-// pipes listens for the connections that dial makes. Unlike sockets they work with the clock of a synctest bubble.
-type pipes chan net.Conn
-
-func (p pipes) dial(t *testing.T) net.Conn {
+// dial connects to a server that servePipes started.
+func dial(t *testing.T, l *pipelisten.Listener) net.Conn {
 	t.Helper()
-	ours, theirs := net.Pipe()
-	p <- theirs
-	return ours
-}
-
-func (p pipes) Accept() (net.Conn, error) {
-	c, ok := <-p
-	if !ok {
-		return nil, net.ErrClosed
+	c, err := l.Dial(t.Context())
+	if err != nil {
+		t.Fatal(err)
 	}
-	return c, nil
+	return c
 }
-
-func (p pipes) Close() error   { close(p); return nil }
-func (p pipes) Addr() net.Addr { return &net.UnixAddr{Name: "pipe"} }
 
 // servePipes serves s until the function that it returns is called.
-func servePipes(t *testing.T, s *api.Server) (l pipes, stop func()) {
+func servePipes(t *testing.T, s *api.Server) (l *pipelisten.Listener, stop func()) {
 	t.Helper()
-	l = make(pipes)
+	l = pipelisten.New()
 	srv := &http.Server{Handler: s.Handler()}
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve(l) }()
@@ -100,13 +90,13 @@ func TestPlansAreBounded(t *testing.T) {
 		const body = `{"revision":"main"}`
 		var busy []net.Conn
 		for range 2 {
-			c := l.dial(t)
+			c := dial(t, l)
 			defer c.Close()
 			send(t, c, "POST", "/api/v1/plan", body, len(body))
 			<-p.begun
 			busy = append(busy, c)
 		}
-		third := l.dial(t)
+		third := dial(t, l)
 		defer third.Close()
 		send(t, third, "POST", "/api/v1/plan", body, len(body))
 		if r, text := receive(t, bufio.NewReader(third)); r.StatusCode != http.StatusServiceUnavailable || r.Header.Get("Retry-After") == "" {
@@ -121,7 +111,7 @@ func TestPlansAreBounded(t *testing.T) {
 		}
 		// There is room again; and a plan that takes too long ends.
 		start := time.Now()
-		fourth := l.dial(t)
+		fourth := dial(t, l)
 		defer fourth.Close()
 		send(t, fourth, "POST", "/api/v1/plan", body, len(body))
 		<-p.begun
@@ -150,7 +140,7 @@ func TestSlowBodies(t *testing.T) {
 			ctl := struct{ api.Agents }{}
 			l, stop := servePipes(t, &api.Server{Agents: ctl, Planner: &patient{}, Poke: func() {}})
 			defer stop()
-			c := l.dial(t)
+			c := dial(t, l)
 			defer c.Close()
 			send(t, c, "POST", tt.path, tt.body, 100)
 			in := bufio.NewReader(c)
@@ -170,7 +160,7 @@ func TestSlowReaders(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l, stop := servePipes(t, &api.Server{Poke: func() {}})
 		defer stop()
-		slow := l.dial(t)
+		slow := dial(t, l)
 		defer slow.Close()
 		in := bufio.NewReader(slow)
 		for range 2 {
@@ -181,7 +171,7 @@ func TestSlowReaders(t *testing.T) {
 			}
 			time.Sleep(5 * time.Minute)
 		}
-		stuck := l.dial(t)
+		stuck := dial(t, l)
 		defer stuck.Close()
 		send(t, stuck, "GET", "/api/v1/openapi.json", "", 0)
 		time.Sleep(3 * time.Minute)
