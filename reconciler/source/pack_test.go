@@ -116,13 +116,18 @@ func TestPackInParts(t *testing.T) {
 	checked()
 }
 
+// bigBranch commits a file that is too big to a branch called other, which is checked out then.
+func (r *gitRepo) bigBranch() string {
+	r.git("checkout", "-q", "-b", "other")
+	r.zeros("big", MaxFileSize+1)
+	return r.commit("b", "2")
+}
+
 // A server that can leave out big files is asked to; of one that cannot, the followed branch is taken alone.
 func TestBigFileOverHTTP(t *testing.T) {
 	work, root := served(t)
 	head := work.git("rev-parse", "HEAD")
-	work.git("checkout", "-q", "-b", "other")
-	work.zeros("big", MaxFileSize+1)
-	other := work.commit("b", "2")
+	other := work.bigBranch()
 	big := work.git("rev-parse", "HEAD:big")
 	work.git("push", "-q", "origin", "other")
 	srv := httptest.NewServer(backend(root))
@@ -237,9 +242,7 @@ func TestBigFileIsRefusedOnce(t *testing.T) {
 func TestBigFileOfAnotherBranchWithFilterLater(t *testing.T) {
 	work, root := served(t)
 	head := work.git("rev-parse", "HEAD")
-	work.git("checkout", "-q", "-b", "other")
-	work.zeros("big", MaxFileSize+1)
-	other := work.commit("b", "2")
+	other := work.bigBranch()
 	work.git("push", "-q", "origin", "other")
 	srv := httptest.NewServer(backend(root))
 	defer srv.Close()

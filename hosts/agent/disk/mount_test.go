@@ -15,9 +15,14 @@ import (
 // usedCache is a cache with a file in it, and its maker, which uses the real tools.
 func usedCache(t *testing.T) (Maker, Found) {
 	t.Helper()
-	d := newLoopDisk(t, 128<<20)
-	m := d.maker()
+	m := newLoopDisk(t, 128<<20).maker()
 	m.E2fsck = "e2fsck"
+	return m, cacheWithFile(t, m)
+}
+
+// cacheWithFile has m make a cache, and puts a file into it.
+func cacheWithFile(t *testing.T, m Maker) Found {
+	t.Helper()
 	found, err := m.Ensure(t.Context(), agentapi.Disks{})
 	if err != nil {
 		t.Fatal(err)
@@ -27,7 +32,7 @@ func usedCache(t *testing.T) (Maker, Found) {
 			t.Error(err)
 		}
 	})
-	return m, Found{Path: found.Path}
+	return Found{Path: found.Path}
 }
 
 // mount mounts the cache, reads its file, and unmounts it again.
@@ -200,17 +205,9 @@ func goneSuperblock(t *testing.T, d *loopDisk) (Maker, Found) {
 	t.Helper()
 	m := makerOf(d).as(one)
 	m.E2fsck = "e2fsck"
-	found, err := m.Ensure(t.Context(), agentapi.Disks{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	mounted(t, found.Path, func(dir string) {
-		if err := os.WriteFile(filepath.Join(dir, "x"), []byte("kept"), 0o600); err != nil {
-			t.Error(err)
-		}
-	})
+	found := cacheWithFile(t, m)
 	put(t, found.Path, 1024, strings.Repeat("\x00", 1024))
-	return m, Found{Path: found.Path}
+	return m, found
 }
 
 func TestACacheWithoutItsSuperblockIsRepaired(t *testing.T) {
