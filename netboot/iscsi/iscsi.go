@@ -1,0 +1,65 @@
+// Package iscsi is an iSCSI target: RFC 7143, error recovery level 0. It stands alone: package scsi says what a logical
+// unit does with a command, package lun what its blocks lie on, and a Directory who may use which.
+package iscsi
+
+import (
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
+)
+
+// The errors of a Directory.
+var (
+	ErrNoTarget  = errors.New("no such target")                    // login status 0203h
+	ErrForbidden = errors.New("initiator may not use this target") // login status 0202h
+)
+
+// A Directory says who may use what. It is asked at each login and each discovery, and answers from memory.
+type Directory interface {
+	// Discover says how an initiator proves who it is before it is told of targets, and the names of those that it may use.
+	Discover(initiator string) (*CHAP, []string)
+	// Open gives the target to a session of that initiator. It fails with ErrNoTarget or ErrForbidden.
+	Open(initiator, target string) (*Target, *CHAP, error)
+}
+
+// CHAP is how two ends of a login prove who they are (RFC 7143 section 12.1.3, RFC 1994). A nil CHAP asks for nothing.
+type CHAP struct {
+	User, Secret string // of the initiator
+	// MutualUser and MutualSecret are the target's own, for an initiator that asks for them; both empty: it is refused.
+	MutualUser, MutualSecret string
+}
+
+// Config is what a Server works with. The zero value of a limit means its default.
+type Config struct {
+	Directory Directory
+	// Portals are the addresses "IP:PORT" that discovery tells; none: the one that the initiator reached us at.
+	Portals []string
+	Log     *slog.Logger // nil means none
+
+	MaxSessions    int           // default 4096
+	MaxConnections int           // of all kinds, in login included; default MaxSessions + 256
+	MaxMemory      int64         // bytes of data-out and of data-in that is no mapped memory, of all connections; default 256 MiB
+	LoginTimeout   time.Duration // from accept to full feature phase; default 15 s
+	IdleTimeout    time.Duration // after which a silent initiator is asked for a NOP-Out; default 30 s
+	PingTimeout    time.Duration // for its answer, and for a peer that takes no more bytes; default 15 s
+}
+
+// A SessionInfo is how a session is.
+type SessionInfo struct {
+	Initiator string
+	Target    string
+	ISID      uint64 // 48 bits
+	TSIH      uint16
+	Peer      string // "IP:PORT"
+	Since     time.Time
+	Commands  uint64
+	BytesIn   uint64 // of data that the initiator wrote
+	BytesOut  uint64 // of data that it read
+}
+
+// A LUN is the number of a logical unit of a target, 0 to 16383.
+type LUN = uint16
+
+var _ = scsi.Good

@@ -1,0 +1,4 @@
+package iscsi
+
+// A Target is a name with logical units.
+type Target struct{}
