@@ -48,6 +48,19 @@ type Boot struct {
 	// starts joins them without padding (seen with Linux 6.1), and then finds no cpio archive at an odd place.
 	Initrds []digest.Digest
 	Args    []string // of the kernel, without initrd=; troupe.server is added by the server
+	// Disk, where it is set, is booted in place of Kernel: iPXE attaches it, describes it in the iBFT and starts the boot
+	// loader that is on it.
+	Disk *Disk
+}
+
+// A Disk is a logical unit of an iSCSI target on the server that the machine boots from.
+type Disk struct {
+	Port      uint16 // of the portal; its address is the one that the machine reaches the server at
+	Target    string
+	LUN       uint16
+	Initiator string // the name that the machine logs in with
+	// User and Secret prove the machine to the target, MutualUser and MutualSecret the target to the machine.
+	User, Secret, MutualUser, MutualSecret string
 }
 
 // A Director says what a machine shall boot. It is asked several times during one boot and answers from memory.

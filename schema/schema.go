@@ -45,13 +45,21 @@ type Discovery struct {
 // An Image is something that is built once, centrally, and never changed.
 type Image struct {
 	Name string `json:"name"`
-	Kind string `json:"kind"` // "os"
+	Kind string `json:"kind"` // "os", or "disk": a whole disk with a boot loader of its own
 	From From   `json:"from"`
 }
 
 // From says what an image is made of; exactly one field is set.
 type From struct {
-	Debian *Debian `json:"debian,omitempty"`
+	Debian *Debian   `json:"debian,omitempty"` // of kind "os"
+	Disk   *DiskFile `json:"disk,omitempty"`   // of kind "disk"
+}
+
+// DiskFile is a disk image that somebody else made.
+type DiskFile struct {
+	URL    string `json:"url"`    // http, https, or file for one that lies on the server
+	SHA256 string `json:"sha256"` // of the file as it lies there, 64 hex digits
+	Format string `json:"format"` // "raw" or "qcow2"; default: by what the file begins with
 }
 
 // Debian is an OS made of Debian packages.
@@ -68,7 +76,8 @@ type Debian struct {
 type Role struct {
 	Name     string          `json:"name"`
 	OS       string          `json:"os"`   // names an Image of kind "os"
-	Boot     string          `json:"boot"` // "disk"
+	Boot     string          `json:"boot"` // "disk": from a cache on a local disk; "iscsi": from LUNs of the server
+	ISCSI    ISCSI           `json:"iscsi,omitzero"`
 	Apps     []string        `json:"apps,omitempty"`
 	Files    map[string]File `json:"files,omitempty"` // by absolute path
 	Packages []string        `json:"packages,omitempty"`
@@ -138,6 +147,13 @@ type Host struct {
 type Disk struct {
 	Take   bool   `json:"take,omitempty"`   // also a disk that is not blank: what is on it is lost
 	Device string `json:"device,omitempty"` // e.g. "/dev/nvme0n1" or "/dev/disk/by-id/…"; default: the first blank one
+}
+
+// ISCSI is what a role gets that boots with "iscsi".
+type ISCSI struct {
+	// Size of the disk that a host writes to, in bytes: its node delta, or the whole disk of an image of kind "disk". It
+	// takes space only for what was written. Default 16 GiB, and never less than the image.
+	Size int64 `json:"size,omitempty"`
 }
 
 // Node is the content with which a node delta starts.

@@ -105,8 +105,26 @@ type Assignment struct {
 	Role       string   `json:"role,omitempty"`
 	Release    *Release `json:"release,omitempty"`
 	Node       Node     `json:"node,omitzero"`
-	Disk       Disks    `json:"disk,omitzero"`
-	Checks     []Check  `json:"checks,omitempty"`
+	// ISCSI, where it is set, is where the images and the node delta are, in place of a cache on a disk of the machine.
+	ISCSI  *ISCSI  `json:"iscsi,omitempty"`
+	Disk   Disks   `json:"disk,omitzero"`
+	Checks []Check `json:"checks,omitempty"`
+}
+
+// ISCSI is the target that a machine without a disk runs from.
+type ISCSI struct {
+	Port      uint16 `json:"port"` // of the portal; its address is that of the server
+	Target    string `json:"target"`
+	Initiator string `json:"initiator"`
+	// User and Secret prove the machine to the target, MutualUser and MutualSecret the target to the machine (CHAP).
+	User         string `json:"user"`
+	Secret       string `json:"secret"`
+	MutualUser   string `json:"mutualUser"`
+	MutualSecret string `json:"mutualSecret"`
+	// The LUNs: Base and Delta hold the images of the release, read-only; Node is a disk for the node delta, blank at first.
+	Base  uint16 `json:"base"`
+	Delta uint16 `json:"delta"`
+	Node  uint16 `json:"node"`
 }
 
 // A Blob is immutable bytes that the server has.
