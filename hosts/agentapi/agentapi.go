@@ -125,6 +125,8 @@ type ISCSI struct {
 	Base  uint16 `json:"base"`
 	Delta uint16 `json:"delta"`
 	Node  uint16 `json:"node"`
+	// Disk names what is behind Node. A node that runs from another one reboots: its disk was reset.
+	Disk string `json:"disk"`
 }
 
 // A Blob is immutable bytes that the server has.

@@ -14,13 +14,14 @@ import (
 var (
 	ErrNoTarget  = errors.New("no such target")                    // login status 0203h
 	ErrForbidden = errors.New("initiator may not use this target") // login status 0202h
+	ErrNotReady  = errors.New("target is not ready yet")           // login status 0301h: initiators try again
 )
 
 // A Directory says who may use what. It is asked at each login and each discovery, and answers from memory.
 type Directory interface {
 	// Discover says how an initiator proves who it is before it is told of targets, and the names of those that it may use.
 	Discover(initiator string) (*CHAP, []string)
-	// Open gives the target to a session of that initiator. It fails with ErrNoTarget or ErrForbidden.
+	// Open gives the target to a session of that initiator. It fails with ErrNoTarget, ErrForbidden or ErrNotReady.
 	Open(initiator, target string) (*Target, *CHAP, error)
 }
 
@@ -37,6 +38,8 @@ type Config struct {
 	// Portals are the addresses "IP:PORT" that discovery tells; none: the one that the initiator reached us at.
 	Portals []string
 	Log     *slog.Logger // nil means none
+	// Changed, where it is set, is called after a session has begun or ended, when Sessions tells of it. It must not block.
+	Changed func()
 
 	MaxSessions    int           // default 4096
 	MaxConnections int           // of all kinds, in login included; default MaxSessions + 256
