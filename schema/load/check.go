@@ -2,6 +2,7 @@ package load
 
 import (
 	"cmp"
+	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -33,10 +34,17 @@ func (m *merged) checkNetwork() {
 }
 
 func (m *merged) checkDiscovery() {
-	if d := m.discovery; d != nil && !d.Bad && d.Value.OS != "" {
-		if _, ok := m.images[d.Value.OS]; !ok && !m.broken {
-			m.add(d.problem("os", "discovery.os: unknown OS image %q%s", d.Value.OS, suggest(d.Value.OS, keys(m.images))))
-		}
+	d := m.discovery
+	if d == nil || d.Bad || d.Value.OS == "" {
+		return
+	}
+	img, ok := m.images[d.Value.OS]
+	if !ok && !m.broken {
+		m.add(d.problem("os", "discovery.os: unknown OS image %q%s", d.Value.OS, suggest(d.Value.OS, keys(m.images))))
+	}
+	if img.Value.Kind == diskKind {
+		m.add(d.problem("os", "discovery.os: image %q is of kind %q (%s), and machines that no host declares boot one of kind \"os\"",
+			d.Value.OS, diskKind, img.where("")))
 	}
 }
 
@@ -49,8 +57,14 @@ func (m *merged) checkRoles() {
 		if r.Bad {
 			continue
 		}
-		if _, ok := m.images[r.Value.OS]; !ok {
+		img, ok := m.images[r.Value.OS]
+		if !ok {
 			m.add(r.problem("os", "roles.%s.os: unknown OS image %q%s", label(name), r.Value.OS, suggest(r.Value.OS, keys(m.images))))
+		}
+		if img.Value.Kind == diskKind {
+			m.checkDiskRole(name, r, img)
+		} else if r.Value.ISCSI != (schema.ISCSI{}) && r.Value.Boot != bootISCSI {
+			m.add(r.problem("iscsi", "roles.%s.iscsi: says something only of a role with boot: %q", label(name), bootISCSI))
 		}
 		for i, app := range r.Value.Apps {
 			at := "apps." + strconv.Itoa(i)
@@ -59,10 +73,32 @@ func (m *merged) checkRoles() {
 	}
 }
 
+const (
+	diskKind  = "disk"  // of an image that is a whole disk
+	bootISCSI = "iscsi" // of a role
+)
+
+// notOnDisk are the fields of a role that an agent carries out, or a build over an OS base, beside node.
+var notOnDisk = []string{"apps", "files", "packages", "services", "run", "kernel", "healthy"}
+
+// checkDiskRole complains about all that nobody could carry out in an image that is booted as it is.
+func (m *merged) checkDiskRole(name string, r found[schema.Role], img found[schema.Image]) {
+	of := fmt.Sprintf("image %q is of kind %q (%s)", r.Value.OS, diskKind, img.where(""))
+	if r.Value.Boot != bootISCSI {
+		m.add(r.problem("boot", "roles.%s.boot: %s, which is booted over the network: want boot: %q", label(name), of, bootISCSI))
+	}
+	for _, field := range append([]string{"node"}, notOnDisk...) {
+		if _, has := r.At[field]; has {
+			m.add(r.problem(field, "roles.%s.%s: %s and booted as it is: nobody is there to carry this out", label(name), field, of))
+		}
+	}
+}
+
 func (m *merged) checkHosts() {
 	seen := map[[2]string]found[schema.Host]{} // by field and value
 	for _, h := range m.hostsByPlace() {
 		m.checkRoleOf(h)
+		m.checkDiskHost(h)
 		m.checkAddress(h)
 		m.checkNode(h)
 		v := h.Value
@@ -116,6 +152,16 @@ func (m *merged) checkRoleOf(h found[schema.Host]) {
 	case role.PerHost && !m.sees(h.in, h.Value.Role):
 		m.add(h.problem("role", "%s: role %q has a node, and stands in %s, which this directory does not see; declare the role in a directory above both",
 			at, h.Value.Role, role.in.Dir))
+	}
+}
+
+// checkDiskHost complains about node files that nobody could write.
+func (m *merged) checkDiskHost(h found[schema.Host]) {
+	role := m.roles[h.Value.Role]
+	img, ok := m.images[role.Value.OS]
+	if _, has := h.At["node"]; has && ok && img.Value.Kind == diskKind {
+		m.add(h.problem("node", "hosts.%s.node: role %q boots image %q of kind %q (%s) as it is: nobody is there to write files",
+			label(h.Value.Name), h.Value.Role, role.Value.OS, diskKind, img.where("")))
 	}
 }
 

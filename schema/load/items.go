@@ -172,8 +172,25 @@ func (e *evaluation) image(name string, v cue.Value, it *item[schema.Image]) {
 	}
 	e.decode(v, &it.Value, "images", name)
 	it.Value.Name = name
-	if it.Value.From.Debian == nil {
-		e.complain([]string{"images", name, "from"}, "says nothing: want debian: {…}")
+	e.imageFrom(it.Value)
+	if d := it.Value.From.Disk; d != nil {
+		d.SHA256 = strings.ToLower(d.SHA256)
+	}
+}
+
+// imageFrom checks that an image is made of what its kind is made of, and of nothing else.
+func (e *evaluation) imageFrom(img schema.Image) {
+	has := map[string]bool{"debian": img.From.Debian != nil, "disk": img.From.Disk != nil}
+	want, other := "debian", "disk"
+	if img.Kind == "disk" {
+		want, other = other, want
+	}
+	if has[other] {
+		e.complain([]string{"images", img.Name, "from", other}, "an image of kind %q is not made of it: want %s: {…}", img.Kind, want)
+		return
+	}
+	if !has[want] {
+		e.complain([]string{"images", img.Name, "from"}, "says nothing: want %s: {…}", want)
 	}
 }
 
@@ -242,7 +259,19 @@ func (e *evaluation) checkRole(name string, v, node cue.Value) bool {
 	}
 	e.checkHealthy(name)
 	e.checkFiles("roles", name, "files")
+	e.checkDiskSize(name)
 	return e.faults == before
+}
+
+// sector is what the size of a disk is a multiple of, in bytes: the physical block that initiators are told of.
+const sector = 4096
+
+// checkDiskSize complains about a size that no disk has. That it is too small or too big, the schema says.
+func (e *evaluation) checkDiskSize(role string) {
+	at := []string{"roles", role, "iscsi", "size"}
+	if size, err := e.at(at).Int64(); err == nil && size%sector != 0 && !e.told(at) {
+		e.complain(at, "%d is not a multiple of %d", size, sector)
+	}
 }
 
 func (e *evaluation) checkHealthy(role string) {

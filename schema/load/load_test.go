@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"testing"
+	"testing/fstest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -94,6 +95,46 @@ WantedBy=multi-user.target
 			"n3": web(host("n3", 3, "web")),
 		},
 		Discovery: schema.Discovery{OS: "debian"},
+	}
+	if d := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})); d != "" {
+		t.Errorf("the loaded fleet differs (-want +got):\n%s", d)
+	}
+}
+
+// TestLoadDiskless holds what roles and images of machines without a disk are.
+func TestLoadDiskless(t *testing.T) {
+	var l Loader
+	got, err := l.Load(t.Context(), fstest.MapFS{"fleet.cue": {Data: []byte(`package fleet
+network: {subnet: "10.77.0.0/24"}
+images: debian: {kind: "os", from: debian: {suite: "bookworm", kernel: "linux-image-cloud-amd64"}}
+images: cloud: {kind: "disk", from: disk: {
+	url:    "https://example.com/cloud.qcow2"
+	sha256: "E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855"
+}}
+images: appliance: {kind: "disk", from: disk: {
+	url: "file:///srv/images/a.img", format: "raw"
+	sha256: "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+}}
+roles: web: {os: "debian", boot: "iscsi"}
+roles: vm: {os: "cloud", boot: "iscsi", iscsi: size: 32Gi}
+`)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const sum = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+	want := &schema.Fleet{
+		Network: got.Network,
+		Images: map[string]schema.Image{
+			"debian":    got.Images["debian"],
+			"cloud":     {Name: "cloud", Kind: "disk", From: schema.From{Disk: &schema.DiskFile{URL: "https://example.com/cloud.qcow2", SHA256: sum}}},
+			"appliance": {Name: "appliance", Kind: "disk", From: schema.From{Disk: &schema.DiskFile{URL: "file:///srv/images/a.img", SHA256: sum, Format: "raw"}}},
+		},
+		Roles: map[string]schema.Role{
+			"web": {Name: "web", OS: "debian", Boot: "iscsi"},
+			"vm":  {Name: "vm", OS: "cloud", Boot: "iscsi", ISCSI: schema.ISCSI{Size: 32 << 30}},
+		},
+		Hosts:     map[string]schema.Host{},
+		Discovery: schema.Discovery{OS: "debian"}, // the first that is no disk
 	}
 	if d := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})); d != "" {
 		t.Errorf("the loaded fleet differs (-want +got):\n%s", d)

@@ -143,7 +143,17 @@ func (m *merged) fill() {
 	for name, f := range m.hosts {
 		m.fleet.Hosts[name] = f.Value
 	}
-	if m.fleet.Discovery.OS == "" && len(m.images) > 0 {
-		m.fleet.Discovery.OS = slices.Min(slices.Collect(maps.Keys(m.images)))
+	if m.fleet.Discovery.OS == "" {
+		m.fleet.Discovery.OS = m.firstOS()
 	}
+}
+
+// firstOS is the first image by name that machines can boot which no host declares; "" for none.
+func (m *merged) firstOS() string {
+	for _, name := range slices.Sorted(maps.Keys(m.images)) {
+		if m.images[name].Value.Kind != diskKind {
+			return name
+		}
+	}
+	return ""
 }

@@ -196,8 +196,8 @@ func (e *evaluation) run(inst *build.Instance) {
 // Fields whose places checks across hosts want to name.
 var (
 	imageFields   = []string{}
-	roleFields    = []string{"os"}
-	hostFields    = []string{"mac", "uuid", "serial", "address", "role"}
+	roleFields    = append([]string{"os", "boot", "iscsi", "node"}, notOnDisk...)
+	hostFields    = []string{"mac", "uuid", "serial", "address", "role", "node"}
 	networkFields = []string{"subnet", "router", "dynamic"}
 )
 
