@@ -83,6 +83,9 @@ const MaxTransfer = 8 << 20
 // false, it brings Out and calls Execute. The same Command may be used again after Reset.
 type Command struct {
 	CDB []byte // 6 to 16 bytes, or a variable-length CDB
+	// Expected is how many bytes of data-out the initiator means to send, whatever the command takes: over iSCSI the
+	// expected data transfer length where the W bit is set, else 0. Only commands whose outcome hangs on it look at it.
+	Expected int64
 	// OutLength, set by Prepare, is how many bytes of data-out the command takes, from 0 to MaxTransfer.
 	OutLength int
 	// Out is the data-out, OutLength bytes; shorter where the initiator meant to send less (an overflow of the residual),
@@ -98,6 +101,36 @@ type Command struct {
 	// Read, where its N is not 0, is data-in in place of In: N bytes of the Unit's Medium at Off, which the transport
 	// reads as it likes, and then tells ReadFailed if it could not.
 	Read struct{ Off, N int64 }
+
+	// What Prepare found in the CDB, for Execute.
+	row    *command
+	lba    uint64
+	blocks uint64
+	fua    bool
+}
+
+// Reset makes the command fit for another CDB.
+func (c *Command) Reset() { *c = Command{} }
+
+// succeed ends the command with status GOOD.
+func (c *Command) succeed() { c.Done, c.Status = true, Good }
+
+// reply ends the command with data-in, cut to the allocation length (SPC-4 4.2.5.6).
+func (c *Command) reply(in []byte, allocation uint64) {
+	c.In = in[:min(uint64(len(in)), allocation)]
+	c.succeed()
+}
+
+// fail ends the command with status CHECK CONDITION.
+func (c *Command) fail(s Sense) {
+	c.end(CheckCondition)
+	c.Sense = s
+}
+
+// end ends the command with a status and no data.
+func (c *Command) end(s Status) {
+	c.Done, c.Status, c.Sense = true, s, Sense{}
+	c.OutLength, c.In, c.Read.Off, c.Read.N = 0, nil, 0, 0
 }
 
 // ErrMedium is in the chain of the errors of a Medium that cannot read or write a part of itself.
