@@ -32,6 +32,8 @@ type Mapper interface {
 	// not possible now, and then ReadAt is. The memory is for the kernel alone, as in writev: it faults (SIGBUS) if the
 	// process looks at it and the file below was cut short. It stays mapped until the Medium is closed.
 	Segments(dst [][]byte, off int64, n int) (segments [][]byte, ok bool)
+	// Unmapped says that the kernel could not look at a segment (EFAULT): Segments gives none any more, and ReadAt says why.
+	Unmapped()
 }
 
 // A Keeper keeps the persistent reservations of a Unit (SPC-4 5.13) over a restart.

@@ -1,0 +1,241 @@
+package lun
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/troupe-dev/troupe/internal/atomicfile"
+	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
+)
+
+var _ scsi.Mapper = (*Disk)(nil)
+
+// A Disk is a plain file that is read and written, and as long as the disk is large. What was written is in the kernel's
+// hands when WriteAt returns, so that it outlives this process; after Sync it outlives a loss of power.
+type Disk struct {
+	path  string
+	f     osFile
+	size  int64
+	mem   *mapping
+	dirty atomic.Bool // something was written since the last Sync began
+	syncs group
+	lost  lostWrites
+}
+
+// OpenDisk opens a plain file to read and write it, alone: it fails with ErrInUse where somebody else has it open. Where
+// there is no file, or an empty one, it makes a sparse one of size bytes, a multiple of BlockSize; with size 0 it fails then.
+// A file of another size than a size that is not 0 is refused.
+func OpenDisk(path string, size int64) (*Disk, error) {
+	d, err := openDisk(path, size)
+	if err != nil {
+		return nil, fmt.Errorf("opening disk %q: %w", path, withoutPath(err))
+	}
+	return d, nil
+}
+
+func openDisk(path string, size int64) (*Disk, error) {
+	flags := os.O_RDWR | unix.O_NONBLOCK // a pipe would be waited for
+	if size != 0 {
+		flags |= os.O_CREATE
+	}
+	file, err := os.OpenFile(path, flags, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	d := &Disk{path: path, f: osFile{file}}
+	if err := d.begin(size); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return d, nil
+}
+
+func (d *Disk) begin(size int64) error {
+	if err := d.f.lock(true); err != nil {
+		return err
+	}
+	n, err := plainSize(d.f)
+	if err != nil {
+		return err
+	}
+	switch {
+	case size < 0 || size%BlockSize != 0:
+		return fmt.Errorf("size %d: want a multiple of %d", size, BlockSize)
+	case n == 0 && size == 0:
+		return errors.New("it is empty: say how large it is to be")
+	case n == 0:
+		if err := d.make(size); err != nil {
+			return err
+		}
+		n = size
+	case n%BlockSize != 0:
+		return fmt.Errorf("it has %d bytes, which is no multiple of %d: lengthen it to %d (truncate -s)", n, BlockSize, roundUp(n, BlockSize))
+	case size != 0 && size != n:
+		return fmt.Errorf("it has %d bytes, not %d", n, size)
+	}
+	d.size = n
+	if !d.f.onTmpfs() {
+		d.mem = mapFile(d.f, 0, n)
+	}
+	return nil
+}
+
+// make makes the empty file a sparse one that outlives a loss of power.
+func (d *Disk) make(size int64) error {
+	if err := d.f.Truncate(size); err != nil {
+		return err
+	}
+	if err := d.f.File.Sync(); err != nil {
+		return err
+	}
+	return atomicfile.SyncDir(filepath.Dir(d.path))
+}
+
+// Size implements scsi.Medium.
+func (d *Disk) Size() int64 { return d.size }
+
+// ReadOnly implements scsi.Medium.
+func (d *Disk) ReadOnly() bool { return false }
+
+// ReadAt implements scsi.Medium.
+func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
+	if err := within(off, int64(len(p)), d.size); err != nil {
+		return 0, mediumError("reading disk", d.path, off, int64(len(p)), err)
+	}
+	n, err := d.f.ReadAt(p, off)
+	if n < len(p) {
+		if errors.Is(err, io.EOF) {
+			err = fmt.Errorf("the file was cut short, it had %d bytes", d.size)
+		}
+		return n, mediumError("reading disk", d.path, off, int64(len(p)), withoutPath(err))
+	}
+	return n, nil
+}
+
+// Segments implements scsi.Mapper.
+func (d *Disk) Segments(dst [][]byte, off int64, n int) ([][]byte, bool) {
+	if !d.mem.usable() || within(off, int64(n), d.size) != nil {
+		return dst, false
+	}
+	return append(dst, d.mem.segment(off, int64(n))), true
+}
+
+// Unmapped implements scsi.Mapper.
+func (d *Disk) Unmapped() { d.mem.fail() }
+
+// WriteAt implements scsi.Medium.
+func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
+	if err := errors.Join(within(off, int64(len(p)), d.size), d.lost.err()); err != nil {
+		return 0, mediumError("writing disk", d.path, off, int64(len(p)), err)
+	}
+	n, err := d.f.WriteAt(p, off)
+	d.dirty.Store(true)
+	if err != nil {
+		return n, mediumError("writing disk", d.path, off, int64(len(p)), withoutPath(err))
+	}
+	return n, nil
+}
+
+// Zero implements scsi.Medium.
+func (d *Disk) Zero(off, n int64, unmap bool) error {
+	err := errors.Join(within(off, n, d.size), d.lost.err())
+	if err == nil && n > 0 {
+		if unmap {
+			err = d.f.Punch(off, n)
+		} else {
+			err = writeZeros(d.f, off, n)
+		}
+		d.dirty.Store(true)
+	}
+	if err != nil {
+		return mediumError("zeroing disk", d.path, off, n, withoutPath(err))
+	}
+	return nil
+}
+
+// Mapped implements scsi.Medium: holes take no space. Their edges are those of the file system's blocks.
+func (d *Disk) Mapped(off int64) (int64, bool) {
+	// The descriptor's offset, which this moves, is used by nobody.
+	data, err := unix.Seek(d.f.fd(), off, unix.SEEK_DATA)
+	switch {
+	case errors.Is(err, unix.ENXIO): // no data from there to the end
+		return d.size - off, false
+	case err != nil:
+		return d.size - off, true
+	case data > off:
+		return min(data, d.size) - off, false
+	}
+	hole, err := unix.Seek(d.f.fd(), off, unix.SEEK_HOLE)
+	if err != nil || hole <= off { // filled or emptied in between
+		return BlockSize, true
+	}
+	return min(hole, d.size) - off, true
+}
+
+// Sync implements scsi.Medium. Who calls it at the same time as others shares one fdatasync(2) with them.
+func (d *Disk) Sync() error {
+	err := d.syncs.do(func() error {
+		if err := d.lost.err(); err != nil {
+			return err
+		}
+		if !d.dirty.Swap(false) {
+			return nil
+		}
+		return d.lost.note(d.f.Sync())
+	})
+	if err != nil {
+		return mediumError("syncing disk", d.path, 0, d.size, err)
+	}
+	return nil
+}
+
+// Allocated is how many bytes of its file system the disk takes.
+func (d *Disk) Allocated() int64 {
+	n, err := d.f.allocated()
+	if err != nil {
+		return 0 // fstat(2) of an open file: it was closed
+	}
+	return n
+}
+
+// Close syncs the disk and ends the use of the file. Nobody may use d, or a segment of it, any more.
+func (d *Disk) Close() error {
+	if err := errors.Join(d.Sync(), d.mem.close(), d.f.Close()); err != nil {
+		return fmt.Errorf("closing disk %q: %w", d.path, err)
+	}
+	return nil
+}
+
+// lostWrites remembers that a sync failed. The kernel may have dropped the pages that it could not write, and the next
+// fdatasync(2) would report success; so no later one is believed, until the file is opened anew.
+type lostWrites struct {
+	mu    sync.Mutex
+	cause error
+	seen  atomic.Bool
+}
+
+func (l *lostWrites) note(err error) error {
+	if err == nil {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.cause = err
+	l.seen.Store(true)
+	return err
+}
+
+func (l *lostWrites) err() error {
+	if !l.seen.Load() {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return fmt.Errorf("an earlier sync failed, what was written before it may be lost; open it anew once its storage works: %w", l.cause)
+}

@@ -1,0 +1,125 @@
+package lun
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// A file is what a medium that is written asks of the file that it lies on.
+type file interface {
+	io.ReaderAt
+	io.WriterAt
+	// Sync brings the bytes of the file, and what is needed to find them, to stable storage: fdatasync(2).
+	Sync() error
+	// Punch makes [off, off+n) a hole, which reads as zeros and takes no space.
+	Punch(off, n int64) error
+	Close() error
+}
+
+// An osFile is a file of the operating system.
+type osFile struct{ *os.File }
+
+func (f osFile) fd() int { return int(f.Fd()) }
+
+// Sync implements file.
+func (f osFile) Sync() error {
+	return again(func() error { return unix.Fdatasync(f.fd()) })
+}
+
+// Punch implements file. On a file system without holes it writes zeros.
+func (f osFile) Punch(off, n int64) error {
+	err := again(func() error {
+		return unix.Fallocate(f.fd(), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	})
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return writeZeros(f, off, n)
+	}
+	return err
+}
+
+// allocated is how many bytes the file takes of its file system.
+func (f osFile) allocated() (int64, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(f.fd(), &st); err != nil {
+		return 0, err
+	}
+	return st.Blocks * 512, nil // st_blocks counts 512 bytes whatever a block is otherwise (stat(2))
+}
+
+// onTmpfs says that the file lies in memory. There the first look at a hole through a mapping takes a page for good
+// (shmem_fault), which pread(2) does not.
+func (f osFile) onTmpfs() bool {
+	var st unix.Statfs_t
+	return unix.Fstatfs(f.fd(), &st) == nil && st.Type == unix.TMPFS_MAGIC
+}
+
+// lock takes the file for this process: alone, or with others that only read it. It fails with ErrInUse. The lock ends
+// with the file, or with the process.
+func (f osFile) lock(alone bool) error {
+	how := unix.LOCK_SH
+	if alone {
+		how = unix.LOCK_EX
+	}
+	err := again(func() error { return unix.Flock(f.fd(), how|unix.LOCK_NB) })
+	switch {
+	case errors.Is(err, unix.EWOULDBLOCK):
+		return ErrInUse
+	case err != nil && !alone && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOLCK)):
+		return nil // a file system without locks; those who only read do each other no harm
+	case err != nil:
+		return fmt.Errorf("locking it: %w", err)
+	}
+	return nil
+}
+
+// plainSize is the length of a plain file, in bytes, as it is.
+func plainSize(f fs.File) (int64, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if !fi.Mode().IsRegular() {
+		return 0, fmt.Errorf("it is %s: want a plain file", kind(fi.Mode()))
+	}
+	return fi.Size(), nil
+}
+
+func kind(m fs.FileMode) string {
+	switch {
+	case m.IsDir():
+		return "a directory"
+	case m&fs.ModeDevice != 0:
+		return "a device"
+	default:
+		return "no plain file"
+	}
+}
+
+// again calls f until no signal interrupts it.
+func again(f func() error) error {
+	for {
+		if err := f(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
+// zeros are what holes are sent from. Nobody writes to them: as long as that is so, all of them are one page of memory.
+var zeros [1 << 20]byte
+
+// writeZeros writes n zeros at off.
+func writeZeros(w io.WriterAt, off, n int64) error {
+	for n > 0 {
+		part := min(n, int64(len(zeros)))
+		if _, err := w.WriteAt(zeros[:part], off); err != nil {
+			return err
+		}
+		off, n = off+part, n-part
+	}
+	return nil
+}
