@@ -177,4 +177,3 @@ func TestLoginOfInitiators(t *testing.T) {
 		})
 	}
 }
-

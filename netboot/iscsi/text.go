@@ -16,7 +16,7 @@ import (
 //
 //	key=value\0key=value\0
 //
-//	key        an upper case letter, then letters, digits and .-+@_#, 63 bytes at most
+//	key        a letter, then letters, digits and .-+@_#, 63 bytes at most
 //	value      one of these, by the key:
 //	  text     letters, digits and .-+@_/[]:
 //	  name     an iSCSI name, 223 bytes at most
@@ -99,22 +99,21 @@ func parsePair(b []byte) (pair, error) {
 	return pair{string(key), string(value)}, nil
 }
 
-// isKey knows the names that keys may have. The # is of the public extension keys X#, Y# and Z#.
+// isKey knows the names that keys may have. They begin with a capital letter, says section 6.1; section 13.24 then has
+// iSCSIProtocolLevel. The # is of the public extension keys X#, Y# and Z#.
 func isKey(b []byte) bool {
-	if len(b) == 0 || len(b) > maxKey || b[0] < 'A' || b[0] > 'Z' {
+	if len(b) == 0 || len(b) > maxKey || !isLetter(b[0]) {
 		return false
 	}
 	for _, c := range b {
-		if !isAlnum(c) && !strings.ContainsRune(".-+@_#", rune(c)) {
+		if !isLetter(c) && (c < '0' || c > '9') && strings.IndexByte(".-+@_#", c) < 0 {
 			return false
 		}
 	}
 	return true
 }
 
-func isAlnum(c byte) bool {
-	return '0' <= c && c <= '9' || 'A' <= c && c <= 'Z' || 'a' <= c && c <= 'z'
-}
+func isLetter(c byte) bool { return 'A' <= c && c <= 'Z' || 'a' <= c && c <= 'z' }
 
 // appendText writes one pair.
 func appendText(b []byte, key, value string) []byte {
