@@ -152,20 +152,22 @@ const (
 	maxUnmap       = 1 << 20 // 512 MiB, of all descriptors of an UNMAP
 	maxUnmapRanges = 256
 	optimalBlocks  = 2048 // 1 MiB
+	granularity    = 8    // of transfers and of UNMAP: the clusters of a copy-on-write medium, 4 KiB
 )
 
 // appendBlockLimits appends the block limits (SBC-3 6.6.4), 60 bytes.
 func (u *Unit) appendBlockLimits(b []byte) []byte {
 	p := make([]byte, 64) // offsets as in the standard, with the four bytes of the header
 	p[5] = maxCompare
-	binary.BigEndian.PutUint16(p[6:], 1<<physicalShift) // optimal transfer length granularity
+	p[4] = 1 // WSNZ: WRITE SAME says how many blocks
+	binary.BigEndian.PutUint16(p[6:], granularity)
 	binary.BigEndian.PutUint32(p[8:], maxBlocks)
 	binary.BigEndian.PutUint32(p[12:], optimalBlocks)
 	if !u.readOnly {
 		binary.BigEndian.PutUint32(p[20:], maxUnmap)
 		binary.BigEndian.PutUint32(p[24:], maxUnmapRanges)
-		binary.BigEndian.PutUint32(p[28:], 1<<physicalShift) // optimal unmap granularity
-		binary.BigEndian.PutUint32(p[32:], 0x80000000)       // UGAVALID, alignment 0
+		binary.BigEndian.PutUint32(p[28:], granularity)
+		binary.BigEndian.PutUint32(p[32:], 0x80000000) // UGAVALID, alignment 0
 	}
 	binary.BigEndian.PutUint64(p[36:], maxWriteSame)
 	return append(b, p[4:]...)

@@ -118,27 +118,31 @@ func prepareWrite(n *Nexus, c *Command) {
 }
 
 func executeWrite(n *Nexus, c *Command) {
-	if n.unit.write(c, c.Out) {
+	u, p := n.unit, spanOf(c.lba, c.blocks)
+	u.stripes.share(p)
+	ok := u.put(c, wholeBlocks(c))
+	u.stripes.unshare(p)
+	if ok && u.settle(c) {
 		c.succeed()
 	}
 }
 
-// write writes the whole blocks that came, and makes them durable where the command or the cache's mode asks for that.
-func (u *Unit) write(c *Command, b []byte) bool {
-	b = b[:min(len(b), int(offset(c.blocks)))]
-	b = b[:len(b)-len(b)%blockSize]
+// wholeBlocks is the data-out of c, as far as it came, without a last block that is not whole.
+func wholeBlocks(c *Command) []byte {
+	b := c.Out[:min(len(c.Out), c.OutLength)]
+	return b[:len(b)-len(b)%blockSize]
+}
+
+// put writes to the medium, from the address of c on.
+func (u *Unit) put(c *Command, b []byte) bool {
 	if len(b) == 0 {
 		return true
 	}
-	p := spanOf(c.lba, c.blocks)
-	u.stripes.share(p)
-	_, err := u.medium.WriteAt(b, offset(c.lba))
-	u.stripes.unshare(p)
-	if err != nil {
+	if _, err := u.medium.WriteAt(b, offset(c.lba)); err != nil {
 		c.fail(mediumSense(err, senseWriteError).information(c.lba))
 		return false
 	}
-	return u.settle(c)
+	return true
 }
 
 // settle makes what was written durable, where the command has FUA or there is no write cache.

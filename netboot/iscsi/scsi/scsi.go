@@ -60,6 +60,9 @@ type Config struct {
 	// Serial is the unit serial number (VPD page 80h), and what the designators of page 83h are made of: two Units with
 	// the same Serial are the same disk to an initiator. Needed.
 	Serial string
+	// PhysicalBlock is the size of a physical block in bytes, a power of two from 512 to 65536: writes of whole ones are
+	// the cheap ones. Default 4096.
+	PhysicalBlock int
 	// Keep keeps persistent reservations; nil: they end with the process, and APTPL is refused.
 	Keep Keeper
 }

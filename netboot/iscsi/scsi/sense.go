@@ -145,6 +145,7 @@ var (
 	senseOutOfRange       = Sense{Key: IllegalRequest, ASC: 0x21}
 	senseNotSupported     = Sense{Key: IllegalRequest, ASC: 0x25}
 	senseListLength       = Sense{Key: IllegalRequest, ASC: 0x1a}
+	senseInformationUnit  = Sense{Key: IllegalRequest, ASC: 0x0e, ASCQ: 0x03}
 	senseSavingParameters = Sense{Key: IllegalRequest, ASC: 0x39}
 	senseWriteProtected   = Sense{Key: DataProtect, ASC: 0x27}
 	senseSoftProtected    = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x02}

@@ -3,16 +3,13 @@ package scsi
 import (
 	"errors"
 	"fmt"
+	"math/bits"
 	"sync"
 	"sync/atomic"
 )
 
-// The sizes of blocks, in bytes.
-const (
-	blockSize     = 512
-	physicalShift = 3 // a physical block has 1<<physicalShift logical ones
-	physicalSize  = blockSize << physicalShift
-)
+// blockSize is the size of a logical block, in bytes.
+const blockSize = 512
 
 // maxBlocks is how many blocks one command moves.
 const maxBlocks = MaxTransfer / blockSize
@@ -69,6 +66,12 @@ func (c *Config) complete() error {
 	if c.Serial == "" {
 		return errors.New("a unit needs a serial number")
 	}
+	if c.PhysicalBlock == 0 {
+		c.PhysicalBlock = 4096
+	}
+	if p := c.PhysicalBlock; p < blockSize || p > 65536 || p&(p-1) != 0 {
+		return fmt.Errorf("physical block of %d bytes: not a power of two from %d to 65536", p, blockSize)
+	}
 	for _, f := range []struct {
 		name     string
 		value    *string
@@ -94,6 +97,11 @@ func (c *Config) complete() error {
 		}
 	}
 	return nil
+}
+
+// physicalShift is the physical block as a power of two of logical ones.
+func (u *Unit) physicalShift() byte {
+	return byte(bits.TrailingZeros(uint(u.config.PhysicalBlock / blockSize))) //nolint:gosec // from 0 to 7
 }
 
 // Medium is what the unit keeps its blocks on.
