@@ -206,12 +206,9 @@ func (l *login) take(pairs []pair) error {
 	security := make(map[string]string)
 	others := make([]pair, 0, len(pairs))
 	for _, p := range pairs {
-		if !isSecurityKey(p.key) {
+		if l.stage != stageSecurity || !isSecurityKey(p.key) {
 			others = append(others, p)
 			continue
-		}
-		if l.stage != stageSecurity {
-			return fmt.Errorf("%w: key %s in stage %d", errText, p.key, l.stage)
 		}
 		security[p.key] = p.value
 	}

@@ -121,7 +121,7 @@ var keyRules = map[string]keyRule{
 	"SessionType":    {stages: inLogin, first: true, leading: true, rule: declareSessionType},
 	"InitiatorAlias": {stages: inLogin | inFullFeature, rule: declareAlias},
 
-	"SendTargets":          {stages: inFullFeature, rule: declareAnything}, // textPhase answers it
+	"SendTargets":          {stages: inFullFeature, turn: turnMost, rule: declareAnything}, // textPhase answers it
 	"TargetAlias":          {rule: notYours},
 	"TargetAddress":        {rule: notYours},
 	"TargetPortalGroupTag": {rule: notYours},
@@ -217,6 +217,8 @@ func (n *negotiation) admit(stage byte, p pair) error {
 	switch {
 	case twice && (!known || r.turn != turnNames || before != p.value):
 		return fmt.Errorf("%w: key %s again", errText, p.key)
+	case isSecurityKey(p.key):
+		return fmt.Errorf("%w: key %s in stage %d", errText, p.key, stage)
 	case known && r.stages == 0:
 		// The target's own keys: an initiator can only refuse them, which changes nothing.
 		if !isAnswer(p.value) {

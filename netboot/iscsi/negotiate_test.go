@@ -247,6 +247,9 @@ func TestKeyRulesAreWhole(t *testing.T) {
 		if !isKey([]byte(key)) || r.rule == nil || isSecurityKey(key) {
 			t.Errorf("rule of %s", key)
 		}
+		if r.turn == turnNames && r.stages&inFullFeature != 0 && key != "InitiatorAlias" {
+			t.Errorf("%s may come again", key)
+		}
 		if r.turn < turnNames || r.turn > turnLast {
 			t.Errorf("turn of %s", key)
 		}
