@@ -92,8 +92,15 @@ func challenged(t *testing.T, need CHAP, algorithms string) (a *authentication, 
 
 func TestCHAPAlgorithms(t *testing.T) {
 	for _, test := range []struct{ offer, want string }{
-		{"5", "5"}, {"6", "6"}, {"7", "7"}, {"8", "8"},
-		{"8,7,6,5", "8"}, {"5,7", "5"}, {"99,7,5", "7"}, {"0x5", "5"}, {"129,130,5", "5"},
+		{"5", "5"},
+		{"6", "6"},
+		{"7", "7"},
+		{"8", "8"},
+		{"8,7,6,5", "8"},
+		{"5,7", "5"},
+		{"99,7,5", "7"},
+		{"0x5", "5"},
+		{"129,130,5", "5"},
 	} {
 		t.Run(test.offer, func(t *testing.T) {
 			a, algorithm, id, challenge := challenged(t, testCHAP, test.offer)
@@ -336,7 +343,8 @@ func FuzzCHAP(f *testing.F) {
 	f.Fuzz(func(t *testing.T, method, algorithms, name, response, id, challenge string) {
 		a := &authentication{need: &testCHAP, random: new(counter)}
 		rows := []map[string]string{
-			{"AuthMethod": method}, {"CHAP_A": algorithms},
+			{"AuthMethod": method},
+			{"CHAP_A": algorithms},
 			{"CHAP_N": name, "CHAP_R": response, "CHAP_I": id, "CHAP_C": challenge},
 			{"CHAP_N": name, "CHAP_R": response},
 		}

@@ -133,13 +133,16 @@ func TestLoginOfInitiators(t *testing.T) {
 		{
 			name: "open-iscsi, no authentication",
 			exchanges: []exchange{
-				{from: 0, to: 1, next: 1,
+				{
+					from: 0, to: 1, next: 1,
 					say: []string{
 						"InitiatorName=" + testInitiator, "InitiatorAlias=node1", "TargetName=" + testTarget,
 						"SessionType=Normal", "AuthMethod=None",
 					},
-					hear: []string{"AuthMethod=None", "TargetPortalGroupTag=1"}},
-				{from: 1, to: 3, next: 3,
+					hear: []string{"AuthMethod=None", "TargetPortalGroupTag=1"},
+				},
+				{
+					from: 1, to: 3, next: 3,
 					say: []string{
 						"HeaderDigest=None", "DataDigest=None", "DefaultTime2Wait=2", "DefaultTime2Retain=0",
 						"IFMarker=No", "OFMarker=No", "ErrorRecoveryLevel=0", "InitialR2T=No", "ImmediateData=Yes",
@@ -153,7 +156,8 @@ func TestLoginOfInitiators(t *testing.T) {
 						"ImmediateData=Yes", "MaxBurstLength=1048576", "FirstBurstLength=262144",
 						"MaxOutstandingR2T=1", "MaxConnections=1", "DataPDUInOrder=Yes",
 						"DataSequenceInOrder=Yes", "MaxRecvDataSegmentLength=262144",
-					}},
+					},
+				},
 			},
 			want: func(p *params) {
 				p.maxRecv, p.maxSend = 262144, 262144

@@ -269,7 +269,7 @@ func number(least, most uint64, ours int, together func(a, b int) int, field fun
 			return valueReject, nil //nolint:nilerr // the initiator is told, and the key stays as it was
 		}
 		p := field(&n.params)
-		*p = together(int(v), ours)
+		*p = together(int(v), ours) //nolint:gosec // at most 24 bits
 		return strconv.Itoa(*p), nil
 	}
 }

@@ -132,16 +132,24 @@ func TestNegotiateFirstBurst(t *testing.T) {
 		want int
 		bad  bool
 	}{
-		{name: "before MaxBurstLength", say: [][]string{{"FirstBurstLength=65536", "MaxBurstLength=8192"}},
-			hear: []string{"FirstBurstLength=8192", "MaxBurstLength=8192"}, want: 8192},
-		{name: "in a row of its own", say: [][]string{{"MaxBurstLength=8192"}, {"FirstBurstLength=65536"}},
-			hear: []string{"FirstBurstLength=8192", "MaxBurstLength=8192"}, want: 8192},
+		{
+			name: "before MaxBurstLength", say: [][]string{{"FirstBurstLength=65536", "MaxBurstLength=8192"}},
+			hear: []string{"FirstBurstLength=8192", "MaxBurstLength=8192"}, want: 8192,
+		},
+		{
+			name: "in a row of its own", say: [][]string{{"MaxBurstLength=8192"}, {"FirstBurstLength=65536"}},
+			hear: []string{"FirstBurstLength=8192", "MaxBurstLength=8192"}, want: 8192,
+		},
 		{name: "MaxBurstLength lower afterwards", say: [][]string{{"FirstBurstLength=65536"}, {"MaxBurstLength=8192"}}, bad: true},
 		{name: "not named", say: [][]string{{"MaxBurstLength=8192"}}, hear: []string{"MaxBurstLength=8192"}, want: 8192},
-		{name: "no unsolicited data", say: [][]string{{"FirstBurstLength=8192", "ImmediateData=No", "InitialR2T=Yes"}},
-			hear: []string{"FirstBurstLength=Irrelevant", "ImmediateData=No", "InitialR2T=Yes"}, want: 65536},
-		{name: "immediate data alone", say: [][]string{{"FirstBurstLength=8192", "InitialR2T=Yes"}},
-			hear: []string{"FirstBurstLength=8192", "InitialR2T=Yes"}, want: 8192},
+		{
+			name: "no unsolicited data", say: [][]string{{"FirstBurstLength=8192", "ImmediateData=No", "InitialR2T=Yes"}},
+			hear: []string{"FirstBurstLength=Irrelevant", "ImmediateData=No", "InitialR2T=Yes"}, want: 65536,
+		},
+		{
+			name: "immediate data alone", say: [][]string{{"FirstBurstLength=8192", "InitialR2T=Yes"}},
+			hear: []string{"FirstBurstLength=8192", "InitialR2T=Yes"}, want: 8192,
+		},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

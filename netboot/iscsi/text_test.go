@@ -27,8 +27,10 @@ func TestParseText(t *testing.T) {
 		{"equals sign in the value", "A=b=c\x00", []pair{{"A", "b=c"}}},
 		{"padding counted in", "A=b\x00\x00\x00", []pair{{"A", "b"}}},
 		{"padding alone", "\x00\x00\x00\x00", nil},
-		{"extension keys", "X-com.example.a+b@c_d=1\x00X#NodeArchitecture=a,b\x00",
-			[]pair{{"X-com.example.a+b@c_d", "1"}, {"X#NodeArchitecture", "a,b"}}},
+		{
+			"extension keys", "X-com.example.a+b@c_d=1\x00X#NodeArchitecture=a,b\x00",
+			[]pair{{"X-com.example.a+b@c_d", "1"}, {"X#NodeArchitecture", "a,b"}},
+		},
 		{"UTF-8", "InitiatorAlias=Knöten\x00", []pair{{"InitiatorAlias", "Knöten"}}},
 		{"longest key", long + "=1\x00", []pair{{long, "1"}}},
 		{"longest value", "A=" + strings.Repeat("v", maxValue) + "\x00", []pair{{"A", strings.Repeat("v", maxValue)}}},
