@@ -115,9 +115,15 @@ func (u *Unit) pages(b []byte, control, code, subpage byte) (_ []byte, ok bool) 
 		ok = true
 		switch control {
 		case changeableValues:
-			b = append(append(b, p.defaults[:2]...), p.changeable[2:]...)
+			b = append(b, p.defaults[:2]...)
+			for i := 2; i < len(p.changeable); i++ {
+				b = append(b, u.changeable(p, i))
+			}
 		case defaultValues:
 			b = append(b, p.defaults...)
+			if p.code == pageCaching && u.readOnly {
+				b[len(b)-len(p.defaults)+2] &^= cachingWCE
+			}
 		default:
 			b = append(b, u.current(p)...)
 		}

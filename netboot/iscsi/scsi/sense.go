@@ -146,6 +146,8 @@ var (
 	senseNotSupported     = Sense{Key: IllegalRequest, ASC: 0x25}
 	senseListLength       = Sense{Key: IllegalRequest, ASC: 0x1a}
 	senseInformationUnit  = Sense{Key: IllegalRequest, ASC: 0x0e, ASCQ: 0x03}
+	senseInvalidRelease   = Sense{Key: IllegalRequest, ASC: 0x26, ASCQ: 0x04}
+	senseNoRegistration   = Sense{Key: IllegalRequest, ASC: 0x55, ASCQ: 0x04}
 	senseSavingParameters = Sense{Key: IllegalRequest, ASC: 0x39}
 	senseWriteProtected   = Sense{Key: DataProtect, ASC: 0x27}
 	senseSoftProtected    = Sense{Key: DataProtect, ASC: 0x27, ASCQ: 0x02}

@@ -68,6 +68,9 @@ func usage16(flags byte) []byte {
 	return []byte{flags, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0}
 }
 
+func usageIn() []byte  { return []byte{0, 0, 0, 0, 0, 0, 0xff, 0xff, 0} }
+func usageOut() []byte { return []byte{0, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0} }
+
 // The flags of byte 1 of CDBs: DPO and FUA, DPO and BYTCHK, UNMAP, NDOB.
 const (
 	dpoFUA    = 0x18
@@ -82,6 +85,9 @@ var commands = newTable([]command{
 	{opRead6, noAction, reading, usage6(0), prepareRead, executeRead},
 	{opWrite6, noAction, storing, usage6(0), prepareWrite, executeWrite},
 	{opInquiry, noAction, always, []byte{1, 0xff, 0xff, 0xff, 0}, prepareInquiry, nil},
+	{opModeSelect6, noAction, writing, []byte{0x10, 0, 0, 0xff, 0}, prepareModeSelect, executeModeSelect},
+	{opReserve6, noAction, legacy, []byte{0x13, 0, 0, 0, 0}, prepareLegacyReserve, executeReserve},
+	{opRelease6, noAction, asking, []byte{0x13, 0, 0, 0, 0}, prepareLegacyReserve, executeRelease},
 	{opModeSense6, noAction, reading, []byte{0x08, 0xff, 0xff, 0xff, 0}, prepareModeSense6, nil},
 	{opStartStop, noAction, legacy, []byte{0, 0, 0, 0xf7, 0}, prepareStartStop, executeSync},
 	{opSendDiagnostic, noAction, writing, []byte{0xe4, 0, 0xff, 0xff, 0}, prepareDiagnostic, nil},
@@ -95,7 +101,22 @@ var commands = newTable([]command{
 	{opReadDefects10, noAction, reading, []byte{0, 0x1f, 0, 0, 0, 0, 0xff, 0xff, 0}, prepareDefects10, nil},
 	{opWriteSame10, noAction, storing, usage10(sameUnmap), prepareWriteSame, executeWriteSame},
 	{opUnmap, noAction, storing, []byte{0, 0, 0, 0, 0, 0, 0xff, 0xff, 0}, prepareUnmap, executeUnmap},
+	{opModeSelect10, noAction, writing, []byte{0x10, 0, 0, 0, 0, 0, 0xff, 0xff, 0}, prepareModeSelect, executeModeSelect},
+	{opReserve10, noAction, legacy, []byte{0x13, 0, 0, 0, 0, 0, 0, 0, 0}, prepareLegacyReserve, executeReserve},
+	{opRelease10, noAction, asking, []byte{0x13, 0, 0, 0, 0, 0, 0, 0, 0}, prepareLegacyReserve, executeRelease},
 	{opModeSense10, noAction, reading, []byte{0x18, 0xff, 0xff, 0, 0, 0, 0xff, 0xff, 0}, prepareModeSense10, nil},
+	{opPersistentIn, inReadKeys, legacy, usageIn(), prepareReserveIn, nil},
+	{opPersistentIn, inReadReservation, legacy, usageIn(), prepareReserveIn, nil},
+	{opPersistentIn, inCapabilities, legacy, usageIn(), prepareReserveIn, nil},
+	{opPersistentIn, inFullStatus, legacy, usageIn(), prepareReserveIn, nil},
+	{opPersistentOut, outRegister, legacy, usageOut(), prepareReserveOut, executeReserveOut},
+	{opPersistentOut, outReserve, legacy, usageOut(), prepareReserveOut, executeReserveOut},
+	{opPersistentOut, outRelease, legacy, usageOut(), prepareReserveOut, executeReserveOut},
+	{opPersistentOut, outClear, legacy, usageOut(), prepareReserveOut, executeReserveOut},
+	{opPersistentOut, outPreempt, legacy, usageOut(), prepareReserveOut, executeReserveOut},
+	{opPersistentOut, outPreemptAbort, legacy, usageOut(), prepareReserveOut, executeReserveOut},
+	{opPersistentOut, outRegisterIgnore, legacy, usageOut(), prepareReserveOut, executeReserveOut},
+	{opPersistentOut, outRegisterMove, legacy, usageOut(), prepareReserveOut, executeReserveOut},
 	{opRead16, noAction, reading, usage16(dpoFUA), prepareRead, executeRead},
 	{opCompareAndWrite, noAction, storing, []byte{dpoFUA, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0xff, 0, 0}, prepareCompareAndWrite, executeCompareAndWrite},
 	{opWrite16, noAction, storing, usage16(dpoFUA), prepareWrite, executeWrite},

@@ -29,9 +29,12 @@ type Unit struct {
 	mode    modeFlags
 	stripes stripes
 
-	mu       sync.Mutex
-	nexuses  map[*Nexus]struct{}
-	reserved *Nexus // by RESERVE (6) or (10)
+	changing sync.Mutex // held by commands that change reservations, before mu and over what they keep
+
+	mu         sync.Mutex
+	nexuses    map[*Nexus]struct{}
+	reserved   *Nexus       // by RESERVE (6) or (10)
+	persistent *persistence // replaced as a whole, with changing held too
 }
 
 // NewUnit makes a unit of a medium, with the persistent reservations that were kept.
@@ -50,6 +53,13 @@ func NewUnit(m Medium, c Config) (*Unit, error) {
 		blocks:   uint64(size) / blockSize,
 		readOnly: m.ReadOnly(),
 		nexuses:  map[*Nexus]struct{}{},
+
+		persistent: &persistence{},
+	}
+	if c.Keep != nil {
+		if err := u.persistent.load(c.Keep); err != nil {
+			return nil, err
+		}
 	}
 	return u, nil
 }
@@ -232,5 +242,6 @@ func (u *Unit) bar(n *Nexus) {
 	if u.reserved != nil && u.reserved != n {
 		b |= reserve
 	}
+	b |= u.persistent.bars(n.port)
 	n.barred.Store(b)
 }
