@@ -1,0 +1,267 @@
+package iscsi
+
+import (
+	"context"
+	"sync"
+
+	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
+)
+
+// maxImmediate is how many immediate commands may be under way: no window bounds them.
+const maxImmediate = 16
+
+// tasks are those that nobody uses.
+var tasks = sync.Pool{New: func() any { return new(task) }}
+
+// command takes a SCSI Command (section 11.3), whose data is not read yet.
+func (c *conn) command() error {
+	h := &c.header
+	if !h.immediate() && !c.expects(h.cmdSN()) {
+		return c.skip()
+	}
+	t, reason := c.newTask(h)
+	if reason != 0 {
+		return c.skipAndReject(reason)
+	}
+	inTurn := c.register(t)
+	c.checkCommand(t, h)
+	if inTurn && t.turn && !t.prepared {
+		c.prepare(t)
+	}
+	bad, err := c.immediateData(t)
+	if err != nil {
+		c.complete(t) // the connection ends; nothing is sent
+		return err
+	}
+	if bad {
+		c.reject(rejectDataDigest)
+		t.fail(senseServiceCRC)
+	}
+	c.handOver(t)
+	if inTurn && !t.immediate {
+		return c.deliverHeld()
+	}
+	return nil
+}
+
+// expects says whether a CmdSN is in the window and new. What is not is ignored (section 4.2.2.1).
+func (c *conn) expects(cmdSN uint32) bool {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	return c.s.inWindow(cmdSN) && c.s.held[cmdSN] == nil
+}
+
+// newTask makes a task of the header at hand, or gives the reason to reject it.
+func (c *conn) newTask(h *bhs) (t *task, reason byte) {
+	if c.s.target == nil || h.itt() == noTag || h.flags()&maskAttr > attrACA {
+		return nil, rejectProtocol
+	}
+	cdb, bidi := h.cdb(), false
+	if len(c.ahs) > 0 {
+		p := pdu{bhs: *h, ahs: c.ahs}
+		var err error
+		if cdb, bidi, err = p.commandCDB(); err != nil {
+			return nil, rejectInvalidField
+		}
+	}
+	t = tasks.Get().(*task)
+	t.c = c
+	t.cmd.CDB = append(t.cdb[:0], cdb...)
+	t.itt, t.cmdSN, t.lun = h.itt(), h.cmdSN(), h.lun()
+	t.attr, t.immediate = h.flags()&maskAttr, h.immediate()
+	t.read, t.write = h.flags()&flagRead != 0, h.flags()&flagWrite != 0
+	t.edtl = int(h.edtl())
+	t.unsolicited = t.write && !h.final()
+	if number, ok := parseLUN(t.lun); ok {
+		t.n = c.s.nexus(number)
+	}
+	if bidi || t.read && t.write {
+		t.fail(senseInvalidUnit) // no command here moves data both ways
+	}
+	return t, 0
+}
+
+// register makes the task known, and gives it its turn if its CmdSN is the next.
+func (c *conn) register(t *task) (inTurn bool) {
+	s := c.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c.alive++
+	c.tasks[t.itt] = t
+	if t.n != nil {
+		t.n.use()
+	}
+	s.commands.Add(1)
+	switch {
+	case t.immediate:
+		c.immediate++
+	case t.cmdSN == s.expCmdSN:
+		s.expCmdSN++
+	default:
+		s.held[t.cmdSN] = func() error { return c.takeTurn(t) }
+		return false
+	}
+	c.deliver(t)
+	return true
+}
+
+// takeTurn is called when the CmdSN of a task that came too early is the next.
+func (c *conn) takeTurn(t *task) error {
+	c.s.mu.Lock()
+	c.deliver(t)
+	ready := t.turn && t.waits
+	if ready {
+		t.waits = false
+	}
+	c.s.mu.Unlock()
+	if ready {
+		c.advance(t)
+	}
+	return nil
+}
+
+// checkCommand holds a command against what was agreed on at login.
+func (c *conn) checkCommand(t *task, h *bhs) {
+	n := h.dataLength()
+	switch {
+	case t.prepared:
+	case n > 0 && (!t.write || !c.params.immediateData),
+		t.unsolicited && c.params.initialR2T:
+		t.fail(senseUnexpectedData)
+	case n > c.params.firstBurst || n > t.edtl && n > 0:
+		t.fail(senseIncorrectData)
+	case t.attr == attrACA:
+		t.fail(senseInvalidMessage) // there is never an ACA condition
+	case t.write:
+		t.want = min(t.edtl, scsi.MaxTransfer) // until the unit says how much it takes
+	}
+}
+
+// immediateData reads the data segment of a command into the task's memory.
+func (c *conn) immediateData(t *task) (bad bool, err error) {
+	n := c.header.dataLength()
+	if n == 0 && !t.unsolicited {
+		return false, nil
+	}
+	if t.want > 0 && !c.obtainNow(t) {
+		t.prepared, t.want = true, 0
+		t.cmd.Done, t.cmd.Status = true, scsi.TaskSetFull
+	}
+	var dst []byte
+	if t.want > 0 {
+		dst = t.out.b[:t.want]
+	}
+	t.got = n
+	return c.readData(dst)
+}
+
+// handOver lets go of a task whose command has been read: to its turn, if that has come.
+func (c *conn) handOver(t *task) {
+	c.s.mu.Lock()
+	if !t.turn && t.fate == fateOutcome {
+		t.waits, t.receiving, t.touched = true, t.unsolicited, c.ticks
+		c.s.mu.Unlock()
+		return
+	}
+	aborted := t.fate != fateOutcome
+	c.s.mu.Unlock()
+	if aborted {
+		c.complete(t)
+		return
+	}
+	c.advance(t)
+}
+
+// deliverHeld does what was waiting for the CmdSNs before it.
+func (c *conn) deliverHeld() error {
+	s := c.s
+	for {
+		s.mu.Lock()
+		do := s.held[s.expCmdSN]
+		if do == nil {
+			s.mu.Unlock()
+			return nil
+		}
+		delete(s.held, s.expCmdSN)
+		s.expCmdSN++
+		s.openWindow(c.underWay)
+		s.mu.Unlock()
+		if err := do(); err != nil {
+			return err
+		}
+	}
+}
+
+// obtain takes memory for the data-out of a task, if it is there.
+func (c *conn) obtain(t *task) bool {
+	if t.out != nil {
+		return true
+	}
+	size := bufferSize(t.want)
+	if !c.quota.try(size) {
+		return false
+	}
+	c.allot(t, size)
+	return true
+}
+
+// allot gives a task memory that was taken of the quota.
+func (c *conn) allot(t *task, size int64) {
+	t.memory += size
+	t.out = c.srv.buffers.get(t.want)
+}
+
+// obtainNow is obtain for data that comes without being asked for. The reader may wait for memory, but only while no task
+// of this connection needs the reader to give its memory back: two connections would wait for each other.
+func (c *conn) obtainNow(t *task) bool {
+	if c.obtain(t) {
+		return true
+	}
+	if c.receiving() {
+		return false
+	}
+	c.flush()
+	ctx, cancel := context.WithTimeout(c.ctx, c.srv.cfg.PingTimeout)
+	defer cancel()
+	size := bufferSize(t.want)
+	if c.quota.wait(ctx, size) != nil {
+		return false
+	}
+	c.allot(t, size)
+	return true
+}
+
+// receiving says whether a task with memory waits for the reader.
+func (c *conn) receiving() bool {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	for _, t := range c.tasks {
+		if t.waits && t.out != nil {
+			return true
+		}
+	}
+	return false
+}
+
+// skip throws the data segment of the PDU at hand away.
+func (c *conn) skip() error {
+	_, err := c.readData(nil)
+	return err
+}
+
+func (c *conn) skipAndReject(reason byte) error {
+	if err := c.skip(); err != nil {
+		return err
+	}
+	c.reject(reason)
+	return nil
+}
+
+// reject answers the PDU at hand with a Reject that carries its header (section 11.17). Its CmdSN counts as not
+// received.
+func (c *conn) reject(reason byte) {
+	p := &pdu{data: c.header[:]}
+	p.bhs[0], p.bhs[1], p.bhs[2] = opReject, flagFinal, reason
+	p.setITT(noTag)
+	c.send(p)
+}

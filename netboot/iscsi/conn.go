@@ -1,0 +1,431 @@
+package iscsi
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Why a connection ends, where it is not the network's doing.
+var (
+	errLogout   = errors.New("logged out")
+	errSilent   = errors.New("initiator is silent")
+	errStalled  = errors.New("initiator began something and does not go on with it")
+	errDigest   = errors.New("wrong header digest")
+	errProtocol = errors.New("against the protocol")
+)
+
+// A conn is a connection. Who owns what:
+//
+//	serve, the reader    wire's input, header, ahs, text, and each task that it has in hand
+//	who has c.writing    wire's output, and the batch that it took
+//	s.mu                 what is marked so below
+//
+// A task is in the hand of one goroutine at a time, or of none while it waits (task.go).
+type conn struct {
+	srv    *Server
+	wire   *wire
+	peer   string
+	ctx    context.Context // ends with the connection; for waits that have no other end
+	cancel context.CancelFunc
+	quota  quota
+	done   chan struct{} // closed when no task of it runs any more
+	broken atomic.Bool   // nothing more is written
+
+	// From the end of the login on they stay as they are, but for params.maxSend.
+	params params
+	cid    uint16
+	s      *session
+	ready  atomic.Pointer[session] // s, once the login response is out
+	text   *textPhase
+
+	header bhs
+	ahs    []byte
+	midway bool // the PDU of this header has not been read to its end
+
+	pending atomic.Int64 // bytes that were gathered and not written; changed with s.mu
+
+	// Guarded by s.mu.
+	statSN    uint32
+	tasks     map[uint32]*task // by ITT; without those that were aborted
+	alive     int              // tasks that are not finished
+	underWay  int              // of them, not immediate and in turn
+	immediate int              // of them, immediate
+	managing  int              // task management functions that wait for tasks
+	out       *batch
+	writing   bool
+	changed   sync.Cond // a batch was written, or, once the connection is ending, a task ended
+	ending    bool      // no task begins any more
+	lastTTT   uint32
+	workers   int
+	backlog   []*task // ready for a worker
+	finished  bool
+	ticks     uint32 // read deadlines that have passed
+
+	background sync.WaitGroup // workers, and others that end when the connection's tasks do
+
+	watch watch
+}
+
+// A watch is what the reader remembers of how lively the initiator is.
+type watch struct {
+	pdus   uint64
+	seen   uint64 // pdus at the last deadline
+	pinged bool
+}
+
+func newConn(ctx context.Context, srv *Server, nc net.Conn) *conn {
+	c := &conn{
+		srv:   srv,
+		wire:  newWire(nc, &srv.buffers, srv.cfg.PingTimeout),
+		peer:  nc.RemoteAddr().String(),
+		quota: srv.newQuota(),
+		done:  make(chan struct{}),
+		tasks: map[uint32]*task{},
+	}
+	c.ctx, c.cancel = context.WithCancel(ctx)
+	return c
+}
+
+// join gives the connection its session, before others know of it.
+func (c *conn) join(s *session) { c.s, c.changed.L = s, &s.mu }
+
+// close ends the connection from any goroutine; serve does the rest.
+func (c *conn) close() {
+	c.cancel()
+	_ = c.wire.nc.Close() // a second time says that it is closed
+}
+
+// closeFor is close with a line for the log.
+func (c *conn) closeFor(err error) {
+	if c.ctx.Err() == nil {
+		c.srv.log.Info("iSCSI connection ends", "peer", c.peer, "err", err)
+	}
+	c.close()
+}
+
+// serve is the life of a connection: login, full feature phase, end.
+func (c *conn) serve() {
+	stop := context.AfterFunc(c.ctx, c.close)
+	defer stop()
+	defer c.srv.forget(c)
+	err := c.login()
+	if c.s == nil {
+		if err != nil {
+			c.closeFor(err)
+		}
+		c.close()
+		close(c.done)
+		c.wire.drop()
+		return
+	}
+	if err == nil {
+		c.ready.Store(c.s)
+		if c.s.target != nil {
+			c.srv.changed()
+		}
+		err = c.fullFeature()
+	}
+	c.end(err)
+}
+
+// end closes, waits until no task runs, and ends the session if nobody takes it over.
+func (c *conn) end(err error) {
+	if errors.Is(err, errLogout) || errors.Is(err, io.EOF) {
+		c.srv.log.Debug("iSCSI connection ends", "peer", c.peer, "err", err)
+		c.close()
+	} else {
+		c.closeFor(err)
+	}
+	c.broken.Store(true)
+	s := c.s
+	s.mu.Lock()
+	c.ending = true
+	c.abort(c.tasksOf(nil))
+	for c.alive > 0 {
+		c.changed.Wait()
+	}
+	s.mu.Unlock()
+	c.background.Wait()
+	c.flush() // lets go of what will not be written
+	s.mu.Lock()
+	for c.writing {
+		c.changed.Wait()
+	}
+	c.finished = true
+	last := s.successor == nil
+	s.over = last
+	s.mu.Unlock()
+	c.wire.drop()
+	if last {
+		s.end()
+	}
+	close(c.done)
+}
+
+// login carries the login phase, which has a deadline for all of it.
+func (c *conn) login() error {
+	timeout := time.AfterFunc(c.srv.cfg.LoginTimeout, c.close)
+	defer timeout.Stop()
+	l := newLogin(loginConfig{directory: c.srv.cfg.Directory})
+	for {
+		req, err := c.loginRequest()
+		if err != nil {
+			if c.ctx.Err() != nil {
+				return fmt.Errorf("login of %q does not come to an end", l.initiator)
+			}
+			return err
+		}
+		resp, done := l.step(req)
+		if done && l.ok {
+			if status := c.srv.begin(c.ctx, c, l, req.cmdSN()); status != loginOK {
+				l.ok = false
+				l.err = fmt.Errorf("login of %q: status %#04x", l.initiator, status)
+				failLogin(resp, status)
+			} else {
+				c.settle(l)
+				resp.setTSIH(c.s.tsih)
+			}
+		}
+		if err := c.loginResponse(req, resp); err != nil {
+			return err
+		}
+		if done {
+			return l.err
+		}
+	}
+}
+
+// settle takes over what the login agreed on.
+func (c *conn) settle(l *login) {
+	c.params, c.cid = l.params, l.cid
+	portals := c.srv.cfg.Portals
+	if len(portals) == 0 {
+		portals = []string{c.wire.nc.LocalAddr().String()}
+	}
+	c.text = newTextPhase(l, portals)
+}
+
+func (c *conn) loginRequest() (*pdu, error) {
+	p := &pdu{}
+	if err := c.wire.readFull(p.bhs[:]); err != nil {
+		return nil, fmt.Errorf("reading a login request: %w", err)
+	}
+	if p.ahsLength() > 0 || p.dataLength() > defaultSegment {
+		return nil, fmt.Errorf("%w: login request with an AHS of %d and data of %d bytes", errProtocol, p.ahsLength(), p.dataLength())
+	}
+	data := make([]byte, padded(p.dataLength()))
+	if err := c.wire.readFull(data); err != nil {
+		return nil, fmt.Errorf("reading a login request: %w", err)
+	}
+	p.data = data[:p.dataLength()]
+	return p, nil
+}
+
+// loginResponse numbers and sends. The window is that of the session, as far as there is one.
+func (c *conn) loginResponse(req, resp *pdu) error {
+	if resp.loginStatus() == loginOK {
+		resp.setStatSN(c.statSN)
+		c.statSN++
+		resp.setExpCmdSN(req.cmdSN())
+		resp.setMaxCmdSN(req.cmdSN() + window - 1)
+		if s := c.s; s != nil {
+			s.mu.Lock()
+			c.windowInto(&resp.bhs)
+			s.mu.Unlock()
+		}
+	}
+	resp.setDataLength(len(resp.data))
+	out := append(resp.bhs[:], resp.data...)
+	out = append(out, make([]byte, padded(len(resp.data))-len(resp.data))...)
+	if _, err := c.wire.write([][]byte{out}, nil); err != nil {
+		return fmt.Errorf("writing a login response: %w", err)
+	}
+	return nil
+}
+
+// fullFeature answers PDUs until the connection ends. It never returns nil.
+func (c *conn) fullFeature() error {
+	c.wire.silence = c.silent
+	if err := c.wire.nc.SetReadDeadline(time.Now().Add(c.srv.cfg.IdleTimeout)); err != nil {
+		return err
+	}
+	for {
+		if err := c.readHeader(); err != nil {
+			return err
+		}
+		c.watch.pdus++
+		c.midway = true
+		if err := c.handle(); err != nil {
+			c.flush()
+			return err
+		}
+		c.midway = false
+		c.ease()
+	}
+}
+
+// fill is wire.fill, but never waits with answers in hand.
+func (c *conn) fill(n int) error {
+	if c.wire.buffered() >= n {
+		return nil
+	}
+	c.flush()
+	return c.wire.fill(n)
+}
+
+// readHeader reads header and AHS and checks their digest. Without that the length of what follows is not known, so that
+// a wrong one ends the connection (section 7.7).
+func (c *conn) readHeader() error {
+	if err := c.fill(bhsLength); err != nil {
+		return err
+	}
+	h := &c.header
+	copy(h[:], c.wire.next(bhsLength))
+	c.ahs = c.ahs[:0]
+	rest := h.ahsLength()
+	if c.params.headerDigest {
+		rest += digestLength
+	}
+	if rest == 0 {
+		return nil
+	}
+	if err := c.fill(rest); err != nil {
+		return err
+	}
+	b := c.wire.next(rest)
+	c.ahs = append(c.ahs, b[:h.ahsLength()]...)
+	if c.params.headerDigest {
+		sum := crc32.Update(crc32.Checksum(h[:], castagnoli), castagnoli, c.ahs)
+		if sum != binary.LittleEndian.Uint32(b[h.ahsLength():]) {
+			return errDigest
+		}
+	}
+	return nil
+}
+
+// readData reads the data segment of the PDU at hand. What does not fit into dst is thrown away. bad says that its
+// digest is wrong.
+func (c *conn) readData(dst []byte) (bad bool, err error) {
+	n := c.header.dataLength()
+	if n == 0 {
+		return false, nil
+	}
+	if c.wire.buffered() < padded(n) {
+		c.flush()
+	}
+	dst = dst[:min(n, len(dst))]
+	if err := c.wire.readFull(dst); err != nil {
+		return false, err
+	}
+	var sum uint32
+	if c.params.dataDigest {
+		sum = crc32.Checksum(dst, castagnoli)
+	}
+	for left := padded(n) - len(dst); left > 0; {
+		if err := c.fill(1); err != nil {
+			return false, err
+		}
+		p := c.wire.next(min(left, c.wire.buffered()))
+		left -= len(p)
+		if c.params.dataDigest {
+			sum = crc32.Update(sum, castagnoli, p)
+		}
+	}
+	if !c.params.dataDigest {
+		return false, nil
+	}
+	if err := c.fill(digestLength); err != nil {
+		return false, err
+	}
+	return sum != binary.LittleEndian.Uint32(c.wire.next(digestLength)), nil
+}
+
+// readSmall is readData into memory of its own, for a data segment of most bytes at most; of a longer one the rest is
+// thrown away.
+func (c *conn) readSmall(most int) (data []byte, bad bool, err error) {
+	if n := min(most, c.header.dataLength()); n > 0 {
+		data = make([]byte, n)
+	}
+	bad, err = c.readData(data)
+	return data, bad, err
+}
+
+// silent is called when a read deadline has passed, which it sets anew, busy or not. An error ends the connection: the
+// initiator did not answer a ping, or left a PDU or a data-out unfinished for longer than IdleTimeout.
+func (c *conn) silent() error {
+	w := &c.watch
+	idle := w.seen == w.pdus
+	w.seen = w.pdus
+	switch {
+	case idle && (c.midway || c.wire.buffered() > 0):
+		return fmt.Errorf("%w: a PDU", errStalled)
+	case c.stalled():
+		return fmt.Errorf("%w: data-out", errStalled)
+	case !idle:
+		w.pinged = false
+	case w.pinged:
+		return errSilent
+	default:
+		w.pinged = true
+		c.ping()
+		return c.wire.nc.SetReadDeadline(time.Now().Add(c.srv.cfg.PingTimeout))
+	}
+	return c.wire.nc.SetReadDeadline(time.Now().Add(c.srv.cfg.IdleTimeout))
+}
+
+// stalled says whether a task has waited for data-out for two deadlines and more.
+func (c *conn) stalled() bool {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	c.ticks++
+	for _, t := range c.tasks {
+		if t.receiving && c.ticks-t.touched > 2 {
+			return true
+		}
+	}
+	return false
+}
+
+// ping sends a NOP-In that wants an answer (section 11.19).
+func (c *conn) ping() {
+	p := &pdu{}
+	p.bhs[0], p.bhs[1] = opNopIn, flagFinal
+	p.setITT(noTag)
+	c.s.mu.Lock()
+	p.setTTT(c.newTTT())
+	c.put(p, false)
+	c.s.mu.Unlock()
+	c.flush()
+}
+
+// newTTT is a target transfer tag that was not used for long. It needs s.mu.
+func (c *conn) newTTT() uint32 {
+	c.lastTTT++
+	if c.lastTTT == noTag {
+		c.lastTTT = 0
+	}
+	return c.lastTTT
+}
+
+// requestLogout asks the initiator to log out within so much time (section 11.9).
+func (c *conn) requestLogout(within time.Duration) {
+	if c.ready.Load() == nil {
+		c.close()
+		return
+	}
+	p := &pdu{}
+	p.bhs[0], p.bhs[1] = opAsync, flagFinal
+	p.setITT(noTag)
+	p.bhs[36] = asyncLogout
+	binary.BigEndian.PutUint16(p.bhs[42:], uint16(within/time.Second))
+	c.send(p)
+	c.flush()
+}

@@ -1,0 +1,66 @@
+package iscsi
+
+import "slices"
+
+// deliver gives a task its place among those of its unit (SAM-5 8.6): ordered tasks start when all older ones are done,
+// and younger ones when they are; head of queue tasks start at once. That holds within a session: to tasks of other
+// sessions there is no order. Whether its turn has come is in t.turn. It needs s.mu.
+func (c *conn) deliver(t *task) {
+	t.delivered = true
+	if !t.immediate {
+		c.underWay++
+	}
+	n := t.n
+	if n == nil {
+		t.turn = true
+		return
+	}
+	switch {
+	case t.attr == attrHeadOfQueue:
+	case len(n.waiting) > 0 || n.ordered != nil || t.attr == attrOrdered && n.started > 0:
+		n.waiting = append(n.waiting, t)
+		return
+	}
+	n.start(t)
+}
+
+func (n *nexus) start(t *task) {
+	t.turn = true
+	n.started++
+	if t.attr == attrOrdered {
+		n.ordered = t
+	}
+}
+
+// leaveQueue takes a task that ended out of the order, and returns those whose turn has come and that waited for nothing
+// else; the caller has them in hand. It needs s.mu.
+func (t *task) leaveQueue() (ready []*task) {
+	n := t.n
+	if n == nil || !t.turn {
+		return nil
+	}
+	n.started--
+	if n.ordered == t {
+		n.ordered = nil
+	}
+	for len(n.waiting) > 0 && n.ordered == nil {
+		next := n.waiting[0]
+		if next.attr == attrOrdered && n.started > 0 {
+			break
+		}
+		n.waiting = n.waiting[1:]
+		n.start(next)
+		if next.waits {
+			next.waits = false
+			ready = append(ready, next)
+		}
+	}
+	return ready
+}
+
+// leaveWaiting is for a task that ends before its turn. It needs s.mu.
+func (t *task) leaveWaiting() {
+	if n := t.n; n != nil && !t.turn {
+		n.waiting = slices.DeleteFunc(n.waiting, func(o *task) bool { return o == t })
+	}
+}

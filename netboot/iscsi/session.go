@@ -1,0 +1,297 @@
+package iscsi
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
+)
+
+// window is how many commands of a session may be under way; a session's queue is as deep in Linux and in Windows.
+const window = 128
+
+// A session (RFC 7143 section 4.4) is an I_T nexus with one connection. It ends with that connection, unless another one
+// takes its place (section 6.3.4).
+type session struct {
+	srv       *Server
+	initiator string
+	isid      uint64
+	tsih      uint16
+	target    *Target // nil: a discovery session
+	since     time.Time
+	ended     chan struct{} // closed when its connection is closed, no task runs and no unit knows it any more
+
+	commands, bytesIn, bytesOut atomic.Uint64
+
+	// mu guards what follows, and the state of its connection and its tasks.
+	mu        sync.Mutex
+	conn      *conn
+	successor *conn // takes over when conn is done
+	over      bool
+	expCmdSN  uint32
+	maxCmdSN  uint32
+	held      map[uint32]func() error // what to do when a CmdSN's turn comes; for those that came before their turn
+	nexuses   map[LUN]*nexus
+}
+
+// A nexus is what a session has to do with one unit.
+type nexus struct {
+	*scsi.Nexus
+	unit *unit
+
+	// Guarded by session.mu.
+	started int           // tasks whose turn has come and that are not done
+	ordered *task         // of them, the ordered one
+	waiting []*task       // in order, until the ordered ones before them are done
+	uses    int           // tasks that may still touch the unit or its memory
+	unused  chan struct{} // closed when uses is 0; nil until somebody waits for that
+}
+
+// info is what Sessions tells.
+func (s *session) info() SessionInfo {
+	s.mu.Lock()
+	peer := s.conn.peer
+	s.mu.Unlock()
+	return SessionInfo{
+		Initiator: s.initiator,
+		Target:    s.target.name,
+		ISID:      s.isid,
+		TSIH:      s.tsih,
+		Peer:      peer,
+		Since:     s.since,
+		Commands:  s.commands.Load(),
+		BytesIn:   s.bytesIn.Load(),
+		BytesOut:  s.bytesOut.Load(),
+	}
+}
+
+// kick closes the session's connection; s.ended tells when all is over.
+func (s *session) kick() {
+	s.mu.Lock()
+	c, next := s.conn, s.successor
+	s.mu.Unlock()
+	c.close()
+	if next != nil {
+		next.close()
+	}
+}
+
+// begin gives a connection whose login went well its session, and returns the status to log in with: a new one
+// (section 6.3.1), a new one in place of one of the same name (6.3.5), or the one that it takes over (6.3.4).
+func (srv *Server) begin(ctx context.Context, c *conn, l *login, cmdSN uint32) uint16 {
+	if l.tsih != 0 {
+		return srv.resume(ctx, c, l)
+	}
+	for {
+		old, status := srv.open(c, l, cmdSN)
+		if old == nil {
+			return status
+		}
+		srv.log.Info("iSCSI session is replaced", "initiator", l.initiator, "peer", c.peer)
+		old.kick()
+		select {
+		case <-old.ended:
+		case <-ctx.Done():
+			return loginUnavailable
+		}
+	}
+}
+
+// open makes a session, unless there is an old one to be ended before.
+func (srv *Server) open(c *conn, l *login, cmdSN uint32) (old *session, status uint16) {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	for _, o := range srv.sessions {
+		if o.target != nil && o.target == l.target && o.isid == l.isid && o.initiator == l.initiator {
+			return o, 0
+		}
+	}
+	if len(srv.sessions) >= srv.cfg.MaxSessions {
+		srv.log.Warn("refusing an iSCSI session: there are too many", "initiator", l.initiator, "sessions", len(srv.sessions))
+		return nil, loginNoResources
+	}
+	s := &session{
+		srv:       srv,
+		initiator: l.initiator,
+		isid:      l.isid,
+		tsih:      srv.newTSIH(),
+		target:    l.target,
+		since:     time.Now(),
+		ended:     make(chan struct{}),
+		conn:      c,
+		expCmdSN:  cmdSN,
+		maxCmdSN:  cmdSN + window - 1,
+		held:      map[uint32]func() error{},
+		nexuses:   map[LUN]*nexus{},
+	}
+	c.join(s)
+	srv.sessions[s.tsih] = s
+	if s.target != nil {
+		s.target.join(s)
+	}
+	return nil, loginOK
+}
+
+// newTSIH needs srv.mu, and that not all are taken.
+func (srv *Server) newTSIH() uint16 {
+	for {
+		srv.lastTSIH++
+		if srv.lastTSIH != 0 && srv.sessions[srv.lastTSIH] == nil {
+			return srv.lastTSIH
+		}
+	}
+}
+
+// resume puts c in the place of the connection of a session.
+func (srv *Server) resume(ctx context.Context, c *conn, l *login) uint16 {
+	srv.mu.Lock()
+	s := srv.sessions[l.tsih]
+	srv.mu.Unlock()
+	if s == nil || s.target == nil || s.initiator != l.initiator || s.isid != l.isid || s.target != l.target {
+		return loginNoSession
+	}
+	s.mu.Lock()
+	old := s.conn
+	switch {
+	case s.over || s.successor != nil:
+		s.mu.Unlock()
+		return loginNoSession
+	case old.cid != l.cid:
+		s.mu.Unlock()
+		return loginTooMany
+	}
+	s.successor = c
+	s.mu.Unlock()
+	srv.log.Info("iSCSI connection is replaced", "initiator", l.initiator, "peer", c.peer)
+	old.close()
+	select {
+	case <-old.done:
+	case <-ctx.Done():
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.successor = nil
+	if !old.finished {
+		return loginUnavailable // and old ends the session
+	}
+	c.join(s)
+	s.conn = c
+	clear(s.held)
+	return loginOK
+}
+
+// end is called when the last connection is done.
+func (s *session) end() {
+	s.mu.Lock()
+	nexuses := s.nexuses
+	s.nexuses = nil
+	s.mu.Unlock()
+	for _, n := range nexuses {
+		n.Detach()
+	}
+	if s.target != nil {
+		s.target.part(s)
+	}
+	s.srv.mu.Lock()
+	delete(s.srv.sessions, s.tsih)
+	s.srv.mu.Unlock()
+	close(s.ended)
+	if s.target != nil {
+		s.srv.changed()
+	}
+}
+
+// nexus is the one with the unit of that number, made when it is asked for first; nil where there is no such unit. Only
+// the goroutine that reads the session's connection calls it.
+func (s *session) nexus(lun LUN) *nexus {
+	s.mu.Lock()
+	n := s.nexuses[lun]
+	s.mu.Unlock()
+	if n != nil {
+		return n
+	}
+	// Held until the nexus is known, so that Remove finds either the unit still there or this nexus.
+	s.target.mu.RLock()
+	defer s.target.mu.RUnlock()
+	u := s.target.units[lun]
+	if u == nil {
+		return nil
+	}
+	n = &nexus{unit: u}
+	n.Nexus = u.Attach(scsi.Port{
+		Name:       fmt.Sprintf("%s,i,0x%012x", s.initiator, s.isid),
+		Target:     fmt.Sprintf("%s,t,0x%04x", s.target.name, ourPortalGroup),
+		RelativeID: 1,
+	}, func() { s.abortOn(n) })
+	s.mu.Lock()
+	s.nexuses[lun] = n
+	s.mu.Unlock()
+	return n
+}
+
+// leave ends what the session has to do with a unit that was removed, and waits for that.
+func (s *session) leave(u *unit) {
+	s.mu.Lock()
+	n := s.nexuses[u.lun]
+	if n == nil || n.unit != u {
+		s.mu.Unlock()
+		return
+	}
+	delete(s.nexuses, u.lun)
+	c := s.conn
+	for _, t := range c.tasksOf(n) {
+		c.stop(t, fateNoUnit)
+	}
+	var unused chan struct{}
+	if n.uses > 0 {
+		unused = make(chan struct{})
+		n.unused = unused
+	}
+	s.mu.Unlock()
+	c.flush()
+	if unused != nil {
+		<-unused
+	}
+	n.Detach()
+}
+
+// abortOn ends all tasks of a nexus without a word, as PREEMPT AND ABORT of another one wants it (SPC-4 5.13.11.2.7). It
+// waits for those that have begun to change the medium.
+func (s *session) abortOn(n *nexus) {
+	s.mu.Lock()
+	c := s.conn
+	waits := c.abort(c.tasksOf(n))
+	s.mu.Unlock()
+	c.flush()
+	waits.wait()
+}
+
+// use and unuse count the tasks that may touch the unit. They need s.mu.
+func (n *nexus) use() { n.uses++ }
+
+func (n *nexus) unuse() {
+	n.uses--
+	if n.uses == 0 && n.unused != nil {
+		close(n.unused)
+		n.unused = nil
+	}
+}
+
+// before says that sequence number a comes before b (RFC 1982).
+func before(a, b uint32) bool { return int32(a-b) < 0 }
+
+// inWindow says whether a command may have this number. It needs s.mu.
+func (s *session) inWindow(cmdSN uint32) bool {
+	return !before(cmdSN, s.expCmdSN) && !before(s.maxCmdSN, cmdSN)
+}
+
+// openWindow lets as many commands in as have room beside those that are under way. The window never shrinks. It needs
+// s.mu.
+func (s *session) openWindow(underWay int) {
+	if last := s.expCmdSN + uint32(window-underWay) - 1; before(s.maxCmdSN, last) {
+		s.maxCmdSN = last
+	}
+}

@@ -1,0 +1,324 @@
+package iscsi
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// readSize is how much one read takes in. A read brings many commands, or the most of a burst of data.
+const readSize = 64 << 10
+
+// maxIOV is how many pieces one writev takes (IOV_MAX).
+const maxIOV = 1024
+
+// A wire carries bytes over a connection. A read buffer is there only while something is in it: a connection that waits
+// takes no memory for it.
+//
+// One goroutine reads, and one at a time writes.
+type wire struct {
+	nc       net.Conn
+	raw      syscall.RawConn // nil where nc is no socket: then mapped memory must not be written
+	pool     *buffers
+	patience time.Duration // how long the peer may take no byte while we write
+
+	// silence, where it is set, is called when a read deadline has passed; a read goes on unless it returns an error.
+	silence func() error
+
+	buf  *buffer // nil: nothing is buffered
+	r, w int     // what is buffered: buf.b[r:w]
+
+	// Of the raw.Read under way; kept here, so that it costs no allocation.
+	readInto []byte
+	readN    int
+	readErr  error
+	readFn   func(fd uintptr) bool
+
+	// Of the raw.Write under way.
+	iov      []unix.Iovec // what is left
+	writeErr error
+	waited   bool // there is a write deadline
+	writeFn  func(fd uintptr) bool
+}
+
+func newWire(nc net.Conn, pool *buffers, patience time.Duration) *wire {
+	w := &wire{nc: nc, pool: pool, patience: patience}
+	if sc, ok := nc.(syscall.Conn); ok {
+		if raw, err := sc.SyscallConn(); err == nil {
+			w.raw = raw
+		}
+	}
+	w.readFn, w.writeFn = w.tryRead, w.tryWrite
+	return w
+}
+
+// fill reads until n bytes are buffered; n <= readSize.
+func (w *wire) fill(n int) error {
+	for w.w-w.r < n {
+		if w.buf != nil && len(w.buf.b)-w.r < n {
+			w.w = copy(w.buf.b, w.buf.b[w.r:w.w])
+			w.r = 0
+		}
+		if err := w.readMore(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// next is n bytes that fill has brought. They hold until the next fill.
+func (w *wire) next(n int) []byte {
+	b := w.buf.b[w.r : w.r+n]
+	w.advance(n)
+	return b
+}
+
+func (w *wire) advance(n int) {
+	w.r += n
+	if w.r == w.w {
+		w.r, w.w = 0, 0
+	}
+}
+
+func (w *wire) buffered() int { return w.w - w.r }
+
+// readFull fills p: with what is buffered first, then straight from the connection.
+func (w *wire) readFull(p []byte) error {
+	if n := min(w.buffered(), len(p)); n > 0 {
+		copy(p, w.buf.b[w.r:w.r+n])
+		w.advance(n)
+		p = p[n:]
+	}
+	for len(p) > 0 {
+		n, err := w.read(p)
+		if err != nil {
+			return err
+		}
+		p = p[n:]
+	}
+	return nil
+}
+
+// readMore appends to the buffer what one read brings.
+func (w *wire) readMore() error {
+	var p []byte
+	if w.buffered() > 0 {
+		p = w.buf.b[w.w:]
+	}
+	n, err := w.read(p)
+	w.w += n
+	return err
+}
+
+// read reads into p, or into the read buffer where p is empty; that is got from the pool when there is something to read.
+func (w *wire) read(p []byte) (int, error) {
+	for {
+		n, err := w.readOnce(p)
+		if err == nil || w.silence == nil || !errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
+		}
+		if err := w.silence(); err != nil {
+			return 0, err
+		}
+	}
+}
+
+func (w *wire) readOnce(p []byte) (int, error) {
+	if w.raw == nil {
+		if len(p) == 0 {
+			p = w.room()
+		}
+		n, err := w.nc.Read(p)
+		if n > 0 {
+			err = nil // comes again
+		}
+		return n, err
+	}
+	w.readInto = p
+	err := w.raw.Read(w.readFn)
+	w.readInto = nil
+	if err != nil {
+		return 0, err
+	}
+	return w.readN, w.readErr
+}
+
+// room is the whole read buffer, in which nothing is.
+func (w *wire) room() []byte {
+	if w.buf == nil {
+		w.buf = w.pool.get(readSize)
+	}
+	return w.buf.b
+}
+
+// tryRead is called when the socket may have something; false means that it has not.
+func (w *wire) tryRead(fd uintptr) bool {
+	p := w.readInto
+	if len(p) == 0 {
+		p = w.room()
+	}
+	for {
+		n, err := unix.Read(int(fd), p)
+		switch {
+		case err == unix.EINTR:
+		case err == unix.EAGAIN:
+			w.giveBack()
+			return false
+		case err != nil:
+			w.readN, w.readErr = 0, os.NewSyscallError("read", err)
+			return true
+		case n == 0:
+			w.readN, w.readErr = 0, io.EOF
+			return true
+		default:
+			w.readN, w.readErr = n, nil
+			return true
+		}
+	}
+}
+
+// giveBack returns the read buffer to the pool if it is empty.
+func (w *wire) giveBack() {
+	if w.buf != nil && w.r == w.w {
+		w.pool.put(w.buf)
+		w.buf, w.r, w.w = nil, 0, 0
+	}
+}
+
+// drop returns the read buffer with what is in it.
+func (w *wire) drop() {
+	w.r, w.w = 0, 0
+	w.giveBack()
+}
+
+// write writes all parts; iovs is room for it to work in, and what it made of it. The error has EFAULT in its chain where a
+// part is mapped memory without a file below it, and os.ErrDeadlineExceeded where the peer took nothing for too long.
+func (w *wire) write(parts [][]byte, iovs []unix.Iovec) ([]unix.Iovec, error) {
+	if w.raw == nil {
+		return iovs, w.writeParts(parts)
+	}
+	for len(parts) > 0 {
+		iovs = iovs[:0]
+		for len(parts) > 0 && len(iovs) < maxIOV {
+			if p := parts[0]; len(p) > 0 {
+				iovs = append(iovs, unix.Iovec{Base: &p[0], Len: uint64(len(p))})
+			}
+			parts = parts[1:]
+		}
+		w.iov = iovs
+		if err := w.writeIOV(); err != nil {
+			return iovs, err
+		}
+	}
+	return iovs, nil
+}
+
+// writeIOV writes w.iov whole.
+func (w *wire) writeIOV() error {
+	for len(w.iov) > 0 {
+		w.writeErr = nil
+		err := w.raw.Write(w.writeFn)
+		if err == nil {
+			err = w.writeErr
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if w.waited {
+		// The next write starts without a deadline. An error would say that the connection is closed, as the next write does.
+		_ = w.nc.SetWriteDeadline(time.Time{})
+		w.waited = false
+	}
+	return nil
+}
+
+// tryWrite is called when the socket may take something; false means that it does not.
+func (w *wire) tryWrite(fd uintptr) bool {
+	for len(w.iov) > 0 {
+		n, _, errno := unix.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&w.iov[0])), uintptr(len(w.iov)))
+		switch errno {
+		case 0:
+			w.wrote(int(n))
+		case unix.EINTR:
+		case unix.EAGAIN:
+			w.waited = true
+			_ = w.nc.SetWriteDeadline(time.Now().Add(w.patience)) // fails only where the wait that follows does
+			return false
+		default:
+			w.writeErr = os.NewSyscallError("writev", errno)
+			return true
+		}
+	}
+	return true
+}
+
+// wrote takes n bytes off w.iov.
+func (w *wire) wrote(n int) {
+	for n > 0 {
+		v := &w.iov[0]
+		if uint64(n) < v.Len {
+			v.Base = (*byte)(unsafe.Add(unsafe.Pointer(v.Base), n))
+			v.Len -= uint64(n)
+			return
+		}
+		n -= int(v.Len)
+		w.iov = w.iov[1:]
+	}
+}
+
+// writeParts is write for what is no socket.
+func (w *wire) writeParts(parts [][]byte) error {
+	if err := w.nc.SetWriteDeadline(time.Now().Add(w.patience)); err != nil {
+		return err
+	}
+	b := net.Buffers(parts)
+	_, err := b.WriteTo(w.nc)
+	return err
+}
+
+// pageSize is that of the memory that files are mapped into; a kernel with larger pages answers for all of a page.
+const pageSize = 4096
+
+// resident says whether all of a piece of mapped memory is in the page cache, so that writing it to a socket waits for no
+// disk.
+func resident(p []byte) bool {
+	var pages [256]byte
+	for len(p) > 0 {
+		start := uintptr(unsafe.Pointer(&p[0])) &^ (pageSize - 1)
+		n := min(uintptr(unsafe.Pointer(&p[0]))+uintptr(len(p))-start, uintptr(len(pages))*pageSize)
+		_, _, errno := unix.Syscall(unix.SYS_MINCORE, start, n, uintptr(unsafe.Pointer(&pages[0])))
+		if errno != 0 {
+			return false
+		}
+		for _, in := range pages[:(n+pageSize-1)/pageSize] {
+			if in&1 == 0 {
+				return false
+			}
+		}
+		end := start + n
+		p = p[min(uintptr(len(p)), end-uintptr(unsafe.Pointer(&p[0]))):]
+	}
+	return true
+}
+
+// populate reads mapped memory into the page cache. It fails where there is no file below it, where the disk fails, and
+// on a kernel before 5.14.
+func populate(p []byte) error {
+	if len(p) == 0 {
+		return nil
+	}
+	first := uintptr(unsafe.Pointer(&p[0]))
+	start := first &^ (pageSize - 1)
+	_, _, errno := unix.Syscall(unix.SYS_MADVISE, start, first+uintptr(len(p))-start, unix.MADV_POPULATE_READ)
+	if errno != 0 {
+		return os.NewSyscallError("madvise", errno)
+	}
+	return nil
+}
