@@ -147,7 +147,7 @@ func (d *Disk) Zero(off, n int64, unmap bool) error {
 	err := errors.Join(within(off, n, d.size), d.lost.err())
 	if err == nil && n > 0 {
 		if unmap {
-			err = d.f.Punch(off, n)
+			err = d.punch(off, n)
 		} else {
 			err = writeZeros(d.f, off, n)
 		}
@@ -157,6 +157,14 @@ func (d *Disk) Zero(off, n int64, unmap bool) error {
 		return mediumError("zeroing disk", d.path, off, n, withoutPath(err))
 	}
 	return nil
+}
+
+// punch gives back the last block of the file system, too, of which the file has a part.
+func (d *Disk) punch(off, n int64) error {
+	if off+n == d.size {
+		n = roundUp(d.size, pageSize) - off
+	}
+	return d.f.Punch(off, n)
 }
 
 // Mapped implements scsi.Medium: holes take no space. Their edges are those of the file system's blocks.

@@ -31,15 +31,19 @@ func (f osFile) Sync() error {
 	return again(func() error { return unix.Fdatasync(f.fd()) })
 }
 
-// Punch implements file. On a file system without holes it writes zeros.
+// Punch implements file. On a file system without holes it writes zeros, as far as the file is long.
 func (f osFile) Punch(off, n int64) error {
 	err := again(func() error {
 		return unix.Fallocate(f.fd(), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
 	})
-	if errors.Is(err, unix.EOPNOTSUPP) {
-		return writeZeros(f, off, n)
+	if !errors.Is(err, unix.EOPNOTSUPP) {
+		return err
 	}
-	return err
+	size, err := plainSize(f)
+	if err != nil {
+		return err
+	}
+	return writeZeros(f, off, min(n, size-off))
 }
 
 // allocated is how many bytes the file takes of its file system.

@@ -69,9 +69,9 @@ func (m *Image) begin() error {
 	return nil
 }
 
-// withoutPath is err without the path that an os function put into it: whoever calls names it.
+// withoutPath is err, of an os function, without the path that it put into it: whoever calls names it.
 func withoutPath(err error) error {
-	if pe, ok := errors.AsType[*os.PathError](err); ok {
+	if pe, ok := errors.AsType[*os.PathError](err); ok && error(pe) == err { //nolint:errorlint // what is around it stays
 		return pe.Err
 	}
 	return err

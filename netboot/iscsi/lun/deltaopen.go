@@ -1,0 +1,130 @@
+package lun
+
+import (
+	"errors"
+	"fmt"
+	"io"
+)
+
+// newDelta brings the delta in f, whose header is h, to where it was left. boot is the kernel's boot id.
+func newDelta(path string, f file, h *header, base below, boot string) (*Delta, error) {
+	d := &Delta{
+		path: path, f: f, base: base, h: h, m: newClusterMap(h.clusters(), h.sectors()), dirty: newBitset(h.sectors()),
+		held: held{runs: map[int64][]run{}},
+	}
+	page := make([]byte, sectorSize)
+	if _, err := f.ReadAt(page, sessionOff); err != nil {
+		return nil, cutShort(err)
+	}
+	same := h.sessionIs(page, boot)
+	if err := d.loadMap(!same); err != nil {
+		return nil, err
+	}
+	var err error
+	if same {
+		err = d.loadLive()
+	} else {
+		err = d.beginLive(boot)
+	}
+	if err != nil {
+		return nil, err
+	}
+	// What was found out is settled before anybody writes over data that a run's sum is of.
+	d.unsure = true
+	if err := d.Sync(); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// cutShort says what the end of a file, found too early, means.
+func cutShort(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return fmt.Errorf("%w: it was cut short", errDamaged)
+	}
+	return withoutPath(err)
+}
+
+// eachSector reads the sectors of the map at off.
+func (d *Delta) eachSector(off int64, do func(i int64, s *sector) error) error {
+	buf := make([]byte, min(d.h.mapLen(), dataUnit))
+	for i := range d.h.sectors() {
+		at := i * sectorSize % dataUnit
+		if at == 0 {
+			part := buf[:min(int64(len(buf)), d.h.mapLen()-i*sectorSize)]
+			if _, err := d.f.ReadAt(part, off+i*sectorSize); err != nil {
+				return cutShort(err)
+			}
+		}
+		s, err := d.h.parseSector(buf[at:at+sectorSize], i)
+		if err != nil {
+			return err
+		}
+		if err := do(i, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// loadMap reads the map. With check it looks at the data of runs, and takes for delta what has their sums.
+func (d *Delta) loadMap(check bool) error {
+	return d.eachSector(mapOff, func(i int64, s *sector) error {
+		for _, r := range s.runs {
+			d.dirty.set(i)
+			if !check {
+				continue
+			}
+			got, err := d.sumOf(i*perSector+int64(r.first), int64(r.n))
+			if err != nil {
+				return fmt.Errorf("reading what was written last: %w", err)
+			}
+			for c := r.first; got == r.sum && c < r.first+r.n; c++ {
+				s.set(c, stateDelta)
+			}
+		}
+		d.m.store(i, s)
+		return nil
+	})
+}
+
+// loadLive reads the live map, which knows of all that was written. Where the map lags behind it is brought up later.
+func (d *Delta) loadLive() error {
+	return d.eachSector(d.h.liveOff(), func(i int64, s *sector) error {
+		var old sector
+		d.m.load(i, &old)
+		if s.words != old.words {
+			d.dirty.set(i)
+			d.wrote.Store(true)
+		}
+		d.m.store(i, s)
+		return nil
+	})
+}
+
+// beginLive makes the live map that of this run of the kernel: first it is what the map is, then the session says so. Up
+// to then another start does the same again.
+func (d *Delta) beginLive(boot string) error {
+	if err := d.h.writeMap(d.f, d.h.liveOff(), &d.m); err != nil {
+		return fmt.Errorf("writing the live map: %w", withoutPath(err))
+	}
+	if _, err := d.f.WriteAt(d.h.encodeSession(boot), sessionOff); err != nil {
+		return fmt.Errorf("writing the session: %w", withoutPath(err))
+	}
+	return nil
+}
+
+// sumOf is the sum of the data of n clusters from c on.
+func (d *Delta) sumOf(c, n int64) (uint64, error) {
+	buf := make([]byte, min(n*clusterSize, 256<<10))
+	s := uint64(0)
+	for off, left := d.h.dataOff()+c*clusterSize, n*clusterSize; left > 0; {
+		part := buf[:min(left, int64(len(buf)))]
+		if _, err := d.f.ReadAt(part, off); err != nil {
+			return 0, cutShort(err)
+		}
+		s = sum(s, part)
+		off, left = off+int64(len(part)), left-int64(len(part))
+	}
+	return s, nil
+}

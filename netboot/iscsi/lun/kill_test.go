@@ -1,0 +1,5 @@
+package lun
+
+const killDir = "LUN_KILL_DIR"
+
+func writeForEver(string) {}
