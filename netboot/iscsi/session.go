@@ -33,6 +33,7 @@ type session struct {
 	over      bool
 	expCmdSN  uint32
 	maxCmdSN  uint32
+	params    params                  // of the login that began it
 	held      map[uint32]func() error // what to do when a CmdSN's turn comes; for those that came before their turn
 	nexuses   map[LUN]*nexus
 }
@@ -122,6 +123,7 @@ func (srv *Server) open(c *conn, l *login, cmdSN uint32) (old *session, status u
 		since:     time.Now(),
 		ended:     make(chan struct{}),
 		conn:      c,
+		params:    l.params,
 		expCmdSN:  cmdSN,
 		maxCmdSN:  cmdSN + window - 1,
 		held:      map[uint32]func() error{},
@@ -177,6 +179,7 @@ func (srv *Server) resume(ctx context.Context, c *conn, l *login) uint16 {
 	if !old.finished {
 		return loginUnavailable // and old ends the session
 	}
+	l.params = s.params.carriedBy(l.params)
 	c.join(s)
 	s.conn = c
 	clear(s.held)
@@ -294,4 +297,11 @@ func (s *session) openWindow(underWay int) {
 	if last := s.expCmdSN + uint32(window-underWay) - 1; before(s.maxCmdSN, last) {
 		s.maxCmdSN = last
 	}
+}
+
+// carriedBy is what holds in a session that goes on with a connection of parameters p: only those below are a connection's
+// own (section 13).
+func (s params) carriedBy(p params) params {
+	s.headerDigest, s.dataDigest, s.maxRecv, s.maxSend = p.headerDigest, p.dataDigest, p.maxRecv, p.maxSend
+	return s
 }

@@ -1,6 +1,9 @@
 package iscsi
 
 import (
+	"maps"
+	"slices"
+
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 )
 
@@ -148,8 +151,11 @@ func (c *conn) prepare(t *task) {
 	case t.n == nil:
 		scsi.Absent(&t.cmd)
 	case t.cmd.CDB[0] == opReportLUNs:
-		scsi.ReportLUNs(&t.cmd, c.s.target.LUNs())
+		c.reportLUNs(t)
 	default:
+		if t.write {
+			t.cmd.Expected = int64(t.edtl)
+		}
 		t.n.Prepare(&t.cmd)
 	}
 	if t.cmd.Done {
@@ -159,6 +165,17 @@ func (c *conn) prepare(t *task) {
 	t.want = 0
 	if t.write {
 		t.want = min(t.edtl, t.cmd.OutLength)
+	}
+}
+
+// reportLUNs answers REPORT LUNS, for all nexuses of the session.
+func (c *conn) reportLUNs(t *task) {
+	scsi.ReportLUNs(&t.cmd, c.s.target.LUNs())
+	c.s.mu.Lock()
+	nexuses := slices.Collect(maps.Values(c.s.nexuses))
+	c.s.mu.Unlock()
+	for _, n := range nexuses {
+		n.LUNsReported()
 	}
 }
 
