@@ -131,13 +131,13 @@ func TestLoginOfInitiators(t *testing.T) {
 		want      func(*params)
 	}{
 		{
-			name: "open-iscsi, no authentication",
+			name: "open-iscsi, with a user that nobody asks for",
 			exchanges: []exchange{
 				{
 					from: 0, to: 1, next: 1,
 					say: []string{
 						"InitiatorName=" + testInitiator, "InitiatorAlias=node1", "TargetName=" + testTarget,
-						"SessionType=Normal", "AuthMethod=None",
+						"SessionType=Normal", "AuthMethod=CHAP,None",
 					},
 					hear: []string{"AuthMethod=None", "TargetPortalGroupTag=1"},
 				},
@@ -330,7 +330,8 @@ func TestLoginOfInitiators(t *testing.T) {
 	}
 }
 
-// Discovery sessions: without an operational stage (open-iscsi with the defaults), and with one (Windows).
+// Discovery sessions: straight to the operational stage (open-iscsi), with both stages (Windows), and with none but
+// security, so that all defaults hold.
 func TestLoginToDiscover(t *testing.T) {
 	l := newLogin(loginConfig{directory: testDirectory{}})
 	run(t, l, []exchange{{
@@ -341,6 +342,19 @@ func TestLoginToDiscover(t *testing.T) {
 	if !l.discovery || l.target != nil || l.alias != "node1" || l.params != defaultParams() {
 		t.Errorf("discovery %v, target %v, alias %q, params %+v", l.discovery, l.target, l.alias, l.params)
 	}
+	l = newLogin(loginConfig{directory: testDirectory{}})
+	run(t, l, []exchange{{
+		from: 1, to: 3, next: 3,
+		say: []string{
+			"InitiatorName=" + testInitiator, "InitiatorAlias=node1", "SessionType=Discovery", "HeaderDigest=None",
+			"DataDigest=None", "DefaultTime2Wait=2", "DefaultTime2Retain=0", "IFMarker=No", "OFMarker=No",
+			"ErrorRecoveryLevel=0", "MaxRecvDataSegmentLength=32768",
+		},
+		hear: []string{
+			"HeaderDigest=None", "DataDigest=None", "DefaultTime2Wait=2", "DefaultTime2Retain=0", "IFMarker=Reject",
+			"OFMarker=Reject", "ErrorRecoveryLevel=0", "MaxRecvDataSegmentLength=262144",
+		},
+	}})
 	l = newLogin(loginConfig{directory: testDirectory{}})
 	run(t, l, []exchange{
 		{
