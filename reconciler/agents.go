@@ -29,6 +29,7 @@ type agents struct {
 	each   *striped // one report or hello of a machine at a time: both write its records
 
 	strangers *strangers
+	booting   func(host string) // is told of hosts whose machines have nothing mounted
 }
 
 // Hello takes up a machine and answers with its assignment. While no fleet is in force nothing is written, since nobody
@@ -68,6 +69,7 @@ func (a *agents) Hello(ctx context.Context, peer netip.Addr, h agentapi.Hello) (
 		return agentapi.Assignment{}, err
 	}
 	if n.BootID != h.BootID {
+		a.booting(v.host(id))
 		n = state.Node{MAC: id.MAC, BootID: h.BootID, Cached: n.Cached, Stage: string(agentapi.StageAgent)}
 	}
 	n.Kernel, n.LastSeen = h.Kernel, now

@@ -38,7 +38,7 @@ func testAgents(t *testing.T) *agents {
 	log := slog.New(slog.DiscardHandler)
 	a := &agents{
 		store: s, views: newViews(), boots: newBoots(s, log), events: &recorder{store: s, log: log},
-		now: func() time.Time { return testStart }, each: newStriped(),
+		now: func() time.Time { return testStart }, each: newStriped(), booting: func(string) {},
 	}
 	a.boots.standing = a.views.standing
 	a.strangers = newStrangers(a)

@@ -134,7 +134,10 @@ func newBenchFleet(b *testing.B) *benchFleet {
 			b.Error(err)
 		}
 	})
-	f.rec = New(Config{Repo: repo, Branch: "main", Path: ".", Loader: f.loader, Store: store, Blobs: blobs, Log: slog.New(slog.DiscardHandler)})
+	f.rec, err = New(Config{Repo: repo, Branch: "main", Path: ".", Loader: f.loader, Store: store, Blobs: blobs, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		b.Fatal(err)
+	}
 	f.rec.follow.gap = 0 // commits come as fast as they are carried out
 	f.settle()
 	return f

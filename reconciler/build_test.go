@@ -101,7 +101,7 @@ func newTestBuilds(t *testing.T) (*builds, *testBuilder) {
 	s := openStore(t)
 	log := slog.New(slog.DiscardHandler)
 	builder := &testBuilder{blobs: blobs}
-	r := &Reconciler{cfg: Config{Store: s}, follow: &follow{}}
+	r := &Reconciler{cfg: Config{Store: s}, follow: &follow{}, luns: &luns{}}
 	r.follow.fleet.Store(&inForce{fleet: testFleet(), commit: state.Commit{Hash: "c1"}})
 	builder.fleet = &r.follow.fleet
 	return &builds{

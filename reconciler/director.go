@@ -30,7 +30,9 @@ var kernelArgs = []string{
 type director struct {
 	views *views
 	boots *boots
-	agent digest.Digest // the initramfs segment with the agent
+	// booting is told of hosts whose machines have nothing mounted.
+	booting func(host string)
+	agent   digest.Digest // the initramfs segment with the agent
 }
 
 // Boot says what m shall boot: its role's kernel, or, where it has none, a kernel to be discovered with.
@@ -44,6 +46,7 @@ func (d *director) Boot(_ context.Context, m netboot.Machine) (netboot.Boot, err
 		boot.Title = "no fleet is in force yet"
 		return boot, nil
 	}
+	d.booting(host)
 	if a, ok := v.assignments[host]; ok {
 		r, ok := v.releases[a.Release]
 		if !ok {

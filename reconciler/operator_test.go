@@ -14,7 +14,10 @@ import (
 // TestStatusAfterALookIsOfTheNewestCommit pushes, waits for a look, and asks: again and again, since it is about a race.
 func TestStatusAfterALookIsOfTheNewestCommit(t *testing.T) {
 	f := newFollowed(t)
-	r := New(Config{Store: f.store, Repo: f.repo, Branch: "main", Loader: f.loader})
+	r, err := New(Config{Store: f.store, Repo: f.repo, Branch: "main", Loader: f.loader})
+	if err != nil {
+		t.Fatal(err)
+	}
 	r.follow.gap = time.Millisecond
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)

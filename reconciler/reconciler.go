@@ -7,6 +7,7 @@
 //	follow      Git                            source, and the fleet in force (memory)
 //	builds      fleet, bases, deltas, builds   builds, bases, deltas, and blobs
 //	assign      fleet, bases, deltas           assignments, releases
+//	luns        assignments, nodes, sessions   luns, and the files of hosts' disks
 //	views       all of these                   the view that machines are answered from (memory)
 //	agents      what agents say                machines, nodes, boots
 //	strangers   machines, nodes, the fleet     removes machines, nodes and boots of those that no host is
@@ -18,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"runtime/debug"
 	"time"
 
@@ -28,6 +30,7 @@ import (
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/netboot/dhcp"
+	"github.com/troupe-dev/troupe/netboot/iscsi"
 	"github.com/troupe-dev/troupe/reconciler/api"
 	"github.com/troupe-dev/troupe/reconciler/source"
 	"github.com/troupe-dev/troupe/reconciler/state"
@@ -47,7 +50,10 @@ type Config struct {
 	Agent   digest.Digest // of the initramfs segment that holds the agent
 	Arch    string        // the agent's, and so that of every image: "amd64", "arm64"
 	Jobs    int           // builds at a time; 0 means 2
-	Log     *slog.Logger  // nil means none
+	LUNs    string        // the directory of what hosts write to LUNs
+	// ISCSIPort is where ServeISCSI listens; 0: there is no target.
+	ISCSIPort uint16
+	Log       *slog.Logger // nil means none
 }
 
 // A Reconciler is the controllers of one fleet.
@@ -60,7 +66,10 @@ type Reconciler struct {
 	follow *follow
 	builds *builds
 	assign *assign
+	luns   *luns
 	agents *agents
+
+	target *iscsi.Server
 
 	operators *api.Server
 	silences  *silences
@@ -69,7 +78,7 @@ type Reconciler struct {
 }
 
 // New puts the controllers together; Run starts them.
-func New(cfg Config) *Reconciler {
+func New(cfg Config) (*Reconciler, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -93,14 +102,22 @@ func New(cfg Config) *Reconciler {
 	r.assign = &assign{
 		store: cfg.Store, plan: r.plan, events: r.events, log: cfg.Log, now: time.Now, wake: make(chan struct{}, 1), again: assignAgain,
 	}
+	r.luns = newLUNs(cfg.Store, lunMedia{blobs: cfg.Blobs, dir: cfg.LUNs}, cfg.ISCSIPort, r.events, cfg.Log, r.fleetViews)
+	r.agents.booting = r.luns.booting
 	r.operators = newAPI(r)
 	r.silences = &silences{hosts: r.operators.Hosts, store: cfg.Store, events: r.events, every: listenEvery}
-	return r
+	var err error
+	r.target, err = iscsi.NewServer(iscsi.Config{Directory: r.luns, Log: cfg.Log, Changed: r.luns.poke})
+	if err != nil {
+		return nil, fmt.Errorf("making the iSCSI target: %w", err)
+	}
+	r.luns.target = r.target
+	return r, nil
 }
 
 // Director tells netboot what a machine boots. Like all that netboot asks for here, it answers from memory.
 func (r *Reconciler) Director() netboot.Director {
-	return &director{views: r.views, boots: r.boots, agent: r.cfg.Agent}
+	return &director{views: r.views, boots: r.boots, booting: r.luns.booting, agent: r.cfg.Agent}
 }
 
 // Blobs gives netboot the store's bytes.
@@ -134,24 +151,41 @@ func (r *Reconciler) Fleet() *schema.Fleet {
 }
 
 func (r *Reconciler) fleetChanged() {
-	for _, wake := range []chan struct{}{r.refresh, r.builds.wake, r.assign.wake} {
-		select {
-		case wake <- struct{}{}:
-		default:
-		}
+	r.builds.poke()
+	poke(r.assign.wake)
+	r.fleetViews()
+}
+
+// fleetViews has a new view made for what is no record.
+func (r *Reconciler) fleetViews() { poke(r.refresh) }
+
+func poke(wake chan struct{}) {
+	select {
+	case wake <- struct{}{}:
+	default:
 	}
 }
 
+// ServeISCSI serves the LUNs of hosts on l until ctx ends, which must be the context of Run. It closes l.
+func (r *Reconciler) ServeISCSI(ctx context.Context, l net.Listener) error {
+	if err := r.target.Serve(ctx, l); err != nil {
+		return fmt.Errorf("serving iSCSI: %w", err)
+	}
+	<-r.luns.ended
+	return r.luns.close()
+}
+
 // Run runs the controllers until ctx ends, and waits for them. A controller that fails or panics is started again; the
-// others go on.
+// others go on. It may be called once.
 func (r *Reconciler) Run(ctx context.Context) error {
+	defer close(r.luns.ended)
 	if err := r.boots.load(ctx); err != nil {
 		return fmt.Errorf("reading the machines' boots: %w", err)
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	for name, run := range map[string]func(context.Context) error{
 		"views": r.runViews, "boots": r.boots.run, "assign": r.assign.run, "builds": r.builds.run, "follow": r.follow.run,
-		"silences": r.silences.run, "strangers": r.agents.strangers.run,
+		"silences": r.silences.run, "strangers": r.agents.strangers.run, "luns": r.luns.run,
 	} {
 		g.Go(func() error { return r.keep(ctx, name, run) })
 	}

@@ -42,6 +42,7 @@ func (r *Reconciler) runViews(ctx context.Context) error {
 // readView lists all that a view is made of.
 func (r *Reconciler) readView(ctx context.Context) (*view, error) {
 	v := newView(r.Fleet())
+	v.luns = r.luns.views()
 	s := r.cfg.Store
 	var err error
 	if v.assignments, err = state.Assignments.List(ctx, s); err != nil {

@@ -1,6 +1,7 @@
 package reconciler
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 	"sync"
@@ -22,6 +23,7 @@ type view struct {
 	bases       map[images.RecipeID]images.Base
 	builds      map[images.RecipeID]state.Build
 	machines    map[string]state.Machine // by MAC
+	luns        lunViews
 
 	addresses map[netip.Addr]string // host names
 	match     func() *plan.Matching // made once, of the machines that the view was given by the first question
@@ -82,14 +84,35 @@ func (v *view) assignment(id agentapi.Identity) agentapi.Assignment {
 	if name == "" {
 		return agentapi.Assignment{Version: "unclaimed", State: agentapi.Unclaimed, Reason: "no host of the fleet is this machine"}
 	}
-	if a, ok := v.assignments[name]; ok {
-		return a.Spec
+	a, ok := v.assignments[name]
+	switch {
+	case !ok:
+		return v.waiting(name, v.waits[v.fleet.Hosts[name].Role]())
+	case a.ISCSI != nil:
+		return v.diskless(name, a)
 	}
-	why := v.waits[v.fleet.Hosts[name].Role]()
+	return a.Spec
+}
+
+// waiting is what a host is told that has to wait, and why.
+func (v *view) waiting(name, why string) agentapi.Assignment {
 	return agentapi.Assignment{
 		Version: "waiting:" + digest.Of([]byte(name+"\x00"+why)).Short(),
 		State:   agentapi.Waiting, Reason: why, Host: name, Role: v.fleet.Hosts[name].Role,
 	}
+}
+
+// diskless is the assignment of a host that runs from LUNs of the server, once they are open.
+func (v *view) diskless(name string, a state.Assignment) agentapi.Assignment {
+	at, why := v.luns.iscsi(name, a)
+	if at == nil {
+		return v.waiting(name, why)
+	}
+	spec := a.Spec
+	spec.ISCSI = at
+	// Whoever hears of the version cannot tell the secrets from it: that of the disk stands for them.
+	spec.Version += fmt.Sprintf("-%s-%d-%d-%d", at.Disk, at.Base, at.Delta, at.Port)
+	return spec
 }
 
 // roleOf is the role of a host; "" where there is no such host.

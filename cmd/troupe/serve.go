@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -35,6 +36,7 @@ type serveOptions struct {
 	interval           time.Duration
 	data               string
 	listen             string
+	iscsi              string
 	iface              string
 	dhcp               string
 	agent              string
@@ -76,6 +78,7 @@ only says what to boot; "off" leaves both to others.`,
 	f.DurationVar(&o.interval, "interval", source.DefaultInterval, "time between two looks at the repo")
 	f.StringVar(&o.data, "data", "", "directory of all of the server's state")
 	f.StringVar(&o.listen, "listen", ":8080", "address of the HTTP server")
+	f.StringVar(&o.iscsi, "iscsi-listen", "", "address of the iSCSI target, or off (default: port 3260 of the HTTP server's address)")
 	f.StringVar(&o.iface, "interface", "", "interface of the machines' network; without one only HTTP is served")
 	f.StringVar(&o.dhcp, "dhcp", "server", "server, proxy or off")
 	f.StringVar(&o.agent, "agent", "", "the troupe-agent program (default: beside this one)")
@@ -95,6 +98,55 @@ func (o serveOptions) check() error {
 	}
 	_, err := dhcpMode(o.dhcp)
 	return err
+}
+
+const (
+	iscsiOff  = "off"
+	iscsiPort = "3260" // RFC 7143 section 14: the one that initiators ask unless they are told another
+)
+
+// listenISCSI opens the iSCSI target's port; nil where there is to be no target. That the port which nobody asked for is
+// taken, by another target perhaps, keeps no server from starting: most fleets need none.
+func (o serveOptions) listenISCSI(ctx context.Context, log *slog.Logger) (net.Listener, error) {
+	if o.iscsi == iscsiOff {
+		return nil, nil //nolint:nilnil // no target is no error
+	}
+	at := o.iscsi
+	if at == "" {
+		host, _, err := net.SplitHostPort(o.listen)
+		if err != nil {
+			return nil, fmt.Errorf("--listen %s: %w", o.listen, err)
+		}
+		at = net.JoinHostPort(host, iscsiPort)
+	}
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", at)
+	if errors.Is(err, syscall.EADDRINUSE) && o.iscsi == "" {
+		log.Warn("no disks are served: the iSCSI target's port is taken (see --iscsi-listen)", "address", at)
+		return nil, nil //nolint:nilnil // as above
+	}
+	if err != nil {
+		return nil, fmt.Errorf("opening the iSCSI target's port (see --iscsi-listen): %w", err)
+	}
+	return l, nil
+}
+
+func addrOf(l net.Listener) string {
+	if l == nil {
+		return iscsiOff
+	}
+	return l.Addr().String()
+}
+
+// portOf is the TCP port that l listens on; 0 for no listener.
+func portOf(l net.Listener) uint16 {
+	if l == nil {
+		return 0
+	}
+	addr, ok := l.Addr().(*net.TCPAddr)
+	if !ok {
+		return 0
+	}
+	return uint16(addr.Port) //nolint:gosec // a TCP port has 16 bits
 }
 
 // run puts the server together and runs it until ctx ends, or what it cannot run without fails.
@@ -130,15 +182,26 @@ func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
 	if err := builder.Clean(); err != nil {
 		return err
 	}
-	rec := reconciler.New(reconciler.Config{
+	disks, err := o.listenISCSI(ctx, log)
+	if err != nil {
+		return err
+	}
+	if disks != nil {
+		defer disks.Close() // a second time, once it was served
+	}
+	rec, err := reconciler.New(reconciler.Config{
 		Repo: repo, Branch: o.branch, Path: o.path, Loader: &load.Loader{}, Store: records, Blobs: blobs, Builder: builder,
-		Logs: filepath.Join(o.data, "logs"), Agent: agent, Arch: arch, Jobs: o.jobs, Log: log,
+		Logs: filepath.Join(o.data, "logs"), Agent: agent, Arch: arch, Jobs: o.jobs, LUNs: filepath.Join(o.data, "luns"), ISCSIPort: portOf(disks), Log: log,
 	})
-	return o.servers(ctx, log, rec, records)
+	if err != nil {
+		return err
+	}
+	return o.servers(ctx, log, rec, records, disks)
 }
 
-// servers opens the sockets and runs everything that listens, and the reconciler, until ctx ends or one of them fails.
-func (o serveOptions) servers(ctx context.Context, log *slog.Logger, rec *reconciler.Reconciler, records *state.Store) error {
+// servers opens the other sockets and runs everything that listens, and the reconciler, until ctx ends or one of them fails.
+// disks is the iSCSI target's, nil for none.
+func (o serveOptions) servers(ctx context.Context, log *slog.Logger, rec *reconciler.Reconciler, records *state.Store, disks net.Listener) error {
 	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", o.listen)
 	if err != nil {
 		return fmt.Errorf("opening the HTTP server's port: %w", err)
@@ -156,10 +219,13 @@ func (o serveOptions) servers(ctx context.Context, log *slog.Logger, rec *reconc
 	mux.Handle("/", web.Handler())
 	mux.Handle("/boot/", boot.Handler())
 	mux.Handle("/blobs/", boot.Handler())
-	log.Info("serving", "http", l.Addr().String(), "interface", o.iface, "dhcp", o.dhcp, "repo", source.Redact(o.repo))
+	log.Info("serving", "http", l.Addr().String(), "iscsi", addrOf(disks), "interface", o.iface, "dhcp", o.dhcp, "repo", source.Redact(o.repo))
 
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return rec.Run(ctx) })
+	if disks != nil {
+		g.Go(func() error { return rec.ServeISCSI(ctx, disks) })
+	}
 	g.Go(func() error { return serveHTTP(ctx, l, mux) })
 	g.Go(func() error { return o.serveBoot(ctx, boot) })
 	g.Go(func() error { return watchRecords(ctx, records) })

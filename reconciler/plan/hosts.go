@@ -85,6 +85,7 @@ func (p *planner) host(name string, h schema.Host) Host {
 	if out.Spec = &old.Spec; out.Changed {
 		out.Spec = spec(&out, want)
 	}
+	out.iscsi = r.iscsi
 	p.act(&out, old.Why, had, p.seen(mac), node)
 	return out
 }
@@ -94,7 +95,7 @@ func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
 	run, rel := node.Running, out.Spec.Release
 	current := run != nil && run.Release == rel.ID && run.Node == out.Spec.Node.Digest
 	out.FetchBytes = 0
-	if !current {
+	if !current && out.iscsi == nil {
 		out.FetchBytes = missing(node.Cached, rel.Base, rel.Delta)
 	}
 	switch {
@@ -190,6 +191,9 @@ func version(s *agentapi.Assignment) string {
 // the address from DHCP as its firmware starts, and begins with a fresh node delta.
 func (p *planner) node(h schema.Host) digest.Digest {
 	e := p.buf[:0].str("troupe node 1").str(h.Name).str(p.fleet.Network.Domain).str(addr(h.Address)).num(uint64(len(h.Node.Files)))
+	if boot := p.fleet.Roles[h.Role].Boot; boot == bootISCSI {
+		e = e.str(boot) // the same files over the same release, but on another disk
+	}
 	for _, path := range slices.Sorted(maps.Keys(h.Node.Files)) {
 		f := h.Node.Files[path]
 		e = e.str(path).str(f.Content).num(uint64(f.Mode)).num(uint64(f.UID)).num(uint64(f.GID))
@@ -241,6 +245,7 @@ type role struct {
 	baseRecipe  images.BaseRecipe
 	recipe      images.DeltaRecipe
 	checks      []agentapi.Check
+	iscsi       *state.ISCSI    // nil: its hosts run from disks of their own
 	release     *images.Release // nil until it is built
 	id          digest.Digest
 	wait        string   // why there is no release, for people

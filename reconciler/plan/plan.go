@@ -119,7 +119,8 @@ type Host struct {
 	Spec        *agentapi.Assignment `json:"-"`
 	Base, Delta images.RecipeID      `json:"-"` // what the release is made of
 
-	host schema.Host
+	host  schema.Host
+	iscsi *state.ISCSI // nil for a host that runs from a disk of its own
 }
 
 // neverSeen is a reason of today, not one of the change.
@@ -130,7 +131,7 @@ func (h Host) Assignment(commit string, since time.Time) state.Assignment {
 	return state.Assignment{
 		Host: h.Name, Generation: h.Generation, Commit: commit, Why: join(slices.DeleteFunc(slices.Clone(h.Why), func(why string) bool { return why == neverSeen })), Since: since,
 		Role: h.ToRole, Release: h.To, Node: h.Spec.Node.Digest, Spec: *h.Spec,
-		Address: h.host.Address, BaseRecipe: h.Base, DeltaRecipe: h.Delta,
+		Address: h.host.Address, BaseRecipe: h.Base, DeltaRecipe: h.Delta, ISCSI: h.iscsi,
 	}
 }
 

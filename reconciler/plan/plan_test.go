@@ -174,7 +174,7 @@ func host(t *testing.T, p Plan, name string) Host {
 	return p.Hosts[i]
 }
 
-var forPeople = cmpopts.IgnoreFields(Host{}, "Name", "MAC", "From", "To", "Spec", "Base", "Delta", "host")
+var forPeople = cmpopts.IgnoreFields(Host{}, "Name", "MAC", "From", "To", "Spec", "Base", "Delta", "host", "iscsi")
 
 // recipe is what a text calls a recipe.
 var recipe = regexp.MustCompile(`\b[0-9a-f]{12}\b`)
@@ -322,6 +322,40 @@ var changes = map[string]struct {
 		built: true,
 		host:  "n1",
 		want:  Host{Action: StageAndReboot, Changed: true, Reboot: true, FromRole: "web", ToRole: "web", FetchBytes: 999, Generation: 2, Why: []string{"OS image debian was built again"}},
+	},
+	"from a disk of its own to one on the server": { // nothing is fetched by the node
+		change: func(w *world) { w.changeRole("web", func(r *schema.Role) { r.Boot = "iscsi" }) },
+		host:   "n1",
+		want:   Host{Action: Reboot, Changed: true, Reboot: true, FromRole: "web", ToRole: "web", Generation: 2, Why: []string{"boot disk → iscsi"}},
+	},
+	"to a role that runs from the server": {
+		change: func(w *world) {
+			w.changeRole("web", func(r *schema.Role) { r.Boot = "iscsi" })
+			w.change(2, func(h *schema.Host) { h.Role = "web" })
+		},
+		host: "n2",
+		want: Host{Action: Reboot, Changed: true, Reboot: true, FromRole: "idle", ToRole: "web", Generation: 2, Why: []string{"role idle → web", "boot disk → iscsi", "health checks of role web changed"}},
+	},
+	"size of the disk on the server": { // the one that is there keeps its own
+		change: func(w *world) {
+			w.changeRole("web", func(r *schema.Role) { r.Boot = "iscsi" })
+			w.settle()
+			w.changeRole("web", func(r *schema.Role) { r.ISCSI.Size = 32 << 30 })
+		},
+		host: "n1",
+		want: Host{Action: Update, Changed: true, FromRole: "web", ToRole: "web", Generation: 3, Why: []string{"disk on the server 16 GiB → 32 GiB, from its next reset on"}},
+	},
+	"from the server to a disk of its own": {
+		change: func(w *world) {
+			w.changeRole("web", func(r *schema.Role) { r.Boot = "iscsi" })
+			w.settle()
+			n := w.obs.Nodes[mac(1)]
+			n.Cached = nil
+			w.obs.Nodes[mac(1)] = n
+			w.changeRole("web", func(r *schema.Role) { r.Boot = "disk" })
+		},
+		host: "n1",
+		want: Host{Action: StageAndReboot, Changed: true, Reboot: true, FromRole: "web", ToRole: "web", FetchBytes: 1030, Generation: 3, Why: []string{"boot iscsi → disk"}},
 	},
 	"kernel arguments": {
 		change: func(w *world) { w.changeRole("web", func(r *schema.Role) { r.Kernel.Args = []string{"quiet"} }) },

@@ -29,10 +29,18 @@ func (p *planner) newRole(name string) *role {
 	r.recipe = images.DeltaRecipeOf(r.base, r.Role)
 	r.delta = r.recipe.ID()
 	r.checks = checksOf(r.Healthy)
+	if r.Boot == bootISCSI {
+		r.iscsi = &state.ISCSI{Size: cmp.Or(r.ISCSI.Size, defaultDisk)}
+	}
 	want := Artifacts[images.RecipeID]{Bases: p.obs.Bases, Deltas: p.obs.Deltas, Builds: p.obs.Builds}.Release(p.fleet, r.Role)
 	r.release, r.id, r.wait = want.Release, want.ID, want.Missing.String()
 	return r
 }
+
+const (
+	bootISCSI   = "iscsi"  // of a role whose hosts run from LUNs of the server
+	defaultDisk = 16 << 30 // bytes, of a disk there
+)
 
 // BuildsOf are the builds by which the image or, where there is no such image, the role of that name is made, the base
 // first, with their recipes and names alone, whether or not they are done. None where the fleet has neither.

@@ -27,8 +27,14 @@ func (p *planner) changes(old *state.Assignment, want wanted) []string {
 	} else if r := want.role; r.release == nil || old.Release != r.id {
 		why = append(why, p.released(old, r)...)
 	}
+	boot := bootChange(old, want)
+	why = append(why, boot...)
 	if old.Node != want.node {
-		why = append(why, nodeChanges(old, want)...)
+		parts := nodeChanges(old, want)
+		if len(parts) == 0 && len(boot) == 0 {
+			parts = []string{"node delta changed"}
+		}
+		why = append(why, parts...)
 	}
 	if old.Spec.Disk != agentapi.Disks(want.Disk) {
 		why = append(why, "disk policy changed")
@@ -131,10 +137,31 @@ func nodeChanges(old *state.Assignment, want wanted) []string {
 	if was, is := old.Spec.Node.Domain, want.domain; was != is {
 		why = append(why, fmt.Sprintf("domain %s → %s", orNone(was), orNone(is)))
 	}
-	if len(why) == 0 {
-		return []string{"node delta changed"}
-	}
 	return why
+}
+
+// bootChange says whether a host is to run from elsewhere, or gets another disk there.
+func bootChange(old *state.Assignment, want wanted) []string {
+	now := want.role.iscsi
+	switch {
+	case old.ISCSI == nil && now == nil:
+		return nil
+	case old.ISCSI == nil:
+		return []string{"boot disk → iscsi"}
+	case now == nil:
+		return []string{"boot iscsi → disk"}
+	case old.ISCSI.Size != now.Size:
+		return []string{fmt.Sprintf("disk on the server %s → %s, from its next reset on", bytes(old.ISCSI.Size), bytes(now.Size))}
+	}
+	return nil
+}
+
+// bytes is a size for people: in GiB where it has whole ones.
+func bytes(n int64) string {
+	if n%(1<<30) == 0 {
+		return fmt.Sprintf("%d GiB", n>>30)
+	}
+	return fmt.Sprintf("%d bytes", n)
 }
 
 func nodeParts[F agentapi.File | schema.File](files map[string]F) map[string]string {

@@ -13,6 +13,7 @@
 //	machine     machines/<mac>          agents            what a machine is made of, when it was first seen
 //	node        nodes/<mac>             agents            what it runs and how it is: changes often
 //	            (both are deleted by strangers, where no host is that machine)
+//	luns        luns/<host>             luns              what a host has on the iSCSI target, with its secrets
 //	boot        boots/<mac>/<boot>      boots             the timeline of one boot; the last few of each machine
 //	lease       leases/<mac>            dhcp              an address of the dynamic range
 //	event       events/<time>-<n>       the recorder      what happened, for people; the last two thousand
@@ -20,6 +21,7 @@ package state
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
@@ -71,6 +73,73 @@ type Assignment struct {
 	Address     netip.Addr      `json:"address,omitzero"`
 	BaseRecipe  images.RecipeID `json:"baseRecipe,omitempty"`
 	DeltaRecipe images.RecipeID `json:"deltaRecipe,omitempty"`
+
+	// ISCSI, where it is set, says that the host runs from LUNs of the server. How it reaches them is not part of the
+	// assignment: the luns controller knows, and agents are told when they are open.
+	ISCSI *ISCSI `json:"iscsi,omitempty"`
+}
+
+// ISCSI is what a host has on the server.
+type ISCSI struct {
+	Size int64 `json:"size"` // bytes of the disk that it writes to
+	// Image, of kind "disk", is what that disk begins as; nil: it is blank, and an agent's.
+	Image *images.Blob `json:"image,omitempty"`
+}
+
+// LUNs are what one host has on the server's iSCSI target. They hold secrets: no view, plan or log shows them.
+type LUNs struct {
+	Host string `json:"host"`
+	// Images are the numbers of images, 1 to 255, each kept for as long as the host is to run it, or runs it.
+	Images map[digest.Digest]uint16 `json:"images,omitempty"`
+	// Disks are what the host writes to, in the order in which they were made. Current names the one that is LUN 0; it is
+	// "" before there is one.
+	Disks   []LUNDisk `json:"disks,omitempty"`
+	Current string    `json:"current,omitempty"`
+	// Unused is since when no assignment wants any of it; zero while one does.
+	Unused time.Time `json:"unused,omitzero"`
+}
+
+// A LUNDisk is a disk that one host writes to.
+type LUNDisk struct {
+	ID    string       `json:"id"`              // 16 hex digits; its file has this name
+	Image *images.Blob `json:"image,omitempty"` // that it is copy-on-write over; nil: it began blank
+	Size  int64        `json:"size"`            // bytes
+	Made  time.Time    `json:"made"`
+	// Opened is when an initiator was first given it; zero while none was.
+	Opened time.Time `json:"opened,omitzero"`
+	// Ends is when it is taken from whoever uses it then, since it was reset; zero: it was not.
+	Ends time.Time `json:"ends,omitzero"`
+
+	// The secrets belong to the disk: a machine that still runs from one that was reset must not reach its successor.
+	Secret       string `json:"secret"`
+	MutualSecret string `json:"mutualSecret"`
+}
+
+// Disk finds a disk by its id.
+func (l *LUNs) Disk(id string) (LUNDisk, bool) {
+	for _, d := range l.Disks {
+		if d.ID == id {
+			return d, true
+		}
+	}
+	return LUNDisk{}, false
+}
+
+// Wanted is the disk that a host is to write to whose assignment says so: the newest of its kind that was not reset.
+func (l *LUNs) Wanted(of *ISCSI) (LUNDisk, bool) {
+	for _, d := range slices.Backward(l.Disks) {
+		if of != nil && d.Ends.IsZero() && sameBlob(d.Image, of.Image) {
+			return d, true
+		}
+	}
+	return LUNDisk{}, false
+}
+
+func sameBlob(a, b *images.Blob) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return *a == *b
 }
 
 // BuildPhase is where a build is.

@@ -257,6 +257,7 @@ var (
 	Releases    = Kind[Release]{"releases/"}
 	Machines    = Kind[Machine]{"machines/"}
 	Nodes       = Kind[Node]{"nodes/"}
+	LUNSets     = Kind[LUNs]{"luns/"}
 	Boots       = Kind[Boot]{"boots/"}
 	Leases      = Kind[Lease]{"leases/"}
 	Events      = Kind[Event]{"events/"}

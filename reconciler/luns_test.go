@@ -1,0 +1,394 @@
+package reconciler
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/images/store"
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/netboot/iscsi"
+	"github.com/troupe-dev/troupe/reconciler/state"
+)
+
+// testTarget is the sessions of a target that does not listen.
+type testTarget struct {
+	mu       sync.Mutex
+	sessions []iscsi.SessionInfo
+	dropped  []string
+}
+
+func (t *testTarget) Sessions() []iscsi.SessionInfo {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return append([]iscsi.SessionInfo(nil), t.sessions...)
+}
+
+func (t *testTarget) Drop(initiator string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var kept []iscsi.SessionInfo
+	for _, s := range t.sessions {
+		if s.Initiator == initiator {
+			t.dropped = append(t.dropped, initiator)
+		} else {
+			kept = append(kept, s)
+		}
+	}
+	t.sessions = kept
+}
+
+// login has a host log in, as package iscsi would: if the directory lets it.
+func (t *testTarget) login(l *luns, host string) error {
+	if _, _, err := l.Open(initiatorName(host), targetName(host)); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	t.sessions = append(t.sessions, iscsi.SessionInfo{Initiator: initiatorName(host), Target: targetName(host), Since: l.now()})
+	t.mu.Unlock()
+	l.poke()
+	return nil
+}
+
+// A lunRig is a luns controller with real stores and files.
+type lunRig struct {
+	*luns
+	target      *testTarget
+	blobs       *store.Store
+	dir         string
+	base, delta images.Blob
+	refreshed   chan struct{}
+}
+
+func newLUNRig(t *testing.T) *lunRig {
+	t.Helper()
+	dir := t.TempDir()
+	blobs, err := store.Open(filepath.Join(dir, "store"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = blobs.Close() })
+	r := &lunRig{blobs: blobs, dir: filepath.Join(dir, "luns"), target: &testTarget{}, refreshed: make(chan struct{}, 1)}
+	r.base, r.delta = r.put(t, "base"), r.put(t, "delta")
+	r.again(openStore(t))
+	return r
+}
+
+// again makes the controller anew, as a server that starts does.
+func (r *lunRig) again(s *state.Store) {
+	log := slog.New(slog.DiscardHandler)
+	r.luns = newLUNs(s, lunMedia{blobs: r.blobs, dir: r.dir}, 3260, &recorder{store: s, log: log}, log, func() { poke(r.refreshed) })
+	r.luns.target = r.target
+}
+
+func (r *lunRig) put(t *testing.T, text string) images.Blob {
+	t.Helper()
+	b, err := r.blobs.Put(t.Context(), bytes.NewReader(bytes.Repeat([]byte(text+"\n"), 4096)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// start runs the controller until stop is called.
+func (r *lunRig) start(t *testing.T) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- r.run(ctx) }()
+	return sync.OnceFunc(func() {
+		cancel()
+		if err := errors.Join(<-done, r.close()); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// assign gives a host a role that runs from the server.
+func (r *lunRig) assign(t *testing.T, host string, delta images.Blob) state.Assignment {
+	t.Helper()
+	a := state.Assignment{
+		Host: host, ISCSI: &state.ISCSI{Size: 1 << 20},
+		Spec: agentapi.Assignment{State: agentapi.Assigned, Version: "1", Release: &agentapi.Release{Base: agentapi.Blob(r.base), Delta: agentapi.Blob(delta)}},
+	}
+	if err := state.Assignments.Put(t.Context(), r.store, host, a); err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+// await waits until what is open of the hosts is as wanted.
+func (r *lunRig) await(t *testing.T, want func(lunViews) bool) {
+	t.Helper()
+	for !want(r.views()) {
+		select {
+		case <-r.refreshed:
+		case <-t.Context().Done():
+			t.Fatalf("the LUNs never came to be as wanted: %+v", r.views())
+		}
+	}
+}
+
+func (r *lunRig) record(t *testing.T, host string) state.LUNs {
+	t.Helper()
+	rec, err := state.LUNSets.Get(t.Context(), r.store, host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rec
+}
+
+// files are the names of what hosts wrote.
+func (r *lunRig) files(t *testing.T) []string {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(r.dir, "*", "*.disk"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, n := range names {
+		names[i] = strings.TrimPrefix(n, r.dir+"/")
+	}
+	return names
+}
+
+func ready(host string, a state.Assignment) func(lunViews) bool {
+	return func(v lunViews) bool {
+		at, _ := v.iscsi(host, a)
+		return at != nil
+	}
+}
+
+func TestLUNsAreOpenedForAnAssignment(t *testing.T) {
+	r := newLUNRig(t)
+	a := r.assign(t, "n1", r.delta)
+	if _, _, err := r.Open(initiatorName("n1"), targetName("n1")); !errors.Is(err, iscsi.ErrNotReady) {
+		t.Errorf("a login before the records are read: got %v, want %v", err, iscsi.ErrNotReady)
+	}
+	stop := r.start(t)
+	defer stop()
+	r.await(t, ready("n1", a))
+	rec := r.record(t, "n1")
+	got, _ := r.views().iscsi("n1", a)
+	disk := rec.Disks[0]
+	want := &agentapi.ISCSI{
+		Port: 3260, Target: "iqn.2026-11.dev.troupe:n1", Initiator: "iqn.2026-11.dev.troupe:n1:initiator",
+		User: "n1", Secret: disk.Secret, MutualUser: "troupe", MutualSecret: disk.MutualSecret, Base: 1, Delta: 2, Disk: disk.ID,
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+	target, chap, err := r.Open(initiatorName("n1"), targetName("n1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff([]iscsi.LUN{0, 1, 2}, target.LUNs()); d != "" {
+		t.Error(d)
+	}
+	if d := cmp.Diff(&iscsi.CHAP{User: "n1", Secret: disk.Secret, MutualUser: "troupe", MutualSecret: disk.MutualSecret}, chap); d != "" {
+		t.Error(d)
+	}
+	if d := cmp.Diff([]string{"n1/" + disk.ID + ".disk"}, r.files(t)); d != "" {
+		t.Error(d)
+	}
+	for _, tt := range []struct {
+		initiator, target string
+		want              error
+	}{
+		{initiatorName("n2"), targetName("n1"), iscsi.ErrForbidden},
+		{"iqn.1993-08.org.debian:01:1", targetName("n1"), iscsi.ErrForbidden},
+		{initiatorName("n2"), targetName("n2"), iscsi.ErrNoTarget},
+		{initiatorName("n1"), "iqn.2001-04.com.example:n1", iscsi.ErrNoTarget},
+	} {
+		if _, _, err := r.Open(tt.initiator, tt.target); !errors.Is(err, tt.want) {
+			t.Errorf("%s at %s: got %v, want %v", tt.initiator, tt.target, err, tt.want)
+		}
+	}
+	if _, names := r.Discover(initiatorName("n1")); !cmp.Equal(names, []string{targetName("n1")}) {
+		t.Errorf("n1 discovers %q", names)
+	}
+	if _, names := r.Discover(initiatorName("n2")); names != nil {
+		t.Errorf("n2 discovers %q", names)
+	}
+}
+
+func TestLUNsAreTheSameAfterARestart(t *testing.T) {
+	r := newLUNRig(t)
+	a := r.assign(t, "n1", r.delta)
+	stop := r.start(t)
+	r.await(t, ready("n1", a))
+	before, _ := r.views().iscsi("n1", a)
+	stop()
+	stray := filepath.Join(r.dir, "n9", "0123456789abcdef.disk")
+	if err := os.MkdirAll(filepath.Dir(stray), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(stray, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.again(r.store)
+	stop = r.start(t)
+	defer stop()
+	r.await(t, ready("n1", a))
+	after, _ := r.views().iscsi("n1", a)
+	if d := cmp.Diff(before, after); d != "" {
+		t.Errorf("after a restart its LUNs are others:\n%s", d)
+	}
+	if _, err := os.Stat(stray); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a file that no record knows: %v", err)
+	}
+}
+
+// Two hosts read one image, and a host's new image comes to the target that is in use.
+func TestLUNsComeWhileSessionsRun(t *testing.T) {
+	r := newLUNRig(t)
+	a1, a2 := r.assign(t, "n1", r.delta), r.assign(t, "n2", r.delta)
+	stop := r.start(t)
+	defer stop()
+	r.await(t, ready("n1", a1))
+	r.await(t, ready("n2", a2))
+	if err := r.target.login(r.luns, "n1"); err != nil {
+		t.Fatal(err)
+	}
+	target, _, err := r.Open(initiatorName("n1"), targetName("n1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a1 = r.assign(t, "n1", r.put(t, "another"))
+	r.await(t, ready("n1", a1))
+	if d := cmp.Diff([]iscsi.LUN{0, 1, 2, 3}, target.LUNs()); d != "" {
+		t.Errorf("in the target that is open:\n%s", d)
+	}
+	if len(r.target.dropped) > 0 {
+		t.Errorf("sessions were ended: %q", r.target.dropped)
+	}
+}
+
+func TestResetEndsTheSession(t *testing.T) {
+	r := newLUNRig(t)
+	a := r.assign(t, "n1", r.delta)
+	stop := r.start(t)
+	defer stop()
+	r.await(t, ready("n1", a))
+	before, _ := r.views().iscsi("n1", a)
+	old, _, err := r.Open(initiatorName("n1"), targetName("n1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.target.login(r.luns, "n1"); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Reset(t.Context(), "n1", false); err != nil {
+		t.Fatal(err)
+	}
+	another := func(v lunViews) bool {
+		at, _ := v.iscsi("n1", a)
+		return at != nil && at.Disk != before.Disk
+	}
+	r.await(t, another) // its agent hears of that, and reboots
+	if len(r.files(t)) != 2 || len(r.target.dropped) != 0 {
+		t.Fatalf("the disk that it runs from is taken from it: %q, dropped %q", r.files(t), r.target.dropped)
+	}
+	r.booting("n1")
+	for r.record(t, "n1").Current == before.Disk {
+		r.poke()
+	}
+	after, _ := r.views().iscsi("n1", a)
+	rec := r.record(t, "n1")
+	if len(rec.Disks) != 1 || rec.Current != after.Disk || after.Secret == before.Secret {
+		t.Errorf("after its boot: %+v", rec)
+	}
+	r.await(t, func(lunViews) bool { return len(r.files(t)) == 1 })
+	if d := cmp.Diff([]string{initiatorName("n1")}, r.target.dropped); d != "" {
+		t.Error(d)
+	}
+	if luns := old.LUNs(); len(luns) != 0 {
+		t.Errorf("a login that began before finds LUNs %v", luns)
+	}
+}
+
+func TestResetOfAHostThatHasNothingHere(t *testing.T) {
+	r := newLUNRig(t)
+	if err := state.Assignments.Put(t.Context(), r.store, "n1", state.Assignment{Host: "n1"}); err != nil {
+		t.Fatal(err)
+	}
+	stop := r.start(t)
+	defer stop()
+	err := r.Reset(t.Context(), "n1", true)
+	var conflict *ConflictError
+	if !errors.As(err, &conflict) {
+		t.Errorf("got %v, want a conflict", err)
+	}
+}
+
+// An image that the store has lost keeps a host waiting, with the reason, and no other one.
+func TestLUNsOfALostImage(t *testing.T) {
+	r := newLUNRig(t)
+	lost := r.put(t, "lost")
+	if err := r.blobs.Delete(t.Context(), lost.Digest); err != nil {
+		t.Fatal(err)
+	}
+	bad, good := r.assign(t, "n1", lost), r.assign(t, "n2", r.delta)
+	stop := r.start(t)
+	defer stop()
+	r.await(t, ready("n2", good))
+	r.await(t, func(v lunViews) bool {
+		at, why := v.iscsi("n1", bad)
+		return at == nil && strings.Contains(why, "no such blob")
+	})
+}
+
+// What a view tells an agent changes with what is open, and shows no secret in its version.
+func TestAssignmentOfADisklessHost(t *testing.T) {
+	v := newView(testFleet())
+	a := state.Assignment{
+		Host: "n1", ISCSI: &state.ISCSI{Size: 1 << 30},
+		Spec: agentapi.Assignment{State: agentapi.Assigned, Version: "1-abc", Host: "n1", Release: &agentapi.Release{
+			Base: agentapi.Blob{Digest: "sha256:b"}, Delta: agentapi.Blob{Digest: "sha256:d"},
+		}},
+	}
+	v.assignments = map[string]state.Assignment{"n1": a}
+	v.machines = map[string]state.Machine{testMAC: {Identity: agentapi.Identity{MAC: testMAC}, FirstSeen: time.Unix(1, 0)}}
+	id := agentapi.Identity{MAC: testMAC}
+	steps := []struct {
+		luns lunViews
+		want string
+	}{
+		{lunViews{}, "waiting: its role boots from LUNs of the server, whose iSCSI target is off (serve --iscsi-listen)"},
+		{lunViews{port: 3260}, "waiting: its disk on the server is being opened"},
+		{lunViews{port: 3260, of: map[string]lunView{"n1": {why: "disk full"}}}, "waiting: disk full"},
+		{lunViews{port: 3260, of: map[string]lunView{"n1": {disk: state.LUNDisk{ID: "d1", Secret: "hidden"}}}}, "waiting: its disk on the server is being opened"},
+		{lunViews{port: 3260, of: map[string]lunView{"n1": {
+			disk: state.LUNDisk{ID: "d1", Secret: "hidden"}, images: map[digest.Digest]uint16{"sha256:b": 1, "sha256:d": 2},
+		}}}, "assigned: "},
+	}
+	versions := map[string]bool{}
+	for _, s := range steps {
+		v.luns = s.luns
+		got := v.assignment(id)
+		if text := fmt.Sprintf("%s: %s", got.State, got.Reason); text != s.want {
+			t.Errorf("got %q, want %q", text, s.want)
+		}
+		if strings.Contains(got.Version, "hidden") {
+			t.Errorf("version %q shows a secret", got.Version)
+		}
+		versions[got.Version] = true
+	}
+	if len(versions) != len(steps)-1 { // two reasons are the same
+		t.Errorf("an agent is not told of each change: versions %v", versions)
+	}
+	if a := v.assignments["n1"]; a.Spec.ISCSI != nil {
+		t.Error("the secrets are in the record")
+	}
+}

@@ -1,0 +1,153 @@
+package reconciler
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/reconciler/state"
+)
+
+// This file decides which logical units a host has: what is in its record. It does no I/O.
+
+const (
+	// keepUnused is how long what a host wrote is kept when no assignment wants it any more: a host that left the fleet
+	// may come back, and one that went to a disk of its own, too.
+	keepUnused = 7 * 24 * time.Hour
+	// leaveGrace is how long a machine may go on with the LUNs of a host that left the fleet. An agent reboots within
+	// seconds; nobody reboots an image that is booted as it is.
+	leaveGrace = 10 * time.Minute
+	// resetGrace is how long a node that is told to reboot for a reset keeps the disk that it runs from.
+	resetGrace = time.Minute
+	// maxImageLUN is the highest number that an image gets.
+	maxImageLUN = 255
+)
+
+// lunFacts are what decides about one host's LUNs.
+type lunFacts struct {
+	assigned *state.Assignment // nil: it has none
+	running  *agentapi.Running // as its node last told; nil: unknown
+	sessions int               // that are open
+	// booting says that its machine is in its firmware, or in the agent before that has a root: it has nothing mounted.
+	booting bool
+	now     time.Time
+}
+
+// wants is what the host has on the server; nil for nothing.
+func (f lunFacts) wants() *state.ISCSI {
+	if f.assigned == nil {
+		return nil
+	}
+	return f.assigned.ISCSI
+}
+
+// images are those that the host is to run, read-only.
+func (f lunFacts) images() []digest.Digest {
+	if of := f.wants(); of == nil || of.Image != nil {
+		return nil
+	}
+	rel := f.assigned.Spec.Release
+	return []digest.Digest{rel.Base.Digest, rel.Delta.Digest}
+}
+
+// runs says whether the host may have image d mounted.
+func (f lunFacts) runs(d digest.Digest) bool {
+	if f.running == nil {
+		return f.sessions > 0
+	}
+	return f.running.Base == d || f.running.Delta == d
+}
+
+// nextLUNs is what the record of a host is to be; the zero LUNs where nothing of it is left. fresh makes the id and the
+// secrets of a disk.
+func nextLUNs(rec state.LUNs, f lunFacts, fresh func() state.LUNDisk) state.LUNs {
+	rec.Images, rec.Disks = maps.Clone(rec.Images), slices.Clone(rec.Disks)
+	of := f.wants()
+	switch {
+	case of != nil:
+		rec.Unused = time.Time{}
+	case rec.Unused.IsZero():
+		rec.Unused = f.now
+	case f.now.Sub(rec.Unused) >= keepUnused:
+		return state.LUNs{}
+	}
+	numberImages(&rec, f)
+	wanted, ok := rec.Wanted(of)
+	if of != nil && !ok {
+		wanted = fresh()
+		wanted.Image, wanted.Size, wanted.Made = of.Image, of.Size, f.now
+		rec.Disks = append(rec.Disks, wanted)
+	}
+	chooseDisk(&rec, wanted, f)
+	dropDisks(&rec, wanted.ID)
+	return rec
+}
+
+// numberImages gives each image that the host is to run its number, and takes it from those that it does not run any more.
+func numberImages(rec *state.LUNs, f lunFacts) {
+	wanted := f.images()
+	taken := map[uint16]bool{}
+	for d, n := range rec.Images {
+		if !slices.Contains(wanted, d) && !f.runs(d) {
+			delete(rec.Images, d)
+			continue
+		}
+		taken[n] = true
+	}
+	for _, d := range wanted {
+		if rec.Images[d] != 0 {
+			continue
+		}
+		for n := uint16(1); n <= maxImageLUN; n++ {
+			if !taken[n] {
+				if rec.Images == nil {
+					rec.Images = map[digest.Digest]uint16{}
+				}
+				rec.Images[d], taken[n] = n, true
+				break
+			}
+		}
+	}
+}
+
+// chooseDisk makes wanted LUN 0, at a moment at which nobody has the one before mounted: when the machine boots, or when
+// nobody ever used that. A disk that was reset waits for neither once it is not in use, or its time is up.
+func chooseDisk(rec *state.LUNs, wanted state.LUNDisk, f lunFacts) {
+	if wanted.ID == "" || rec.Current == wanted.ID {
+		return
+	}
+	cur, ok := rec.Disk(rec.Current)
+	ended := !cur.Ends.IsZero() && (f.sessions == 0 || !f.now.Before(cur.Ends))
+	if !ok || f.booting || cur.Opened.IsZero() || ended {
+		rec.Current = wanted.ID
+	}
+}
+
+// dropDisks forgets the disks that nobody needs. Of those that were neither reset nor are wanted now the newest one stays,
+// for a host that goes back to what it ran before.
+func dropDisks(rec *state.LUNs, wanted string) {
+	before := ""
+	for _, d := range rec.Disks {
+		if d.Ends.IsZero() && d.ID != rec.Current && d.ID != wanted {
+			before = d.ID
+		}
+	}
+	rec.Disks = slices.DeleteFunc(rec.Disks, func(d state.LUNDisk) bool {
+		return d.ID != rec.Current && d.ID != wanted && d.ID != before
+	})
+}
+
+// newDisk is a disk with an id and secrets that nobody can guess: 128 random bits each, as text.
+func newDisk() state.LUNDisk {
+	return state.LUNDisk{ID: randomHex(8), Secret: randomHex(16), MutualSecret: randomHex(16)}
+}
+
+func randomHex(bytes int) string {
+	b := make([]byte, bytes)
+	_, _ = rand.Read(b) // never fails: crypto/rand ends the program instead
+	return hex.EncodeToString(b)
+}
