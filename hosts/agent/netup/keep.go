@@ -22,6 +22,8 @@ const lookAfter = 15 * time.Second
 type Keeper struct {
 	Log  *slog.Logger
 	Save func(*Lease) // is told of each new answer; nil for nobody
+	// Moving is told of a lease with another address before it is set, and the old one goes; nil for nobody.
+	Moving func(*Lease)
 }
 
 // Keep renews l until ctx is done, and then returns ctx's error: first with the server that gave it, later with any, and
@@ -145,6 +147,9 @@ func (k *Keeper) swap(l, n *Lease) (*Lease, error) {
 		return n, nil
 	}
 	k.Log.Warn("the address changes", "from", l.Address, "to", n.Address, "interface", n.Interface)
+	if k.Moving != nil {
+		k.Moving(n)
+	}
 	if err := n.Apply(k.Log); err != nil {
 		return nil, err
 	}

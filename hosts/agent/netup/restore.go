@@ -1,0 +1,40 @@
+package netup
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Restore sets the lease again as far as it is gone: the interface is down, the address is missing, or no route leads to
+// peer from it. It returns whether there was something to do.
+func (l *Lease) Restore(peer netip.Addr, log *slog.Logger) (bool, error) {
+	link, err := l.link()
+	if err != nil {
+		return false, err
+	}
+	isDown := link.Attrs().RawFlags&unix.IFF_UP == 0
+	if isDown {
+		if err := netlink.LinkSetUp(link); err != nil {
+			return true, fmt.Errorf("setting %s up: %w", link.Attrs().Name, err)
+		}
+	}
+	gone, err := l.Missing()
+	if err != nil {
+		return isDown, err
+	}
+	if !isDown && !gone && reaches(peer) {
+		return false, nil
+	}
+	return true, l.Apply(log)
+}
+
+// reaches says whether the kernel knows a way to peer. Only where it says that there is none, there is none.
+func reaches(peer netip.Addr) bool {
+	_, err := netlink.RouteGet(peer.AsSlice())
+	return !errors.Is(err, unix.ENETUNREACH) && !errors.Is(err, unix.EHOSTUNREACH)
+}
