@@ -120,6 +120,16 @@ func blkpg(f *os.File, op int32, e Entry) error {
 	return fmt.Errorf("adding partition %d of %s by hand: %w", e.Number, f.Name(), errno)
 }
 
+// fitrim is ioctl FITRIM of all that there is.
+func fitrim(f *os.File) error {
+	const fitrimCall = 0xc0185879
+	r := struct{ start, length, least uint64 }{length: 1<<64 - 1}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), fitrimCall, uintptr(unsafe.Pointer(&r))); errno != 0 {
+		return errno
+	}
+	return nil
+}
+
 // format makes ext4 with our label. mke2fs clears the place of the superblock first and writes the superblock last,
 // after a flush of all the rest: where it is found, the file system is whole.
 func (m Maker) format(ctx context.Context, path string) error {

@@ -1,5 +1,5 @@
-// Package rootfs makes a root file system out of images: two read-only EROFS images, mounted from files through loop
-// devices, and a writable directory above them, joined by overlayfs (Linux, Documentation/filesystems/overlayfs.rst).
+// Package rootfs makes a root file system out of images: two read-only EROFS images, mounted from block devices or from
+// files through loop devices, and a writable directory above them, joined by overlayfs (Linux, Documentation/filesystems/overlayfs.rst).
 package rootfs
 
 import (
@@ -15,7 +15,7 @@ var ErrImage = errors.New("image does not mount")
 
 // A Spec says what to mount where. All mount points are made where they are not there.
 type Spec struct {
-	Base, Delta       string // image files
+	Base, Delta       string // images: files or block devices
 	BaseDir, DeltaDir string // where they are mounted
 	Upper, Work       string // directories of the node delta, on one file system
 	Root              string // where all of it is mounted together
@@ -59,18 +59,29 @@ func unmount(dir string) error {
 	return nil
 }
 
-// mountImage mounts an EROFS image file read-only.
+// mountImage mounts an EROFS image read-only.
 func mountImage(file, dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
+	}
+	fi, err := os.Stat(file)
+	if err != nil {
+		return err
+	}
+	if fi.Mode().Type() == os.ModeDevice { // a block device: one of characters has another bit, too
+		return mountDevice(file, file, dir)
 	}
 	loop, err := attach(file)
 	if err != nil {
 		return err
 	}
 	defer loop.Close() // the mount holds the device from here on, and autoclear frees it with the mount
-	if err := unix.Mount(loop.Name(), dir, "erofs", unix.MS_RDONLY, ""); err != nil {
-		return fmt.Errorf("%w: %s on %s: %w", ErrImage, file, dir, err)
+	return mountDevice(loop.Name(), file, dir)
+}
+
+func mountDevice(device, image, dir string) error {
+	if err := unix.Mount(device, dir, "erofs", unix.MS_RDONLY, ""); err != nil {
+		return fmt.Errorf("%w: %s on %s: %w", ErrImage, image, dir, err)
 	}
 	return nil
 }
