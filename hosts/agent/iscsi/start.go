@@ -1,0 +1,114 @@
+package iscsi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+func lockThread() { runtime.LockOSThread() } // for good: the thread becomes another program
+
+// A Session is one that a keeper holds for its starter, and, after Keep, for itself.
+type Session struct {
+	dir     string
+	process *os.Process
+	control *os.File // the keeper's descriptor controlFD
+	notice  *os.File // noticeFD
+	changed chan struct{}
+	wg      sync.WaitGroup
+}
+
+// Start starts a keeper: program is the agent's, in a file system in memory, and so is dir.
+func Start(program, dir string, c Config) (*Session, error) {
+	if err := errors.Join(os.MkdirAll(dir, 0o700), WriteConfig(dir, c)); err != nil {
+		return nil, fmt.Errorf("starting the keeper of the iSCSI session: %w", err)
+	}
+	if err := os.Remove(dir + "/" + statusFile); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("starting the keeper of the iSCSI session: %w", err)
+	}
+	theirs, control, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	notice, theirs2, err := os.Pipe()
+	null, err2 := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err := errors.Join(err, err2); err != nil {
+		return nil, errors.Join(err, theirs.Close(), control.Close())
+	}
+	p, err := os.StartProcess(program, []string{processName, Argument}, &os.ProcAttr{
+		Dir: "/", Files: []*os.File{null, null, null, theirs, theirs2},
+		Env: []string{}, Sys: &unix.SysProcAttr{Setsid: true},
+	})
+	err = errors.Join(err, theirs.Close(), theirs2.Close(), null.Close())
+	if p == nil {
+		return nil, errors.Join(fmt.Errorf("starting the keeper of the iSCSI session: %w", err), control.Close(), notice.Close())
+	}
+	s := &Session{dir: dir, process: p, control: control, notice: notice, changed: make(chan struct{}, 1)}
+	s.wg.Go(s.listen)
+	return s, nil
+}
+
+// listen wakes who waits, until the keeper ends.
+func (s *Session) listen() {
+	defer close(s.changed)
+	b := make([]byte, 64)
+	for {
+		if _, err := s.notice.Read(b); err != nil {
+			return
+		}
+		select {
+		case s.changed <- struct{}{}:
+		default: // the status is read after this anyway
+		}
+	}
+}
+
+// ErrEnded says that the keeper has ended.
+var ErrEnded = errors.New("the keeper of the iSCSI session has ended")
+
+// Await waits until the session is up. Each try that fails is told to failed.
+func (s *Session) Await(ctx context.Context, failed func(Status)) (Status, error) {
+	for {
+		st, err := ReadStatus(s.dir)
+		switch {
+		case err == nil && st.Up:
+			return st, nil
+		case err == nil:
+			failed(st)
+		case !errors.Is(err, os.ErrNotExist):
+			return st, err
+		}
+		select {
+		case <-ctx.Done():
+			return st, ctx.Err()
+		case _, ok := <-s.changed:
+			if !ok {
+				return st, ErrEnded
+			}
+		}
+	}
+}
+
+// Configure changes what is logged in to from the next try on.
+func (s *Session) Configure(c Config) error { return WriteConfig(s.dir, c) }
+
+// Keep lets the session outlive this process.
+func (s *Session) Keep() error {
+	if _, err := s.control.WriteString(keepWord); err != nil {
+		return fmt.Errorf("keeping the iSCSI session: %w", err)
+	}
+	return nil
+}
+
+// Close ends a session that is not kept, with its disks, and waits for that.
+func (s *Session) Close() error {
+	err := s.control.Close()
+	_, waitErr := s.process.Wait()
+	s.wg.Wait()
+	return errors.Join(err, waitErr, s.notice.Close())
+}
