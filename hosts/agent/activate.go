@@ -38,11 +38,17 @@ func (b *boot) tryActivate(ctx context.Context, a agentapi.Assignment) (*mounted
 	if err := check(a); err != nil {
 		return nil, err
 	}
-	if err := b.openCache(ctx, a.Disk); err != nil {
+	if isWhole(a) {
+		return nil, b.makeWay(ctx)
+	}
+	if err := b.openStorage(ctx, a); err != nil {
 		return nil, err
 	}
 	if err := b.rightKernel(ctx, a.Release); err != nil {
 		return nil, err
+	}
+	if a.ISCSI != nil {
+		return b.activateLUNs(ctx, a)
 	}
 	blobs := []agentapi.Blob{a.Release.Base, a.Release.Delta}
 	n, err := b.cache.Fetch(ctx, cache.Fetch{
@@ -61,7 +67,7 @@ func (b *boot) tryActivate(ctx context.Context, a agentapi.Assignment) (*mounted
 	}
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageFetch, Bytes: b.fetched})
 	b.fetched = 0
-	m, err := b.mount(a)
+	m, err := b.mount(a, b.cache.Path(a.Release.Base.Digest), b.cache.Path(a.Release.Delta.Digest))
 	if errors.Is(err, rootfs.ErrImage) {
 		return nil, b.dropBroken(blobs, err)
 	}
@@ -93,13 +99,18 @@ func (b *boot) openCache(ctx context.Context, spec agentapi.Disks) error {
 	if found, err = maker.Mount(ctx, found, cacheDir); err != nil {
 		return err
 	}
-	c, err := openMounted(cacheDir, &found, b.log)
+	return b.useCache(&found, "")
+}
+
+// useCache opens a cache that is mounted on cacheDir.
+func (b *boot) useCache(found *disk.Found, where string) error {
+	c, err := openMounted(cacheDir, found, b.log)
 	if err != nil {
 		return errors.Join(err, unix.Unmount(cacheDir, 0))
 	}
 	b.cache = c
 	b.rep.update(false, func(r *agentapi.Report) { r.Cached = cached(c) })
-	b.rep.mark(agentapi.Mark{Stage: agentapi.StageCache, Detail: cacheDetail(found)})
+	b.rep.mark(agentapi.Mark{Stage: agentapi.StageCache, Detail: cacheDetail(*found) + where})
 	return nil
 }
 
@@ -243,14 +254,14 @@ func (b *boot) dropBroken(blobs []agentapi.Blob, why error) error {
 // deltaID names the node delta of an assignment.
 func deltaID(a agentapi.Assignment) string { return cache.DeltaID(a.Host, a.Release.ID, a.Node.Digest) }
 
-// mount joins the images and the node delta, and seeds the latter where it is new.
-func (b *boot) mount(a agentapi.Assignment) (*mounted, error) {
+// mount joins the images, files or block devices, and the node delta, and seeds the latter where it is new.
+func (b *boot) mount(a agentapi.Assignment, base, delta string) (*mounted, error) {
 	d, err := b.cache.Delta(deltaID(a))
 	if err != nil {
 		return nil, err
 	}
 	spec := rootfs.Spec{
-		Base: b.cache.Path(a.Release.Base.Digest), Delta: b.cache.Path(a.Release.Delta.Digest),
+		Base: base, Delta: delta,
 		BaseDir: baseDir, DeltaDir: deltaDir, Upper: d.Upper, Work: d.Work, Root: newRoot,
 	}
 	if err := rootfs.Mount(spec); err != nil {

@@ -5,6 +5,7 @@
 //
 //	unclaimed, waiting   show it, report, ask again. No disk is written to, and none is mounted
 //	assigned             cache -> right kernel? -> fetch what is missing -> mount -> seed the node delta -> switch_root
+//	assigned, iSCSI      log in, LUNs -> right kernel? -> mount -> seed the node delta -> switch_root
 //
 // As a service of the booted system (Serve) it reports, checks the node's health, keeps the DHCP lease, and follows the
 // assignment: it fetches a new release beside the running one and then reboots into it.
@@ -38,12 +39,18 @@ func check(a agentapi.Assignment) error {
 		return fmt.Errorf("assignment %q is %q, not assigned", a.Version, a.State)
 	case a.Host == "" || a.Release == nil:
 		return errors.New("the assignment names no host or no release")
-	case a.Release.Base.Digest == "" || a.Release.Delta.Digest == "" || a.Release.ID == "":
+	case a.Release.ID == "" || !isWhole(a) && (a.Release.Base.Digest == "" || a.Release.Delta.Digest == ""):
 		return errors.New("the release has no base, no delta or no name")
 	case a.Node.Hostname == "" || strings.ContainsAny(a.Node.Hostname+a.Node.Domain, " \t\n/"):
 		return fmt.Errorf("the assignment's host name %q is none", a.Node.Hostname)
 	}
 	return nil
+}
+
+// isWhole says whether an assignment is for a disk image with a boot loader of its own, which firmware boots and no agent.
+// Whoever hears of it is of a boot before that.
+func isWhole(a agentapi.Assignment) bool {
+	return a.ISCSI != nil && a.Release != nil && a.Release.Base.Digest == "" && a.Release.Delta.Digest == ""
 }
 
 // machineID is machine-id(5) of a node: the same at each boot, another one on each machine and for each host.

@@ -42,7 +42,9 @@ type boot struct {
 	fol       *follower
 	cache     *cache.Cache  // nil until it was opened
 	drivers   chan struct{} // closed once the drivers were loaded
-	copied    chan error    // has room for one: how copyProgram ended
+	copied    chan struct{} // closed once the program was copied to agentFile, or copyErr says why not
+	copyErr   error
+	luns      *luns         // nil: the images are in a cache on a disk of the machine
 	fsReady   chan struct{} // closed once fsModules were tried
 	place     string        // what the last mark of StageAgent says
 	shown     string        // what the last mark of StageWait says
@@ -63,7 +65,7 @@ func Init(ctx context.Context) error {
 		log.Error("the first mounts are not whole", "error", mountErr)
 	}
 	b := &boot{
-		log: log, drivers: make(chan struct{}), fsReady: make(chan struct{}), copied: make(chan error, 1), force: forceReboot,
+		log: log, drivers: make(chan struct{}), fsReady: make(chan struct{}), copied: make(chan struct{}), force: forceReboot,
 		resolv: resolvConf, patience: strangerPatience, panics: setPanic(panicReboot),
 	}
 	shells, stopShells := context.WithCancel(ctx)
@@ -141,7 +143,8 @@ func (b *boot) loadDrivers(wg *sync.WaitGroup) {
 		}
 		close(b.fsReady)
 		b.log.Debug("modules of file systems loaded", "at", sinceBoot())
-		b.copied <- copyProgram(agentFile)
+		b.copyErr = copyProgram(agentFile)
+		close(b.copied)
 	})
 }
 

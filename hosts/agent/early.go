@@ -121,11 +121,16 @@ func syncDisks() error {
 }
 
 // forceReboot writes what is cached to the disks and boots the machine anew, also where a disk hangs: to end that may be
-// what the reboot is for. It returns only with an error.
+// what the reboot is for. The kernel's own way down waits for such a disk, too, and for an iSCSI target that is away it
+// waits for ever; then it is left out. It returns only with an error.
 func forceReboot() error {
 	err := syncDisks()
-	return errors.Join(unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART), err)
+	err = errors.Join(bounded(rebootLimit, func() error { return unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART) }), err)
+	return errors.Join(os.WriteFile("/proc/sysrq-trigger", []byte("b"), 0), err)
 }
+
+// rebootLimit is how long the kernel may take for its way down.
+const rebootLimit = 30 * time.Second
 
 // awaitReboot reboots after a while; until then people can look, and use the shell on the console.
 func awaitReboot(ctx context.Context, log *slog.Logger, after time.Duration) error {

@@ -48,7 +48,8 @@ func (b *boot) leave(ctx context.Context, m *mounted) error {
 		return err
 	}
 	b.remember(m)
-	if err := errors.Join(installService(), <-b.copied); err != nil {
+	<-b.copied
+	if err := errors.Join(installService(), b.copyErr); err != nil {
 		return err
 	}
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageSwitch, Detail: init})
@@ -63,6 +64,11 @@ func (b *boot) leave(ctx context.Context, m *mounted) error {
 	})
 	if err != nil {
 		return err
+	}
+	if b.luns != nil {
+		if err := b.luns.session.Keep(); err != nil {
+			return err
+		}
 	}
 	if b.panics != "" {
 		setPanic(b.panics)

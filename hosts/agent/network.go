@@ -67,6 +67,7 @@ func (b *boot) speak() {
 		return agentapi.Hello{Identity: b.id, BootID: b.cmd.Boot, Agent: version.String(), Kernel: b.cmd.Kernel, Inventory: b.inv}
 	})
 	b.rep.onReply = b.fol.reply
+	b.rep.session = sessionStatus
 }
 
 // take goes on with a lease that was found. Nobody else uses the identity until the server was greeted.
@@ -178,7 +179,7 @@ func (b *boot) hasOther(l *netup.Lease) bool {
 // keepLease renews the lease until stop is called, which waits for the end of that.
 func (b *boot) keepLease(ctx context.Context) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
-	keeper := netup.Keeper{Log: b.log, Save: func(l *netup.Lease) { b.lease.Store(l) }}
+	keeper := netup.Keeper{Log: b.log, Save: func(l *netup.Lease) { b.lease.Store(l) }, Moving: moveSession(b.log)}
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = keeper.Keep(ctx, b.lease.Load()) }) // ends with its context, and with nothing else
 	return func() {

@@ -35,6 +35,7 @@ type reporter struct {
 	log     *slog.Logger
 	onReply func(agentapi.ReportReply)
 	save    func(marks []agentapi.Mark) // is told of the marks that are not acknowledged; may be nil
+	session func() *agentapi.Session    // how the session is; nil for none
 
 	// sending has room for one: what two reports at a time acknowledged could not be told apart.
 	sending chan struct{}
@@ -188,6 +189,9 @@ func (r *reporter) send(ctx context.Context) error {
 	rep.Marks = slices.Clone(rep.Marks)
 	r.mu.Unlock()
 	rep.Uptime = sinceBoot()
+	if r.session != nil {
+		rep.Session = r.session()
+	}
 	reply, err := r.client.Report(ctx, rep)
 	if err != nil {
 		return err

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/hosts/agent/cache"
+	"github.com/troupe-dev/troupe/hosts/agent/disk"
 	"github.com/troupe-dev/troupe/hosts/agent/health"
 	"github.com/troupe-dev/troupe/hosts/agent/netup"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
@@ -76,6 +77,9 @@ func newService(statePath string, log *slog.Logger) (*service, error) {
 	s.fol = newFollower(s.client, log, s.hello)
 	s.fol.latest = st.Assignment
 	s.rep.onReply = s.fol.reply
+	if st.Assignment.ISCSI != nil {
+		s.rep.session = sessionStatus
+	}
 	return s, nil
 }
 
@@ -113,7 +117,7 @@ func (s *service) run(ctx context.Context) error {
 	wg.Go(func() { s.fol.run(ctx) })
 	wg.Go(s.trimDeltas)
 	if l := s.state.get().Lease; l != nil {
-		k := netup.Keeper{Log: s.log, Save: s.saveLease}
+		k := netup.Keeper{Log: s.log, Save: s.saveLease, Moving: moveSession(s.log)}
 		wg.Go(func() { _ = k.Keep(ctx, l) }) // ends with its context, and with nothing else
 	}
 	return s.pursue(ctx)
@@ -122,7 +126,13 @@ func (s *service) run(ctx context.Context) error {
 // trimDeltas leaves as many node deltas as are kept. It is here, and not in the first life, since a boot does not wait
 // for the removal of a hundred thousand files.
 func (s *service) trimDeltas() {
-	_, err := inBackground(func() (int64, error) { return 0, s.cache.TrimDeltas(s.state.get().NodeDelta) })
+	_, err := inBackground(func() (int64, error) {
+		err := s.cache.TrimDeltas(s.state.get().NodeDelta)
+		if s.state.get().Assignment.ISCSI != nil { // what the server keeps of it is the server's room
+			err = errors.Join(err, disk.Trim(s.cache.Dir()))
+		}
+		return 0, err
+	})
 	if err != nil {
 		s.log.Warn("old node deltas cannot be removed", "error", err)
 	}
@@ -206,7 +216,7 @@ type decision string
 const (
 	goOn     decision = "go on"    // as it runs
 	adopt    decision = "adopt"    // without a reboot: only words or checks differ
-	moveOn   decision = "move on"  // fetch, and reboot into it
+	moveOn   decision = "move on"  // fetch, where the images are to be in a cache, and reboot into it
 	discover decision = "discover" // no host is this machine any more: reboot, to be found anew
 )
 
@@ -221,8 +231,15 @@ func decide(now, a agentapi.Assignment) decision {
 		return moveOn // which says what is wrong with it
 	case a.Host != now.Host || a.Release.ID != now.Release.ID || a.Node.Digest != now.Node.Digest:
 		return moveOn
+	case (a.ISCSI == nil) != (now.ISCSI == nil) || isReset(now, a):
+		return moveOn
 	}
 	return adopt
+}
+
+// isReset says whether the server has another disk for the node than the one that it runs from.
+func isReset(now, a agentapi.Assignment) bool {
+	return a.ISCSI != nil && now.ISCSI != nil && a.ISCSI.Disk != now.ISCSI.Disk
 }
 
 // adopt takes over an assignment that the running system already is.
@@ -230,6 +247,11 @@ func (s *service) adopt(a agentapi.Assignment) {
 	s.log.Info("assignment adopted without a reboot", "generation", a.Generation, "role", a.Role)
 	if err := s.state.change(func(st *RunState) { st.Assignment = a }); err != nil {
 		s.log.Warn("the assignment cannot be kept", "error", err)
+	}
+	if a.ISCSI != nil {
+		if err := adoptSession(a.ISCSI); err != nil {
+			s.log.Error("the iSCSI session is not told of its new secrets", "error", err)
+		}
 	}
 	use := s.cache.State().Current
 	use.Role, use.Generation = a.Role, a.Generation
@@ -284,6 +306,9 @@ func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision
 			return err
 		}
 		why, goal = fmt.Sprintf("generation %d, role %s", a.Generation, a.Role), deltaID(a)
+		if isReset(s.state.get().Assignment, a) {
+			why += "; its disk was reset"
+		}
 		if err := s.stage(ctx, a); err != nil {
 			if ctx.Err() != nil || !s.needsRepair(err) {
 				return err
@@ -303,8 +328,15 @@ func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision
 		return ctx.Err()
 	}
 	// A reboot that cannot be counted could be the first of many. One from a cache that the kernel made read-only is
-	// none of them: it repairs the cache, or does not come to a switch.
-	err = s.cache.SetState(func(st *cache.State) { st.Goal, st.GoalTries = goal, tries+1 })
+	// none of them: it repairs the cache, or does not come to a switch. One away from a disk that does not answer is none
+	// either.
+	err = bounded(syncLimit, func() error {
+		return s.cache.SetState(func(st *cache.State) { st.Goal, st.GoalTries = goal, tries+1 })
+	})
+	if errors.Is(err, errPatience) {
+		s.log.Warn("the disk does not answer, the reboot is not counted", "error", err)
+		return nil
+	}
 	if errors.Is(err, unix.EROFS) {
 		s.log.Warn("the cache is read-only, the reboot is not counted", "error", err)
 		return nil
@@ -372,9 +404,18 @@ func (s *service) confirm(ctx context.Context) error {
 	return nil
 }
 
-// stage brings what a release needs into the cache, beside the one that runs.
+// stage brings what a release needs into the cache, beside the one that runs. There is nothing to bring where it runs from
+// the server's LUNs, and no cache to bring it to where the node runs from them now.
 func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
 	st := s.state.get()
+	if a.ISCSI != nil {
+		s.rep.update(true, func(r *agentapi.Report) { r.Staged = a.Release.ID })
+		s.rep.mark(agentapi.Mark{Stage: agentapi.StageStage, Detail: a.Release.ID.Short() + ", from LUNs"})
+		return nil
+	}
+	if st.Assignment.ISCSI != nil {
+		return nil
+	}
 	now := st.Assignment.Release
 	f := cache.Fetch{
 		Source: s.client, Blobs: []agentapi.Blob{a.Release.Base, a.Release.Delta},

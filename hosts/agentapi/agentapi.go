@@ -231,6 +231,8 @@ type Report struct {
 	Staged digest.Digest   `json:"staged,omitempty"`
 	Fetch  *Progress       `json:"fetch,omitempty"`  // a transfer under way
 	Cached []digest.Digest `json:"cached,omitempty"` // whole, verified images in the cache
+	// Session is how the session is that the root depends on; nil where the node runs from a disk of its own.
+	Session *Session `json:"session,omitempty"`
 	// Error is what keeps the node from its assignment, "" when nothing does. It may be something that the node expects to
 	// get past by trying again; where it does not, StageFailed is marked, too.
 	Error string `json:"error,omitempty"`
@@ -252,6 +254,13 @@ type Running struct {
 type Health struct {
 	Healthy bool     `json:"healthy"`
 	Failing []string `json:"failing,omitempty"` // one line for each check that does not pass
+}
+
+// Session is how a node's iSCSI session is.
+type Session struct {
+	Up     bool   `json:"up"`
+	Logins int    `json:"logins"`          // in this boot; each after the first was a recovery
+	Error  string `json:"error,omitempty"` // why it is not up
 }
 
 // Progress is a transfer under way.
