@@ -109,13 +109,13 @@ func (u *Unit) modeHeader(c *Command) (pages int, _ Sense) {
 	case len(b) < header+descriptor:
 		return 0, senseListLength
 	}
-	// The capacity and the size of blocks stay what they are; a number of blocks of zero says so too (SBC-3 6.5.2).
-	got := b[header : header+descriptor]
-	size := len(want) - 4
-	if binary.BigEndian.Uint32(got[size:])&0xffffff != blockSize {
-		return 0, invalidParameter(uint16(header+size), -1) //nolint:gosec // at most 24
+	// The capacity and the size of blocks stay what they are; a number of blocks of zero says so too (SBC-3 6.5.2). Of
+	// the four bytes of the size, a short descriptor has three.
+	got, count := b[header:header+descriptor], descriptor/2
+	if binary.BigEndian.Uint32(got[descriptor-4:])&0xffffff != blockSize {
+		return 0, invalidParameter(uint16(header+descriptor-4), -1) //nolint:gosec // at most 24
 	}
-	if n := got[:size]; !isZero(n[:4]) && string(n) != string(want[:size]) {
+	if n := got[:count]; !isZero(n) && string(n) != string(want[:count]) {
 		return 0, invalidParameter(uint16(header), -1) //nolint:gosec // 4 or 8
 	}
 	return header + descriptor, Sense{}
