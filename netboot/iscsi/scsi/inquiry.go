@@ -148,7 +148,7 @@ func (u *Unit) naa() []byte {
 // The limits that VPD page B0h tells, in blocks.
 const (
 	maxCompare     = 255     // COMPARE AND WRITE; its CDB has no room for more
-	maxWriteSame   = 1 << 16 // 32 MiB
+	maxWriteSame   = 0xfff8  // some 32 MiB: whole physical blocks, and within what WRITE SAME (10) can say
 	maxUnmap       = 1 << 20 // 512 MiB, of all descriptors of an UNMAP
 	maxUnmapRanges = 256
 	optimalBlocks  = 2048 // 1 MiB

@@ -191,3 +191,13 @@ func TestGetLBAStatusIsBoundedAndMovesOn(t *testing.T) {
 		at += blocks
 	}
 }
+
+func TestWriteSameIsBounded(t *testing.T) {
+	u, err := NewUnit(vast{newMemory(blockSize)}, Config{Serial: "1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := u.Attach(Port{Name: "a"}, func() {})
+	wantSense(t, do(n, opTestUnitReady6(), nil), attentionPowerOn)
+	wantSense(t, do(n, cdb16(opWriteSame16, sameUnmap, 0, maxWriteSame+1), make([]byte, 512)), invalidCDB(10, -1))
+}
