@@ -12,7 +12,7 @@ func prepareReadCapacity10(n *Nexus, c *Command) {
 		return
 	}
 	last := min(n.unit.blocks-1, 0xffffffff)
-	b := binary.BigEndian.AppendUint32(nil, uint32(last))
+	b := binary.BigEndian.AppendUint32(nil, uint32(last)) //nolint:gosec // it is bounded
 	c.reply(binary.BigEndian.AppendUint32(b, blockSize), 8)
 }
 
@@ -54,7 +54,7 @@ func executeLBAStatus(n *Nexus, c *Command) {
 	for i, lba := uint64(0), c.lba; lba < n.unit.blocks && i < maxExtents && uint64(len(b)) < max(allocation, 24); i++ {
 		blocks, mapped := n.unit.mapped(lba)
 		b = binary.BigEndian.AppendUint64(b, lba)
-		b = binary.BigEndian.AppendUint32(b, uint32(blocks))
+		b = binary.BigEndian.AppendUint32(b, uint32(blocks)) //nolint:gosec // mapped bounds it
 		b = append(b, 0, 0, 0, 0)
 		if !mapped {
 			b[len(b)-4] = 1

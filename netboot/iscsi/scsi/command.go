@@ -42,6 +42,11 @@ type command struct {
 	execute func(*Nexus, *Command)
 }
 
+// length is that of the CDB.
+func (r *command) length() byte { return byte(len(r.usage) + 1) } //nolint:gosec // at most 16
+
+func (r *command) actionByte() byte { return byte(r.action & 0x1f) }
+
 // A table finds the row of a CDB.
 type table struct {
 	rows     []command
@@ -144,7 +149,7 @@ func (n *Nexus) Execute(c *Command) {
 
 // ReadFailed turns the outcome of a command whose c.Read the transport could not read into that of a medium error.
 func (n *Nexus) ReadFailed(c *Command, err error) {
-	lba := uint64(c.Read.Off) / blockSize
+	lba := uint64(c.Read.Off) / blockSize //nolint:gosec // Prepare set it
 	n.refuse(c, mediumSense(err, senseReadError).information(lba))
 }
 

@@ -203,6 +203,7 @@ type nothing struct{ *memory }
 func (nothing) WriteAt(p []byte, _ int64) (int, error) { return len(p), nil }
 
 func benchNexus(b *testing.B) *Nexus {
+	b.Helper()
 	u, err := NewUnit(nothing{newMemory(1 << 20)}, Config{Serial: "1"})
 	if err != nil {
 		b.Fatal(err)

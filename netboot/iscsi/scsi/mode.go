@@ -191,6 +191,6 @@ func (u *Unit) blockDescriptor(none, long bool) []byte {
 		b := binary.BigEndian.AppendUint64(nil, u.blocks)
 		return binary.BigEndian.AppendUint32(append(b, 0, 0, 0, 0), blockSize)
 	}
-	b := binary.BigEndian.AppendUint32(nil, uint32(min(u.blocks, 0xffffffff)))
+	b := binary.BigEndian.AppendUint32(nil, uint32(min(u.blocks, 0xffffffff))) //nolint:gosec // it is bounded
 	return binary.BigEndian.AppendUint32(b, blockSize)
 }

@@ -105,7 +105,7 @@ func (u *Unit) modeHeader(c *Command) (pages int, _ Sense) {
 	case descriptor == 0:
 		return header, Sense{}
 	case descriptor != len(want):
-		return 0, invalidParameter(uint16(header-2), -1) //nolint:gosec // 4 or 8
+		return 0, invalidParameter(uint16(header-2), -1)
 	case len(b) < header+descriptor:
 		return 0, senseListLength
 	}
@@ -116,7 +116,7 @@ func (u *Unit) modeHeader(c *Command) (pages int, _ Sense) {
 		return 0, invalidParameter(uint16(header+descriptor-4), -1) //nolint:gosec // at most 24
 	}
 	if n := got[:count]; !isZero(n) && string(n) != string(want[:count]) {
-		return 0, invalidParameter(uint16(header), -1) //nolint:gosec // 4 or 8
+		return 0, invalidParameter(uint16(header), -1)
 	}
 	return header + descriptor, Sense{}
 }

@@ -52,13 +52,13 @@ func (t *table) describeAll(timeouts bool) []byte {
 	for _, r := range t.rows {
 		d := [8]byte{r.opcode}
 		if r.action != noAction {
-			d[3] = byte(r.action)
+			d[3] = r.actionByte()
 			d[5] |= hasAction
 		}
 		if timeouts {
 			d[5] |= hasTimeouts
 		}
-		d[7] = byte(len(r.usage) + 1)
+		d[7] = r.length()
 		b = append(b, d[:]...)
 		if timeouts {
 			b = appendTimeouts(b)
@@ -74,10 +74,10 @@ func (r *command) describe(timeouts bool) []byte {
 	if r == nil {
 		return []byte{0, notSupported, 0, 0}
 	}
-	b := []byte{0, supportedAsSPC, 0, byte(len(r.usage) + 1), r.opcode}
+	b := []byte{0, supportedAsSPC, 0, r.length(), r.opcode}
 	b = append(b, r.usage...)
 	if r.action != noAction {
-		b[5] |= byte(r.action)
+		b[5] |= r.actionByte()
 	}
 	if timeouts {
 		b[1] |= hasTimeoutsOfOp

@@ -53,7 +53,7 @@ func executeWriteSame(n *Nexus, c *Command) {
 	}
 	u.stripes.share(p)
 	defer u.stripes.unshare(p)
-	ok := false
+	var ok bool
 	if isZero(c.Out) {
 		ok = u.zero(c, c.lba, c.blocks, c.CDB[1]&sameUnmap != 0)
 	} else {
@@ -78,7 +78,7 @@ func (u *Unit) zero(c *Command, lba, blocks uint64, unmap bool) bool {
 // repeat writes one block to all blocks of c.
 func (u *Unit) repeat(c *Command, block []byte) bool {
 	total := offset(c.blocks)
-	buf := bytes.Repeat(block, int(min(c.blocks, chunk/blockSize)))
+	buf := bytes.Repeat(block, int(min(c.blocks, chunk/blockSize))) //nolint:gosec // it is bounded
 	for done := int64(0); done < total; {
 		b := buf[:min(int64(len(buf)), total-done)]
 		if _, err := u.medium.WriteAt(b, offset(c.lba)+done); err != nil {

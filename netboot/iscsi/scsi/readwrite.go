@@ -178,7 +178,7 @@ func executeSync(n *Nexus, c *Command) {
 }
 
 // offset is where a block begins, in bytes. The address was checked against the capacity, which an int64 holds.
-func offset(block uint64) int64 { return int64(block * blockSize) }
+func offset(block uint64) int64 { return int64(block * blockSize) } //nolint:gosec // see above
 
 // mediumSense is the sense of an error of the Medium; medium is that of one in a part of itself.
 func mediumSense(err error, medium Sense) Sense {

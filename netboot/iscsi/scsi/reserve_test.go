@@ -181,7 +181,8 @@ func TestReserveAccess(t *testing.T) {
 			}
 			for _, cdb := range [][]byte{
 				opTestUnitReady6(), inquiry(0, 0, 36), readCapacity16(32), append(reportLUNs(0, 16), 0, 0),
-				{opStartStop, 0, 0, 0, startStart, 0}, {opPersistentIn, inFullStatus, 0, 0, 0, 0, 0, 0, 8, 0},
+				{opStartStop, 0, 0, 0, startStart, 0},
+				{opPersistentIn, inFullStatus, 0, 0, 0, 0, 0, 0, 8, 0},
 			} {
 				wantGood(t, do(c.c, cdb, nil))
 			}

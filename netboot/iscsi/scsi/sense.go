@@ -103,7 +103,7 @@ func (s Sense) appendDescriptors(b []byte) []byte {
 		b = append(b, 0x02, 6, 0, 0, 0, 0, 0, 0)
 		s.Field.put(b[len(b)-4 : len(b)-1])
 	}
-	b[start+7] = byte(len(b) - start - descriptorHeader)
+	b[start+7] = byte(len(b) - start - descriptorHeader) //nolint:gosec // two descriptors, 20 bytes
 	return b
 }
 

@@ -21,7 +21,7 @@ func spanOf(lba, blocks uint64) span {
 		return span{}
 	}
 	first, last := lba/stripeBlocks, (lba+blocks-1)/stripeBlocks
-	return span{int(first % stripeCount), int(min(last-first+1, stripeCount))}
+	return span{int(first % stripeCount), int(min(last-first+1, stripeCount))} //nolint:gosec // both are at most stripeCount
 }
 
 // each calls f for the stripes of a span by rising index.

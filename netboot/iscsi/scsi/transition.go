@@ -289,7 +289,7 @@ func (t *transition) registerAndMove(mine int, list []byte, canKeep bool) verdic
 		return refused(invalidParameter(8, -1))
 	case !known:
 		return refused(invalidParameter(18, -1))
-	case uint64(binary.BigEndian.Uint32(list[20:])) != uint64(len(list)-outLength):
+	case int64(binary.BigEndian.Uint32(list[20:])) != int64(len(list)-outLength):
 		return refused(senseListLength)
 	case !ok || len(rest) > 0:
 		return refused(invalidParameter(24, -1))

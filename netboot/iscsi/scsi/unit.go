@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -182,10 +183,8 @@ func (n *Nexus) Detach() {
 
 // attend queues a unit attention, once of each kind. The unit's mu is held.
 func (n *Nexus) attend(s Sense) {
-	for _, a := range n.attentions {
-		if a == s {
-			return
-		}
+	if slices.Contains(n.attentions, s) {
+		return
 	}
 	// A reset says more than all that was before it (SAM-5 5.14.2).
 	if s.ASC == 0x29 {
@@ -206,7 +205,7 @@ func (n *Nexus) attention() (Sense, bool) {
 		return Sense{}, false
 	}
 	s := n.attentions[0]
-	n.attentions = append(n.attentions[:0], n.attentions[1:]...)
+	n.attentions = slices.Delete(n.attentions, 0, 1)
 	u.bar(n)
 	return s, true
 }
@@ -216,13 +215,7 @@ func (n *Nexus) LUNsReported() {
 	u := n.unit
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	kept := n.attentions[:0]
-	for _, a := range n.attentions {
-		if a != attentionLUNs {
-			kept = append(kept, a)
-		}
-	}
-	n.attentions = kept
+	n.attentions = slices.DeleteFunc(n.attentions, func(s Sense) bool { return s == attentionLUNs })
 	u.bar(n)
 }
 

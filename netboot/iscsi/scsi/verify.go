@@ -107,7 +107,7 @@ func mismatch(a, b []byte) int {
 // read reads a part of the medium.
 func (u *Unit) read(c *Command, b []byte, off int64) bool {
 	if _, err := u.medium.ReadAt(b, off); err != nil {
-		c.fail(mediumSense(err, senseReadError).information(uint64(off) / blockSize))
+		c.fail(mediumSense(err, senseReadError).information(uint64(off) / blockSize)) //nolint:gosec // no offset is negative
 		return false
 	}
 	return true

@@ -176,7 +176,7 @@ func TestWriteAndVerify(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t)
-			for check := byte(0); check < 2; check++ {
+			for check := range byte(2) {
 				data := fill('A'+check, 3*blockSize)
 				b.good(cdb(check, 4, 3), data)
 				if got := b.read(b.good(cdb10(opRead10, 0, 4, 3), nil)); !bytes.Equal(got, data) {
