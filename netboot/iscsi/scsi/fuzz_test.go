@@ -212,3 +212,45 @@ func benchNexus(b *testing.B) *Nexus {
 	n.Execute(&Command{CDB: opTestUnitReady6()})
 	return n
 }
+
+// FuzzReservations sends a PERSISTENT RESERVE OUT with any list to a unit with registrations, and has a second unit load what
+// the first one kept.
+func FuzzReservations(f *testing.F) {
+	id := transportID(portName("c"))
+	f.Add(byte(outRegister), byte(0), append(make([]byte, 24), specify(id)...))
+	f.Add(byte(outRegisterIgnore), byte(0), append(make([]byte, 15), 1, 0, 0, 0, 0, outAPTPL, 0, 0, 0))
+	f.Add(byte(outPreemptAbort), byte(exclusiveAccess), append(make([]byte, 7), 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0))
+	f.Add(byte(outRegisterMove), byte(0), append(append(make([]byte, 7), 1, 0, 0, 0, 0, 0, 0, 0, 9, 0, outAPTPL, 0, 1, 0, 0, 0, byte(len(id))), id...))
+	f.Fuzz(func(t *testing.T, action, kind byte, list []byte) {
+		for _, held := range []byte{0, writeExclusive, exclusiveAccessRegistrantsOnly, writeExclusiveAllRegistrants} {
+			k := &keeper{}
+			u, err := NewUnit(newMemory(blockSize), Config{Serial: "1", Keep: k})
+			if err != nil {
+				t.Fatal(err)
+			}
+			a := u.Attach(Port{Name: portName("a"), Target: targetName, RelativeID: 1}, func() {})
+			b := u.Attach(Port{Name: portName("b"), Target: targetName, RelativeID: 1}, func() {})
+			for i, n := range []*Nexus{a, b} {
+				run(t, n, opTestUnitReady6(), nil)
+				wantGood(t, out(n, outRegister, 0, 0, uint64(i+1), outAPTPL))
+			}
+			if held != 0 {
+				wantGood(t, out(a, outReserve, held, 1, 0, 0))
+			}
+			checkOutcome(t, u, outList(a, action&0x1f, kind, list))
+			if err := u.persistent.check(); err != nil {
+				t.Fatal(err)
+			}
+			for action := range byte(4) {
+				checkOutcome(t, u, in(b, action))
+			}
+			again, err := NewUnit(newMemory(blockSize), Config{Serial: "1", Keep: k})
+			if err != nil {
+				t.Fatalf("what was kept: %v", err)
+			}
+			if u.persistent.keep && len(again.persistent.Registrations) != len(u.persistent.Registrations) {
+				t.Fatalf("%d registrations of %d are kept", len(again.persistent.Registrations), len(u.persistent.Registrations))
+			}
+		}
+	})
+}

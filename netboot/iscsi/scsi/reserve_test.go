@@ -553,7 +553,8 @@ func TestLegacyReserve(t *testing.T) {
 			wantGood(t, do(c.a, k.reserve, nil))
 			for _, cdb := range [][]byte{
 				k.reserve, opTestUnitReady6(), modeSense6(0, 0x3f, 0, 255), cdb10(opRead10, 0, 0, 1), cdb10(opWrite10, 0, 0, 1),
-				{opPersistentIn, inReadKeys, 9: 0}, cdb10(opSyncCache10, 0, 0, 0),
+				{opPersistentIn, inReadKeys, 9: 0},
+				cdb10(opSyncCache10, 0, 0, 0),
 			} {
 				wantStatus(t, do(c.b, cdb, fill(0, blockSize)), ReservationConflict)
 			}

@@ -1,6 +1,9 @@
 // Package scsi is what a SCSI disk does with the commands that it is sent: SPC-4 and SBC-3, as far as Linux, Windows,
 // iPXE, QEMU and the conformance tests of libiscsi use them. It knows no transport: package iscsi brings commands here
 // and carries the outcome back.
+//
+// A Unit makes COMPARE AND WRITE and ORWRITE atomic against all other writes through the same Unit. A Medium that several
+// targets write to therefore belongs to one Unit, which all of them have; only a Medium that is read may have many.
 package scsi
 
 import (

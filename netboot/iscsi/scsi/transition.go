@@ -23,6 +23,7 @@ type transition struct {
 	ports map[uint16]string // the names of the target ports, by relative identifier
 
 	key, actionKey uint64
+	before         byte // the type of the reservation that is preempted
 	notices        []notice
 	aborts         []registration
 }
@@ -242,60 +243,59 @@ func (t *transition) preempt(mine int, kind byte, abort bool) verdict {
 		}
 		return takes && all || t.Registrations[i].Key == t.actionKey
 	}
-	none := true
-	for i, r := range t.Registrations {
-		if !gone(i) {
-			continue
-		}
-		none = false
-		t.notices = append(t.notices, notice{r, attentionUnregister})
-		if abort {
-			t.aborts = append(t.aborts, r)
-		}
-	}
-	if none && !takes {
+	if lost := t.unregisterAll(gone, abort); lost == 0 && !takes {
 		return conflict
 	}
-	before := t.Type
-	t.remove(gone)
 	if takes {
-		t.Type, t.Holder = kind, t.find(t.me)
-		if allRegistrants(kind) {
-			t.Holder = 0
-		}
-		if before != kind {
-			// Those that are still registered find the reservation of another type. Who lost its registration heard so
-			// above, and hears only that.
-			t.tellOthers(t.find(t.me), attentionReleased)
-		}
+		t.takeOver(kind)
 	}
 	t.generation++
 	return granted
 }
 
+// unregisterAll takes registrations away, tells their nexuses, and counts them.
+func (t *transition) unregisterAll(gone func(i int) bool, abort bool) (lost int) {
+	for i, r := range t.Registrations {
+		if !gone(i) {
+			continue
+		}
+		lost++
+		t.notices = append(t.notices, notice{r, attentionUnregister})
+		if abort {
+			t.aborts = append(t.aborts, r)
+		}
+	}
+	t.before = t.Type
+	t.remove(gone)
+	return lost
+}
+
+// takeOver gives this nexus the reservation that it preempted. If that is of another type now, those that are still
+// registered are told; who lost its registration hears only that.
+func (t *transition) takeOver(kind byte) {
+	mine := t.find(t.me)
+	t.Type, t.Holder = kind, mine
+	if allRegistrants(kind) {
+		t.Holder = 0
+	}
+	if t.before != kind {
+		t.tellOthers(mine, attentionReleased)
+	}
+}
+
 // registerAndMove is REGISTER AND MOVE (SPC-4 5.13.8): the reservation goes over to another nexus.
 func (t *transition) registerAndMove(mine int, list []byte, canKeep bool) verdict {
-	flags := list[17]
 	if !t.holds(mine) || allRegistrants(t.Type) {
 		return conflict
 	}
-	port := binary.BigEndian.Uint16(list[18:])
-	target, known := t.ports[port]
-	name, rest, ok := parseTransportID(list[outLength:])
+	to, v := t.destination(list)
+	flags := list[17]
 	switch {
+	case v != granted:
+		return v
 	case flags&outAPTPL != 0 && !canKeep:
 		return refused(invalidParameter(17, 0))
-	case t.actionKey == 0:
-		return refused(invalidParameter(8, -1))
-	case !known:
-		return refused(invalidParameter(18, -1))
-	case int64(binary.BigEndian.Uint32(list[20:])) != int64(len(list)-outLength):
-		return refused(senseListLength)
-	case !ok || len(rest) > 0:
-		return refused(invalidParameter(24, -1))
-	}
-	to := Port{Name: name, Target: target, RelativeID: port}
-	if t.Registrations[mine].of(to) {
+	case t.Registrations[mine].of(to):
 		return refused(invalidParameter(24, -1))
 	}
 	at := t.find(to)
@@ -303,7 +303,7 @@ func (t *transition) registerAndMove(mine int, list []byte, canKeep bool) verdic
 		if len(t.Registrations) >= maxRegistrations {
 			return refused(senseNoRegistration)
 		}
-		t.Registrations = append(t.Registrations, registration{Initiator: name, Target: target, Port: port})
+		t.Registrations = append(t.Registrations, registration{Initiator: to.Name, Target: to.Target, Port: to.RelativeID})
 		at = len(t.Registrations) - 1
 	}
 	t.Registrations[at].Key = t.actionKey
@@ -314,4 +314,22 @@ func (t *transition) registerAndMove(mine int, list []byte, canKeep bool) verdic
 	t.keep = flags&outAPTPL != 0
 	t.generation++
 	return granted
+}
+
+// destination is the nexus that a reservation is to go over to.
+func (t *transition) destination(list []byte) (Port, verdict) {
+	relative := binary.BigEndian.Uint16(list[18:])
+	target, known := t.ports[relative]
+	name, rest, ok := parseTransportID(list[outLength:])
+	switch {
+	case t.actionKey == 0:
+		return Port{}, refused(invalidParameter(8, -1))
+	case !known:
+		return Port{}, refused(invalidParameter(18, -1))
+	case int64(binary.BigEndian.Uint32(list[20:])) != int64(len(list)-outLength):
+		return Port{}, refused(senseListLength)
+	case !ok || len(rest) > 0:
+		return Port{}, refused(invalidParameter(24, -1))
+	}
+	return Port{Name: name, Target: target, RelativeID: relative}, granted
 }
