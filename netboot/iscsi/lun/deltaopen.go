@@ -29,8 +29,10 @@ func newDelta(path string, f file, h *header, base below, boot string) (*Delta, 
 	if err != nil {
 		return nil, err
 	}
-	// What was found out is settled before anybody writes over data that a run's sum is of.
+	// What was found out is settled before anybody writes over data that a run's sum is of; and with it what a process
+	// wrote that was killed before its Sync.
 	d.unsure = true
+	d.wrote.Store(true)
 	if err := d.Sync(); err != nil {
 		return nil, err
 	}
@@ -95,7 +97,6 @@ func (d *Delta) loadLive() error {
 		d.m.load(i, &old)
 		if s.words != old.words {
 			d.dirty.set(i)
-			d.wrote.Store(true)
 		}
 		d.m.store(i, s)
 		return nil

@@ -48,12 +48,6 @@ func (d *Delta) commit() error {
 		return err
 	}
 	p := d.decide()
-	if len(p.sectors) == 0 {
-		if !p.wrote {
-			return nil
-		}
-		return d.flush()
-	}
 	var err error
 	if versions, ok := d.quickVersions(p); ok {
 		err = d.commitQuick(p, versions)
@@ -110,7 +104,10 @@ func (d *Delta) flush() error {
 
 // commitSlow syncs the data, then the map.
 func (d *Delta) commitSlow(p *plan) error {
-	if err := d.flush(); err != nil {
+	if !p.wrote && len(p.sectors) == 0 {
+		return nil
+	}
+	if err := d.flush(); err != nil || len(p.sectors) == 0 {
 		return err
 	}
 	if err := d.writeSectors(p.sectors, p.versions); err != nil {
@@ -142,7 +139,7 @@ func (d *Delta) commitQuick(p *plan, versions []sector) error {
 // quickVersions are the sectors of p with sums of the data that is not known to be on stable storage. It says no where p
 // is not quick, there is too much of that, or it cannot be read.
 func (d *Delta) quickVersions(p *plan) (versions []sector, ok bool) {
-	if !p.quick {
+	if !p.quick || len(p.sectors) == 0 {
 		return nil, false
 	}
 	versions = slices.Clone(p.versions)

@@ -80,6 +80,7 @@ func (d *Disk) begin(size int64) error {
 		return fmt.Errorf("it has %d bytes, not %d", n, size)
 	}
 	d.size = n
+	d.dirty.Store(true) // by a process, perhaps, that was killed before its Sync
 	if !d.f.onTmpfs() {
 		d.mem = mapFile(d.f, 0, n)
 	}

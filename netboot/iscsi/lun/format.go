@@ -103,7 +103,10 @@ func (h *header) encode() []byte {
 	b = append(b, h.seed[:]...)
 	b = binary.LittleEndian.AppendUint16(b, uint16(len(h.id))) //nolint:gosec // maxID at most
 	b = append(b, h.id...)
-	b = b[:pageSize]
+	return sealHeader(b[:pageSize])
+}
+
+func sealHeader(b []byte) []byte {
 	binary.LittleEndian.PutUint32(b[pageSize-4:], crc32.Checksum(b[:pageSize-4], castagnoli))
 	return b
 }

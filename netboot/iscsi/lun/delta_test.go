@@ -1,0 +1,470 @@
+package lun
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
+)
+
+// TestDeltaRefused has each delta that cannot be opened say why, and what to do.
+func TestDeltaRefused(t *testing.T) {
+	dir := t.TempDir()
+	path := func(name string) string { return filepath.Join(dir, name) }
+	write(t, path("base"), randomBytes(1<<20))
+	write(t, path("other"), randomBytes(2<<20))
+	write(t, path("text"), []byte("no delta\n"))
+	write(t, path("blank"), make([]byte, 1<<20))
+	if err := unix.Mkfifo(path("pipe"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	base, other := openImageT(t, path("base")), openImageT(t, path("other"))
+	defer base.Close()
+	defer other.Close()
+	if err := must(OpenDelta(base, path("delta"), 0, "one"))(t).Close(); err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct {
+		open func() error
+		want string
+	}{
+		"another base":                 {opening(base, path("delta"), 0, "two"), `it belongs to another base ("one", 1048576 bytes), not to this one ("two", 1048576 bytes): open it over its own, or remove it to begin anew without what was written to it`},
+		"a longer base":                {opening(other, path("delta"), 0, "one"), `it belongs to another base ("one", 1048576 bytes), not to this one ("one", 2097152 bytes)`},
+		"no base":                      {opening(nil, path("delta"), 1<<20, "one"), `it belongs to another base ("one", 1048576 bytes), not to this one (none)`},
+		"another size":                 {opening(base, path("delta"), 4<<20, "one"), "it has 1048576 bytes, not 4194304: its size cannot change"},
+		"no size":                      {opening(nil, path("new"), 0, ""), "without a base its size must be given"},
+		"a size too small":             {opening(base, path("new"), 4096, ""), "size 4096: the base has 1048576"},
+		"an odd size":                  {opening(nil, path("new"), 4097, ""), "size 4097: want a multiple of 512"},
+		"too large":                    {opening(nil, path("new"), maxSize+512, ""), "17592186044416 at most"},
+		"a long id":                    {opening(base, path("new"), 0, strings.Repeat("x", 1025)), "the base's id has 1025 bytes, want 1024 at most"},
+		"no delta":                     {opening(base, path("text"), 0, "one"), "it is no delta"},
+		"zeros":                        {opening(base, path("blank"), 0, "one"), "it is no delta"},
+		"a directory":                  {opening(base, dir, 0, "one"), "is a directory"},
+		"a pipe":                       {opening(base, path("pipe"), 0, "one"), "want a plain file"},
+		"no directory":                 {opening(base, path("none/delta"), 0, "one"), "no such file or directory"},
+		"no image":                     {func() error { _, err := OpenImage(path("none")); return err }, "no such file or directory"},
+		"an empty image":               {func() error { write(t, path("empty"), nil); _, err := OpenImage(path("empty")); return err }, "it is empty"},
+		"a pipe as image":              {func() error { _, err := OpenImage(path("pipe")); return err }, "want a plain file"},
+		"no disk":                      {func() error { _, err := OpenDisk(path("none"), 0); return err }, "no such file or directory"},
+		"an empty disk":                {func() error { _, err := OpenDisk(path("empty"), 0); return err }, "it is empty: say how large it is to be"},
+		"an odd disk":                  {func() error { _, err := OpenDisk(path("text"), 0); return err }, "lengthen it to 512"},
+		"a disk of a size":             {func() error { _, err := OpenDisk(path("blank"), 512); return err }, "it has 1048576 bytes, not 512"},
+		"a disk that is read as image": {func() error { _, err := OpenDisk(path("base"), 0); return err }, "in use by another process"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := tt.open()
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("%v, want %q", err, tt.want)
+			}
+		})
+	}
+	if _, err := os.Stat(path("new")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("what could not be made was left: %v", err)
+	}
+}
+
+func opening(base *Image, path string, size int64, id string) func() error {
+	return func() error {
+		_, err := OpenDelta(base, path, size, id)
+		return err
+	}
+}
+
+func TestOneOpener(t *testing.T) {
+	dir := t.TempDir()
+	for name, open := range map[string]func() (closer, error){
+		"disk":  func() (closer, error) { return OpenDisk(filepath.Join(dir, "disk"), 1<<20) },
+		"delta": func() (closer, error) { return OpenDelta(nil, filepath.Join(dir, "delta"), 1<<20, "") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			first, err := open()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := open(); !errors.Is(err, ErrInUse) {
+				t.Errorf("the second: %v, want %v", err, ErrInUse)
+			}
+			if err := first.Close(); err != nil {
+				t.Fatal(err)
+			}
+			again, err := open()
+			if err != nil {
+				t.Fatalf("after the first is closed: %v", err)
+			}
+			if err := again.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestOneMaker has many open a delta that is not there: one makes it and has it, until it closes it.
+func TestOneMaker(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "delta")
+	type outcome struct {
+		d   *Delta
+		err error
+	}
+	const many = 16
+	outcomes := make(chan outcome)
+	for range many {
+		go func() {
+			d, err := OpenDelta(nil, path, 1<<20, "")
+			outcomes <- outcome{d, err}
+		}()
+	}
+	var have []*Delta
+	for range many {
+		switch o := <-outcomes; {
+		case o.err == nil:
+			have = append(have, o.d)
+		case !errors.Is(o.err, ErrInUse):
+			t.Error(o.err)
+		}
+	}
+	if len(have) > 1 {
+		t.Errorf("%d have it", len(have))
+	}
+	for _, d := range have {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestTruncated cuts files short while they are open: reading says so, and sending what was mapped does too.
+func TestTruncated(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "file")
+	write(t, path, randomBytes(1<<20))
+	image := openImageT(t, path)
+	delta := must(OpenDelta(image, filepath.Join(dir, "delta"), 0, ""))(t)
+	defer delta.Close()
+	defer image.Close()
+	if _, err := delta.WriteAt(randomBytes(8192), 512<<10); err != nil {
+		t.Fatal(err)
+	}
+	disk := must(OpenDisk(filepath.Join(dir, "disk"), 1<<20))(t)
+	defer disk.Close()
+	for _, name := range []string{"file", "disk"} {
+		if err := os.Truncate(filepath.Join(dir, name), 4096); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Truncate(filepath.Join(dir, "delta"), 3*pageSize); err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct {
+		m   scsi.Mapper
+		off int64
+	}{"image": {image, 512 << 10}, "disk": {disk, 512 << 10}, "delta": {delta, 512 << 10}, "delta, base": {delta, 0 + 8192}} {
+		t.Run(name, func(t *testing.T) {
+			segments, ok := tt.m.Segments(nil, tt.off, 8192)
+			if ok { // not after another medium of this file failed
+				pipe := make([]int, 2)
+				if err := unix.Pipe2(pipe, unix.O_CLOEXEC); err != nil {
+					t.Fatal(err)
+				}
+				defer unix.Close(pipe[0])
+				defer unix.Close(pipe[1])
+				if n, err := unix.Writev(pipe[1], segments); !errors.Is(err, unix.EFAULT) {
+					t.Errorf("writev of what is no longer there: %d, %v, want %v", n, err, unix.EFAULT)
+				}
+			}
+			tt.m.Unmapped()
+			if _, ok := tt.m.Segments(nil, 0, 512); ok {
+				t.Error("there are segments after Unmapped")
+			}
+			_, err := tt.m.ReadAt(make([]byte, 8192), tt.off)
+			if !errors.Is(err, scsi.ErrMedium) || !strings.Contains(err.Error(), "cut short") {
+				t.Errorf("ReadAt: %v", err)
+			}
+		})
+	}
+}
+
+// TestHolesStayHoles looks at all of a sparse disk through its mapping.
+func TestHolesStayHoles(t *testing.T) {
+	d := must(OpenDisk(filepath.Join(t.TempDir(), "disk"), 8<<20))(t)
+	defer d.Close()
+	before := d.Allocated()
+	checkAll(t, d, make([]byte, 8<<20))
+	if err := d.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	if after := d.Allocated(); after != before {
+		t.Errorf("reading 8 MiB of holes took %d bytes", after-before)
+	}
+}
+
+// TestSpaceIsGivenBack writes to media and unmaps what was written.
+func TestSpaceIsGivenBack(t *testing.T) {
+	dir := t.TempDir()
+	for name, m := range map[string]interface {
+		closer
+		Allocated() int64
+	}{
+		"disk":  must(OpenDisk(filepath.Join(dir, "disk"), 8<<20))(t),
+		"delta": must(OpenDelta(nil, filepath.Join(dir, "delta"), 8<<20, ""))(t),
+	} {
+		t.Run(name, func(t *testing.T) {
+			empty := m.Allocated()
+			if _, err := m.WriteAt(randomBytes(4<<20), 1<<20); err != nil {
+				t.Fatal(err)
+			}
+			if err := m.Sync(); err != nil {
+				t.Fatal(err)
+			}
+			full := m.Allocated()
+			if err := errors.Join(m.Zero(1<<20, 4<<20, true), m.Sync()); err != nil {
+				t.Fatal(err)
+			}
+			freed := m.Allocated()
+			if full-empty < 4<<20 || full-freed < 4<<20 {
+				t.Errorf("empty %d, written %d, unmapped %d bytes", empty, full, freed)
+			}
+			if err := m.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestDamage changes each sector of a delta's file that is not data: what is read after that is right, or an error.
+func TestDamage(t *testing.T) {
+	l := newLife(t)
+	for range 100 {
+		if err := l.history.random(l.d, 3); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.history.sync(l.d); err != nil {
+		t.Fatal(err)
+	}
+	left := l.f.now
+	for _, boot := range []string{l.boot, "another"} {
+		unused := int64(0)
+		for i := range l.h.dataOff() / sectorSize {
+			for kind, damage := range damages(left[i]) {
+				f := &recorder{now: maps.Clone(left), size: l.h.fileSize()}
+				f.now.set(i, damage)
+				switch err := l.reopen(f, boot); {
+				case err == nil:
+					unused++
+				case !errors.Is(err, errDamaged) && !strings.Contains(err.Error(), "it is no delta"):
+					t.Errorf("boot %q, sector %d %s: %v", boot, i, kind, err)
+				}
+			}
+		}
+		// All of the header and of each sector of the map, and of the live map where it is that of the kernel, is noticed.
+		used := 8 + l.h.sectors()
+		if boot == l.boot {
+			used += l.h.sectors()
+		}
+		if all := l.h.dataOff() / sectorSize * 3; unused > all-used*3 {
+			t.Errorf("boot %q: %d of %d damages went unnoticed, want %d at most", boot, unused, all, all-used*3)
+		}
+	}
+}
+
+// damages are what may become of a sector.
+func damages(b []byte) map[string][]byte {
+	if b == nil {
+		b = make([]byte, sectorSize)
+	}
+	flipped, torn := bytes.Clone(b), bytes.Clone(b)
+	flipped[rand.IntN(len(b))] ^= 1 << rand.IntN(8)
+	fillRandom(torn[256:])
+	return map[string][]byte{"flipped": flipped, "torn": torn, "of another": bytes.Repeat([]byte{0xa5}, sectorSize)}
+}
+
+// reopen opens what is left in f and checks that all that was synced is right.
+func (l *life) reopen(f *recorder, boot string) error {
+	page := make([]byte, pageSize)
+	if _, err := f.ReadAt(page, 0); err != nil {
+		return err
+	}
+	h, err := parseHeader(page)
+	if err != nil {
+		return err
+	}
+	d, err := newDelta("damaged", f, h, l.base, boot)
+	if err != nil {
+		return err
+	}
+	return l.history.check(d, hot(h.size), crash{l.f.done(), true})
+}
+
+// TestFullDisk has the file system be full now and then: nothing is lost, and it goes on.
+func TestFullDisk(t *testing.T) {
+	l := newLife(t)
+	for range 20 {
+		l.f.fault = func(o op) error {
+			if !o.isSync() && o.data != nil && rand.IntN(3) == 0 {
+				return syscall.ENOSPC
+			}
+			return nil
+		}
+		for range 15 {
+			if err := l.history.random(l.d, 5, syscall.ENOSPC); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l.f.fault = nil
+		for range 5 {
+			if err := l.history.random(l.d, 5); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := l.history.check(l.d, hot(l.h.size), crash{op: l.f.done()}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l.replay(4)
+}
+
+func TestFullDiskIsSaid(t *testing.T) {
+	l := newLife(t)
+	l.f.fault = func(op) error { return syscall.ENOSPC }
+	_, err := l.d.WriteAt(make([]byte, 4096), 0)
+	if !errors.Is(err, scsi.ErrMedium) || !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("WriteAt: %v", err)
+	}
+}
+
+// TestFaults has each operation of the file fail once, in a history of its own: what was acknowledged is there.
+func TestFaults(t *testing.T) {
+	for _, errno := range []error{syscall.EIO, syscall.ENOSPC} {
+		for fail := range 40 {
+			t.Run(fmt.Sprintf("%v at %d", errno, fail), func(t *testing.T) {
+				t.Parallel()
+				l := newLife(t)
+				n := 0
+				l.f.fault = func(op) error {
+					n++
+					if n == fail+1 {
+						return errno
+					}
+					return nil
+				}
+				for range 50 {
+					_ = l.history.random(l.d, 6) // what failed is in the history
+				}
+				if n <= fail {
+					t.Fatalf("only %d operations", n)
+				}
+				c := crash{op: l.f.done()}
+				if err := l.history.check(l.d, hot(l.h.size), c); err != nil {
+					t.Fatal(err)
+				}
+				// After a failed sync only what was synced before it is believed, as after a loss of power.
+				c.power = l.d.lost.err() != nil
+				l.check(c, l.f.now, l.boot, 0)
+				l.replay(1)
+			})
+		}
+	}
+}
+
+// TestFailedSyncIsFinal has a sync fail: the kernel may have dropped what it could not write, so no later one succeeds.
+func TestFailedSyncIsFinal(t *testing.T) {
+	l := newLife(t)
+	if err := l.history.write(l.d, 0, 8); err != nil {
+		t.Fatal(err)
+	}
+	l.f.fault = func(o op) error {
+		if o.isSync() {
+			return syscall.EIO
+		}
+		return nil
+	}
+	if err := l.d.Sync(); !errors.Is(err, syscall.EIO) || !errors.Is(err, scsi.ErrMedium) {
+		t.Errorf("Sync: %v", err)
+	}
+	l.f.fault = nil
+	if err := l.d.Sync(); !errors.Is(err, syscall.EIO) || !strings.Contains(err.Error(), "an earlier sync failed") {
+		t.Errorf("Sync after that: %v", err)
+	}
+	if _, err := l.d.WriteAt(make([]byte, 512), 0); !errors.Is(err, syscall.EIO) {
+		t.Errorf("WriteAt after that: %v", err)
+	}
+	if err := l.d.Zero(0, 4096, true); !errors.Is(err, syscall.EIO) {
+		t.Errorf("Zero after that: %v", err)
+	}
+	l.open()
+	if err := errors.Join(l.history.write(l.d, 0, 8), l.d.Sync()); err != nil {
+		t.Errorf("opened anew: %v", err)
+	}
+}
+
+// TestSyncsOfFUA counts what a write through the cache costs: one fdatasync(2), also for what was never written before.
+func TestSyncsOfFUA(t *testing.T) {
+	l := newLife(t)
+	syncs := func(do func()) (n int) {
+		from := l.f.done()
+		do()
+		for _, o := range l.f.ops[from:] {
+			if o.isSync() {
+				n++
+			}
+		}
+		return n
+	}
+	through := func(off, n int) func() {
+		return func() {
+			if _, err := l.d.WriteAt(randomBytes(n), int64(off)); err != nil {
+				t.Fatal(err)
+			}
+			if err := l.d.Sync(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, tt := range []struct {
+		what string
+		do   func()
+		want int
+	}{
+		{"the first cluster", through(0, 4096), 1},
+		{"the next", through(4096, 4096), 1},
+		{"256 KiB", through(1<<20, 256<<10), 1},
+		{"a part of a cluster", through(8192, 512), 1},
+		{"what was synced with a sum", through(8192, 4096), 2},
+		{"that again", through(8192, 4096), 1},
+		{"two clusters and half a MiB", through(2<<20+2048, 512<<10), 1},
+		{"more than is read again", through(3<<20, 2<<20), 2},
+		{"nothing", func() { _ = l.d.Sync() }, 0},
+	} {
+		if got := syncs(tt.do); got != tt.want {
+			t.Errorf("%s: %d syncs, want %d", tt.what, got, tt.want)
+		}
+	}
+}
+
+func TestKeepFile(t *testing.T) {
+	k := KeepFile(filepath.Join(t.TempDir(), "reservations"))
+	if b, err := k.Load(); b != nil || err != nil {
+		t.Errorf("nothing kept: %q, %v", b, err)
+	}
+	for _, want := range []string{"one", "two, longer", ""} {
+		if err := k.Save([]byte(want)); err != nil {
+			t.Fatal(err)
+		}
+		if b, err := k.Load(); string(b) != want || err != nil {
+			t.Errorf("%q, %v, want %q", b, err, want)
+		}
+	}
+	if err := KeepFile(filepath.Join(t.TempDir(), "none", "x")).Save(nil); err == nil {
+		t.Error("saved in a directory that is not there")
+	}
+}

@@ -1,0 +1,168 @@
+package lun
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+)
+
+// A recorder is a file in memory that knows all that was done to it, so that any crash can be played.
+type recorder struct {
+	mu   sync.Mutex
+	now  blocks
+	ops  []op
+	size int64
+	// fault, where it is not nil, may have an op fail, after some of its blocks.
+	fault func(op) error
+}
+
+// blocks are the blocks of a file that are not all zeros. No block is changed, only replaced.
+type blocks map[int64][]byte
+
+// An op is a write, a punch (data is nil) or a sync (n is 0).
+type op struct {
+	off, n int64
+	data   []byte
+}
+
+func (o op) isSync() bool { return o.n == 0 }
+
+// eachBlock calls do with what the op makes of each block.
+func (o op) eachBlock(do func(i int64, b []byte)) {
+	for at := int64(0); at < o.n; at += sectorSize {
+		var b []byte
+		if o.data != nil {
+			b = o.data[at : at+sectorSize]
+		}
+		do((o.off+at)/sectorSize, b)
+	}
+}
+
+func (b blocks) set(i int64, block []byte) {
+	if block == nil {
+		delete(b, i)
+		return
+	}
+	b[i] = block
+}
+
+func (r *recorder) do(o op) error {
+	if o.off%sectorSize != 0 || o.n%sectorSize != 0 {
+		panic(fmt.Sprintf("%d bytes at %d: no whole blocks", o.n, o.off))
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var err error
+	if r.fault != nil {
+		err = r.fault(o)
+	}
+	if err != nil {
+		o.n = int64(rand.IntN(int(o.n/sectorSize)+1)) * sectorSize
+		if o.isSync() {
+			return err
+		}
+	}
+	o.eachBlock(r.now.set)
+	r.ops = append(r.ops, o)
+	return err
+}
+
+func (r *recorder) done() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.ops)
+}
+
+func (r *recorder) ReadAt(p []byte, off int64) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if off+int64(len(p)) > r.size {
+		return 0, io.EOF
+	}
+	for at := 0; at < len(p); {
+		i, in := (off+int64(at))/sectorSize, (off+int64(at))%sectorSize
+		n := min(len(p)-at, int(sectorSize-in))
+		if b, ok := r.now[i]; ok {
+			copy(p[at:at+n], b[in:])
+		} else {
+			clear(p[at : at+n])
+		}
+		at += n
+	}
+	return len(p), nil
+}
+
+func (r *recorder) WriteAt(p []byte, off int64) (int, error) {
+	if err := r.do(op{off, int64(len(p)), bytes.Clone(p)}); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+func (r *recorder) Punch(off, n int64) error { return r.do(op{off: off, n: n}) }
+func (r *recorder) Sync() error              { return r.do(op{}) }
+func (r *recorder) Close() error             { return nil }
+
+// newRecorder is a file with a new delta.
+func newRecorder(t *testing.T, h *header) *recorder {
+	t.Helper()
+	r := &recorder{now: blocks{}, size: h.fileSize()}
+	if err := h.writeNew(r); err != nil {
+		t.Fatal(err)
+	}
+	r.ops = nil // it gets its name only when that is synced
+	return r
+}
+
+// A player goes through what a recorder has recorded and says what is on the disk after each op.
+type player struct {
+	stable  blocks
+	pending map[int64][][]byte // what was not synced, by block, oldest first; nil is zeros
+}
+
+func newPlayer(begin blocks) *player {
+	return &player{maps.Clone(begin), map[int64][][]byte{}}
+}
+
+// play adds an op.
+func (p *player) play(o op) {
+	if !o.isSync() {
+		o.eachBlock(func(i int64, b []byte) { p.pending[i] = append(p.pending[i], b) })
+		return
+	}
+	for i, versions := range p.pending {
+		p.stable.set(i, versions[len(versions)-1])
+	}
+	clear(p.pending)
+}
+
+// lose is a loss of power: of each block that was not synced some version is there, a newer one the more likely the
+// larger share is, from 0 to 1.
+func (p *player) lose(share float64) blocks {
+	left := maps.Clone(p.stable)
+	for _, i := range slices.Sorted(maps.Keys(p.pending)) {
+		if rand.Float64() < share {
+			versions := p.pending[i]
+			n := len(versions) - 1
+			if rand.IntN(4) == 0 {
+				n = rand.IntN(len(versions))
+			}
+			left.set(i, versions[n])
+		}
+	}
+	return left
+}
+
+// kill is the end of the process: the kernel has all.
+func (p *player) kill() blocks {
+	left := maps.Clone(p.stable)
+	for i, versions := range p.pending {
+		left.set(i, versions[len(versions)-1])
+	}
+	return left
+}
