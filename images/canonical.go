@@ -19,15 +19,19 @@ import (
 //
 //	base recipe:   suite mirror list(components) arch list(packages) kernel
 //	delta recipe:  base files list(packages) list(enable) list(run)
+//	disk recipe:   url sha256 format
 //	release:       base delta kernel modules list(kernelArgs)
+//	disk release:  disk, and the fields of a release
 //
 // Every part says how long it is before it comes, so two different values never have the same bytes. The number at the
 // end of a format goes up when the fields change, and when package build starts to make something else of the same
 // recipe: what was built before must not pass for it.
 const (
-	formatBase    = "troupe base recipe 2"
-	formatDelta   = "troupe delta recipe 1"
-	formatRelease = "troupe release 1"
+	formatBase        = "troupe base recipe 2"
+	formatDelta       = "troupe delta recipe 1"
+	formatDisk        = "troupe disk recipe 1"
+	formatRelease     = "troupe release 1"
+	formatDiskRelease = "troupe disk release 1"
 )
 
 func (r BaseRecipe) canonical() []byte {
@@ -44,10 +48,17 @@ func (r DeltaRecipe) canonical() []byte {
 	return e.list(sorted(r.Packages)).list(sorted(r.Enable)).list(r.Run).b
 }
 
+func (r DiskRecipe) canonical() []byte {
+	return encoder{}.str(formatDisk).str(r.URL).str(r.SHA256).str(r.Format).b
+}
+
 func (r Release) canonical() []byte {
 	e := encoder{}.str(formatRelease)
+	if r.Disk != (Blob{}) {
+		e = encoder{}.str(formatDiskRelease).blob(r.Disk)
+	}
 	for _, b := range []Blob{r.Base, r.Delta, r.Kernel, r.Modules} {
-		e = e.str(string(b.Digest)).num(uint64(b.Size)) //nolint:gosec // another size has other bytes either way
+		e = e.blob(b)
 	}
 	return e.list(r.KernelArgs).b
 }
@@ -63,6 +74,10 @@ func (e encoder) num(n uint64) encoder { return encoder{binary.BigEndian.AppendU
 func (e encoder) str(s string) encoder {
 	e = e.num(uint64(len(s)))
 	return encoder{append(e.b, s...)}
+}
+
+func (e encoder) blob(b Blob) encoder {
+	return e.str(string(b.Digest)).num(uint64(b.Size)) //nolint:gosec // another size has other bytes either way
 }
 
 func (e encoder) list(l []string) encoder {

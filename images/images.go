@@ -61,8 +61,23 @@ type Delta struct {
 	Packages []string `json:"packages,omitempty"`
 }
 
+// A DiskRecipe is a whole disk that somebody else made.
+type DiskRecipe struct {
+	URL    string `json:"url"`
+	SHA256 string `json:"sha256"` // of the file there, 64 lower-case hex digits
+	Format string `json:"format"` // "raw", "qcow2", or "": as the file begins
+}
+
+// A Disk is what came out of a DiskRecipe.
+type Disk struct {
+	Recipe RecipeID `json:"recipe"`
+	Image  Blob     `json:"image"`  // the bytes of the disk, sparse
+	Format string   `json:"format"` // that the file had: "raw" or "qcow2"
+	File   int64    `json:"file"`   // bytes of it
+}
+
 // A Release is a role's bytes: what a node keeps, mounts and runs. Two releases with the same bytes are the same
-// release, whatever their roles are called.
+// release, whatever their roles are called. One of a role whose image is a whole disk has a Disk and nothing else.
 type Release struct {
 	Base    Blob `json:"base"`
 	Delta   Blob `json:"delta"`
@@ -70,4 +85,5 @@ type Release struct {
 	Modules Blob `json:"modules"`
 	// KernelArgs are the role's own, after troupe's.
 	KernelArgs []string `json:"kernelArgs,omitempty"`
+	Disk       Blob     `json:"disk,omitzero"`
 }

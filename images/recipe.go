@@ -43,6 +43,18 @@ func DeltaRecipeOf(base RecipeID, r schema.Role) DeltaRecipe {
 	}
 }
 
+// DiskRecipeOf is the recipe of an image of kind "disk"; the zero recipe of another one.
+func DiskRecipeOf(img schema.Image) DiskRecipe {
+	if img.From.Disk == nil {
+		return DiskRecipe{}
+	}
+	return DiskRecipe(*img.From.Disk)
+}
+
+// ID names the recipe: the digest of its canonical bytes. Two files with the same content have two recipes where they are
+// fetched from two places: whoever mends a URL has it tried at once. What comes out is the same blob.
+func (r DiskRecipe) ID() RecipeID { return digest.Of(r.canonical()) }
+
 // ID names the recipe: the digest of its canonical bytes. Order and repeats in its sorted lists change nothing.
 func (r BaseRecipe) ID() RecipeID { return digest.Of(r.canonical()) }
 

@@ -61,6 +61,8 @@ func TestGolden(t *testing.T) {
 		{"base", baseRecipe().ID().Hex(), "d0eae663d803b74f5394c564f5740b66c056722a1c8af48baba032d507e73ed0"},
 		{"delta", deltaRecipe().ID().Hex(), "359c80e5006ad8687f2655ffaa45f647f66c44fac74d67b5b7f9ca0687b1c77a"},
 		{"empty delta", DeltaRecipe{Base: digest.Of([]byte("base"))}.ID().Hex(), "85a2d5747eb07954220c6e601948aec6a2d6c4717eaf5d6c82544b876488b481"},
+		{"disk", DiskRecipe{URL: "https://example.com/x.qcow2", SHA256: strings.Repeat("0", 64)}.ID().Hex(), "4d0a9f5683b7395ba7c371619581287a1f31bcdeda7aa614f7687877d2222257"},
+		{"disk release", Release{Disk: Blob{Digest: digest.Of([]byte("disk")), Size: 4}}.ID().Hex(), "a6a28c4fdf61e9c072f4cac80f92f83a9b287fec7d7ab0c4dfc7fa3beb51ed25"},
 		{"release", release().ID().Hex(), "0d8e0bad3c1471e23de8d8972c6f7a79e04110576630235e9cd269b9e1e31d30"},
 	} {
 		if c.got != c.want {
@@ -92,6 +94,10 @@ func TestEveryFieldCounts(t *testing.T) {
 	checkFields(t, baseRecipe, BaseRecipe.ID)
 	checkFields(t, deltaRecipe, DeltaRecipe.ID)
 	checkFields(t, release, Release.ID)
+	checkFields(t, func() Release {
+		return Release{Disk: Blob{Digest: digest.Of([]byte("disk")), Size: 4}, KernelArgs: []string{"quiet"}}
+	}, Release.ID)
+	checkFields(t, func() DiskRecipe { return DiskRecipe{URL: "https://example.com/x", SHA256: "00", Format: "raw"} }, DiskRecipe.ID)
 }
 
 func checkFields[T any](t *testing.T, value func() T, id func(T) digest.Digest) {

@@ -1,6 +1,7 @@
-// Package build makes OS bases and role deltas of their recipes: EROFS images of a root file system made of Debian
-// packages, and of overlayfs layers over one (kernel documentation, filesystems/erofs.rst and filesystems/overlayfs.rst).
-// The same recipe and the same package archive give the same bytes, on every machine and on every day.
+// Package build makes OS bases, role deltas and disk images of their recipes. The first two are EROFS images: of a root
+// file system made of Debian packages, and of overlayfs layers over one (kernel documentation, filesystems/erofs.rst and
+// filesystems/overlayfs.rst). The same recipe and the same package archive give the same bytes, on every machine and on every
+// day. A disk image is the bytes of a disk that somebody else made, unpacked.
 //
 // # A base
 //
@@ -52,6 +53,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/troupe-dev/troupe/images/store"
 )
@@ -66,7 +68,7 @@ type Builder struct {
 	Log *slog.Logger // nil: discard
 }
 
-// Clean removes what builds left behind that were killed. Call it before the first build, and not during one. What cannot
+// Clean removes what builds left behind that were killed, but for what they had fetched of disk images. Call it before the first build, and not during one. What cannot
 // be removed is logged, and takes room, but is in no build's way: each has a directory with a name of its own.
 func (b *Builder) Clean() error {
 	entries, err := os.ReadDir(b.Dir)
@@ -77,6 +79,9 @@ func (b *Builder) Clean() error {
 		return fmt.Errorf("cleaning the scratch directory: %w", err)
 	}
 	for _, e := range entries {
+		if isFreshPart(e, time.Now()) {
+			continue
+		}
 		name := filepath.Join(b.Dir, e.Name())
 		b.log().Info("removing the scratch of a build that was killed", "dir", name)
 		b.remove(name)
