@@ -18,7 +18,7 @@ func checkOutcome(t *testing.T, u *Unit, c *Command) {
 		t.Fatalf("CDB % x: status %#x with data", c.CDB, c.Status)
 	case c.Status != Good && c.Status != CheckCondition && c.Status != ReservationConflict:
 		t.Fatalf("CDB % x: status %#x", c.CDB, c.Status)
-	case c.Read.N < 0 || c.Read.N > MaxTransfer || c.Read.Off < 0 || c.Read.Off+c.Read.N > u.medium.Size():
+	case c.Read.N < 0 || c.Read.N > MaxRead || c.Read.Off < 0 || c.Read.Off+c.Read.N > u.medium.Size():
 		t.Fatalf("CDB % x: reads %+v", c.CDB, c.Read)
 	}
 	if c.Status == CheckCondition {

@@ -81,7 +81,7 @@ func (c *Command) accessBits() bool {
 // prepareRead is READ (6), (10), (12) and (16): SBC-3 5.7 to 5.10.
 func prepareRead(n *Nexus, c *Command) {
 	c.extent()
-	if !c.accessBits() || !n.unit.within(c, maxBlocks) {
+	if !c.accessBits() || !n.unit.within(c, MaxRead/blockSize) {
 		return
 	}
 	// What was read with FUA is to be there after a loss of power, so what is in the cache goes out first.

@@ -77,7 +77,7 @@ func TestProtectionInformationIsRefused(t *testing.T) {
 }
 
 func TestTransferLengthIsBounded(t *testing.T) {
-	m := newMemory(2 * MaxTransfer)
+	m := newMemory(MaxRead + MaxTransfer)
 	b := benchOn(t, m, Config{Serial: "1"})
 	c := &Command{CDB: cdb16(opWrite16, 0, 0, maxBlocks)}
 	b.nexus.Prepare(c)
@@ -85,8 +85,11 @@ func TestTransferLengthIsBounded(t *testing.T) {
 		t.Errorf("done %v, takes %d bytes; want %d", c.Done, c.OutLength, MaxTransfer)
 	}
 	wantSense(t, b.do(cdb16(opWrite16, 0, 0, maxBlocks+1), nil), invalidCDB(10, -1))
-	wantSense(t, b.do(cdb16(opRead16, 0, 0, maxBlocks+1), nil), invalidCDB(10, -1))
-	wantSense(t, b.do(cdb12(opRead12, 0, 0, maxBlocks+1), nil), invalidCDB(6, -1))
+	if c := b.good(cdb16(opRead16, 0, 0, MaxRead/blockSize), nil); c.Read.N != MaxRead {
+		t.Errorf("reads %d bytes, want %d", c.Read.N, MaxRead)
+	}
+	wantSense(t, b.do(cdb16(opRead16, 0, 0, MaxRead/blockSize+1), nil), invalidCDB(10, -1))
+	wantSense(t, b.do(cdb12(opRead12, 0, 0, MaxRead/blockSize+1), nil), invalidCDB(6, -1))
 	wantSense(t, b.do(cdb16(opRead16, 0, 0xffffffffffffffff, 0xffffffff), nil), senseOutOfRange)
 }
 

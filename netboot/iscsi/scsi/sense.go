@@ -158,9 +158,10 @@ var (
 	senseMiscompare       = Sense{Key: Miscompare, ASC: 0x1d}
 )
 
-// The unit attentions (SPC-4 table D.1).
+// The unit attentions (SPC-4 table D.1). A new nexus hears of "power on, reset, or bus device reset": 2901h would say more, but
+// some initiators, as libiscsi's tools, try again after 2900h alone.
 var (
-	attentionPowerOn     = Sense{Key: UnitAttention, ASC: 0x29, ASCQ: 0x01}
+	attentionPowerOn     = Sense{Key: UnitAttention, ASC: 0x29, ASCQ: 0x00}
 	attentionReset       = Sense{Key: UnitAttention, ASC: 0x29, ASCQ: 0x03}
 	attentionModeChanged = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x01}
 	attentionPreempted   = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x03}

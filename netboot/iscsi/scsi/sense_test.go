@@ -16,7 +16,7 @@ func TestSenseData(t *testing.T) {
 		{"with an address that four bytes do not hold", senseReadError.information(1 << 32), "70 00 03 00000000 0a 00000000 11 00 00 000000"},
 		{"with a bit of the CDB", invalidCDB(1, 7), "70 00 05 00000000 0a 00000000 24 00 00 cf0001"},
 		{"with a byte of the parameter list", invalidParameter(0x102, -1), "70 00 05 00000000 0a 00000000 26 00 00 800102"},
-		{"descriptors: plain", descriptors(attentionPowerOn), "72 06 29 01 000000 00"},
+		{"descriptors: plain", descriptors(attentionPowerOn), "72 06 29 00 000000 00"},
 		{"descriptors: with an address", descriptors(senseReadError.information(1 << 32)), "72 03 11 00 000000 0c 00 0a 80 00 0000000100000000"},
 		{"descriptors: with a bit of the CDB", descriptors(invalidCDB(2, 5)), "72 05 24 00 000000 08 02 06 00 00 cd0002 00"},
 	} {
