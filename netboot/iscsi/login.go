@@ -44,6 +44,7 @@ var (
 	errVersion     = errors.New("no version in common")
 	errMissing     = errors.New("missing key")
 	errLogin       = errors.New("bad login request")
+	errNoLogin     = errors.New("no login request")
 )
 
 // loginStatus is the status that an error becomes.
@@ -59,6 +60,7 @@ func loginStatus(err error) uint16 {
 		{errVersion, loginVersion},
 		{errMissing, loginMissing},
 		{errSessionType, loginSessionType},
+		{errNoLogin, loginInvalid},
 		{errLogin, loginInitiatorError},
 		{errText, loginInitiatorError},
 	} {
@@ -182,7 +184,7 @@ func (l *login) admit(req *pdu) error {
 	first := &l.first
 	switch {
 	case req.opcode() != opLogin:
-		return fmt.Errorf("%w: opcode %#02x", errLogin, req.opcode())
+		return fmt.Errorf("%w: opcode %#02x", errNoLogin, req.opcode())
 	case req.versionMin() > version:
 		return fmt.Errorf("%w: initiator speaks %d to %d", errVersion, req.versionMin(), req.versionMax())
 	case l.requests > maxLoginRequests || l.bytes > maxLoginBytes:

@@ -496,7 +496,7 @@ func TestLoginHeaders(t *testing.T) {
 		{"TSIH", func(p *pdu) { p.setTSIH(1) }, 0x0200},
 		{"CID", func(p *pdu) { p.setCID(1) }, 0x0200},
 		{"T and C", func(p *pdu) { p.bhs[1] |= flagTransit | flagContinue | stageFullFeature }, 0x0200},
-		{"opcode", func(p *pdu) { p.bhs[0] = opText }, 0x0200},
+		{"opcode", func(p *pdu) { p.bhs[0] = opText }, 0x020b},
 		{"version", func(p *pdu) { p.bhs[2], p.bhs[3] = 9, 1 }, 0x0205},
 		{"data segment", func(p *pdu) { p.data = make([]byte, defaultSegment+1) }, 0x0200},
 	}
