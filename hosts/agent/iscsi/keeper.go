@@ -29,6 +29,7 @@ type keeper struct {
 	tell   func(Status)  // is told how it is; called by one goroutine
 	online func(Status)  // brings disks back that were given up meanwhile; called after each login
 	limit  time.Duration // of the pauses between tries; 0 means maxPause
+	login  time.Duration // how long a login may take; 0 means loginTime
 
 	status  Status
 	exists  bool // in the kernel
@@ -56,6 +57,9 @@ const (
 func (k *keeper) run(ctx context.Context) error {
 	if k.limit == 0 {
 		k.limit = maxPause
+	}
+	if k.login == 0 {
+		k.login = loginTime
 	}
 	tries := backoff.Backoff{First: 100 * time.Millisecond, Limit: k.limit}
 	for {
@@ -153,7 +157,7 @@ func (k *keeper) logInAt(ctx context.Context, cfg Config, portal netip.AddrPort)
 	if err := k.bind(conn); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, loginTime)
+	ctx, cancel := context.WithTimeout(ctx, k.login)
 	defer cancel()
 	k.drain()
 	l := login{cfg: cfg, wire: kernelWire{k.driver, k.status.Session}, rand: rand.Reader}

@@ -66,10 +66,7 @@ func openPlaces(dir string) (p places, err error) {
 // Main is the keeper: it holds the session that dir's config names, until its starter ends without a word. It is a
 // process of its own, needs no file system but those in memory, and is to be the last that ends.
 func Main(ctx context.Context, dir string, log *slog.Logger) error {
-	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
-	if err := flushesIO(); err != nil {
-		log.Warn("the keeper of the iSCSI session is not set apart", "error", err)
-	}
+	setApart(log)
 	p, err := openPlaces(dir)
 	if err != nil {
 		return err
@@ -78,8 +75,20 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	defer d.close()
 	stayResident(p.proc, log)
+	return errors.Join(serve(ctx, p, d, log), d.close())
+}
+
+// setApart makes this process one that nobody ends, and that waits for no disk.
+func setApart(log *slog.Logger) {
+	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
+	if err := flushesIO(); err != nil {
+		log.Warn("the keeper of the iSCSI session may wait for a disk where it wants memory", "error", err)
+	}
+}
+
+// serve holds the session until its starter ends without a word.
+func serve(ctx context.Context, p places, d driver, log *slog.Logger) error {
 	notice := os.NewFile(noticeFD, "notice")
 	k := &keeper{
 		log: log, driver: d, load: p.config,
@@ -108,7 +117,7 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 		(&lastWord{log: log, proc: p.proc, isUp: p.isUp}).run(ctx)
 	})
 	wg.Go(func() { (&guard{log: log, load: p.config}).run(ctx) })
-	err = k.run(ctx)
+	err := k.run(ctx)
 	return errors.Join(err, k.closeSession())
 }
 
