@@ -485,6 +485,25 @@ func TestLoginRefusals(t *testing.T) {
 	}
 }
 
+// A login that joins a session may say what kind it is, and how its connection talks; the rest is settled.
+func TestLoginIntoSession(t *testing.T) {
+	join := func(keys ...string) (*login, *pdu) {
+		l := newLogin(loginConfig{directory: testDirectory{target: &Target{}}})
+		req := loginRequest(1, 3, append(slices.Clone(aNormalLogin), keys...)...)
+		req.setTSIH(3)
+		req.setCID(5)
+		resp, _ := l.step(req)
+		return l, resp
+	}
+	l, resp := join("HeaderDigest=CRC32C", "MaxRecvDataSegmentLength=4096")
+	if !l.ok || l.tsih != 3 || l.cid != 5 || resp.tsih() != 3 || !l.params.headerDigest || l.params.maxSend != 4096 {
+		t.Errorf("%+v, %v", l.params, l.err)
+	}
+	if l, resp := join("MaxBurstLength=8192"); l.ok || resp.loginStatus() != 0x0200 {
+		t.Errorf("ok %v, status %04x", l.ok, resp.loginStatus())
+	}
+}
+
 // Headers that do not fit the first one, or no login at all.
 func TestLoginHeaders(t *testing.T) {
 	tests := []struct {

@@ -109,7 +109,7 @@ const (
 //	DataPDUInOrder            operational  or       leading, normal
 //	DataSequenceInOrder       operational  or       leading, normal
 //	ErrorRecoveryLevel        operational  min      leading
-//	SessionType               login        declared leading
+//	SessionType               login        declared leading; but initiators say it in each login
 //	TaskReporting             operational  list     leading, normal
 //	iSCSIProtocolLevel        operational  min      leading, normal
 //	X#NodeArchitecture        all          declared
@@ -118,7 +118,7 @@ const (
 var keyRules = map[string]keyRule{
 	"InitiatorName":  {stages: inLogin, first: true, rule: declareName(func(n *names) *string { return &n.initiator })},
 	"TargetName":     {stages: inLogin, first: true, rule: declareName(func(n *names) *string { return &n.target })},
-	"SessionType":    {stages: inLogin, first: true, leading: true, rule: declareSessionType},
+	"SessionType":    {stages: inLogin, first: true, rule: declareSessionType},
 	"InitiatorAlias": {stages: inLogin | inFullFeature, rule: declareAlias},
 
 	"SendTargets":          {stages: inFullFeature, turn: turnMost, rule: declareAnything}, // textPhase answers it
