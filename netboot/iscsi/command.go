@@ -38,7 +38,7 @@ func (c *conn) command() error {
 		t.fail(senseServiceCRC)
 	}
 	c.handOver(t)
-	if inTurn && !t.immediate {
+	if inTurn {
 		return c.deliverHeld()
 	}
 	return nil
@@ -64,8 +64,10 @@ func (c *conn) newTask(h *bhs) (t *task, reason byte) {
 			return nil, rejectInvalidField
 		}
 	}
+	if reason := c.full(h); reason != 0 {
+		return nil, reason
+	}
 	t = tasks.Get().(*task)
-	t.c = c
 	t.cmd.CDB = append(t.cdb[:0], cdb...)
 	t.itt, t.cmdSN, t.lun = h.itt(), h.cmdSN(), h.lun()
 	t.attr, t.immediate = h.flags()&maskAttr, h.immediate()
@@ -79,6 +81,19 @@ func (c *conn) newTask(h *bhs) (t *task, reason byte) {
 		t.fail(senseInvalidUnit) // no command here moves data both ways
 	}
 	return t, 0
+}
+
+// full gives the reason to reject a command for what is under way already.
+func (c *conn) full(h *bhs) byte {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	switch {
+	case c.tasks[h.itt()] != nil:
+		return rejectProtocol
+	case h.immediate() && c.immediate >= maxImmediate:
+		return rejectTooMany
+	}
+	return 0
 }
 
 // register makes the task known, and gives it its turn if its CmdSN is the next.

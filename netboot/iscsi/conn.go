@@ -154,11 +154,8 @@ func (c *conn) end(err error) {
 	}
 	s.mu.Unlock()
 	c.background.Wait()
-	c.flush() // lets go of what will not be written
+	c.drain() // of a broken connection: lets go of what will not be written
 	s.mu.Lock()
-	for c.writing {
-		c.changed.Wait()
-	}
 	c.finished = true
 	last := s.successor == nil
 	s.over = last
@@ -264,7 +261,7 @@ func (c *conn) fullFeature() error {
 		c.watch.pdus++
 		c.midway = true
 		if err := c.handle(); err != nil {
-			c.flush()
+			c.drain()
 			return err
 		}
 		c.midway = false

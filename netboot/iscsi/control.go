@@ -6,8 +6,9 @@ import (
 )
 
 const (
-	// maxControl is how much text one request may bring, and how much data a request may have that waits for its turn.
+	// maxControl is how much text one request may bring, and maxHeld how much data a request that comes before its turn.
 	maxControl = 64 << 10
+	maxHeld    = 8 << 10
 	// maxManaging is how many task management functions of a connection may wait for tasks to end.
 	maxManaging = 16
 )
@@ -64,6 +65,9 @@ func (c *conn) control(most int, do func(p *pdu) error) error {
 	case !s.inWindow(cmdSN) || s.held[cmdSN] != nil:
 		s.mu.Unlock()
 		return nil
+	case cmdSN != s.expCmdSN && len(data) > maxHeld:
+		s.mu.Unlock()
+		return fmt.Errorf("%w: %d bytes of data in a request before its turn", errProtocol, len(data))
 	case cmdSN != s.expCmdSN:
 		s.held[cmdSN] = func() error { return do(p) }
 		s.mu.Unlock()
@@ -95,13 +99,13 @@ func (c *conn) answerPing(p *pdu) error {
 	r.setTTT(noTag)
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
-	data := p.data[:min(len(p.data), c.params.maxSend)]
-	if size := bufferSize(len(data)); len(data) > copySize && c.quota.try(size) {
-		b := c.srv.buffers.get(len(data))
-		r.data = b.b[:copy(b.b, data)]
-		c.batch().pings = append(c.batch().pings, b)
-	} else if len(data) <= copySize {
-		r.data = data
+	r.data = p.data[:min(len(p.data), c.params.maxSend)]
+	if size := int64(len(r.data)); size > copySize {
+		if c.quota.try(size) {
+			c.batch().charge += size
+		} else {
+			r.data = nil
+		}
 	}
 	c.put(r, true)
 	return nil
@@ -148,6 +152,5 @@ func (c *conn) logout(p *pdu) error {
 	c.s.mu.Unlock()
 	waits.wait()
 	c.send(r)
-	c.flush()
 	return errLogout
 }

@@ -152,7 +152,7 @@ func (m *management) respond() {
 	r.setITT(m.p.itt())
 	m.c.send(r)
 	if m.p.function() == taskColdReset {
-		m.c.flush()
+		m.c.drain()
 		for _, s := range m.c.s.target.sessionList() {
 			s.kick()
 		}

@@ -27,13 +27,13 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // A batch is responses in the order of their StatSNs, on their way out.
 type batch struct {
-	parts [][]byte
-	arena []byte // of which headers are parts
-	open  bool   // the last part is the end of the arena
-	tasks []*task
-	bytes int64
-	pings []*buffer
-	iovs  []unix.Iovec
+	parts  [][]byte
+	arena  []byte // of which headers are parts
+	open   bool   // the last part is the end of the arena
+	tasks  []*task
+	bytes  int64
+	charge int64 // of the connection's quota, beside that of the tasks
+	iovs   []unix.Iovec
 }
 
 var batches = sync.Pool{New: func() any { return &batch{arena: make([]byte, 0, arenaSize)} }}
@@ -76,10 +76,9 @@ func (b *batch) refer(p []byte) {
 func (b *batch) reset() {
 	clear(b.parts)
 	clear(b.tasks)
-	clear(b.pings)
 	clear(b.iovs)
-	b.parts, b.tasks, b.pings, b.iovs = b.parts[:0], b.tasks[:0], b.pings[:0], b.iovs[:0]
-	b.arena, b.open, b.bytes = b.arena[:0], false, 0
+	b.parts, b.tasks, b.iovs = b.parts[:0], b.tasks[:0], b.iovs[:0]
+	b.arena, b.open, b.bytes, b.charge = b.arena[:0], false, 0, 0
 }
 
 // batch is the one that gathers. It needs s.mu.
@@ -270,6 +269,16 @@ func (c *conn) flush() {
 	c.changed.Broadcast()
 }
 
+// drain is flush, but returns when all has been written, by whomever.
+func (c *conn) drain() {
+	c.flush()
+	c.s.mu.Lock()
+	for c.writing {
+		c.changed.Wait()
+	}
+	c.s.mu.Unlock()
+}
+
 func (c *conn) writeBatch(b *batch) {
 	if c.broken.Load() {
 		return
@@ -295,10 +304,7 @@ func (c *conn) releaseBatch(b *batch) {
 	for _, t := range b.tasks {
 		c.release(t)
 	}
-	for _, p := range b.pings {
-		c.quota.release(int64(len(p.b)))
-		c.srv.buffers.put(p)
-	}
+	c.quota.release(b.charge)
 	b.reset()
 	batches.Put(b)
 }

@@ -135,7 +135,10 @@ func (srv *Server) acceptAll(ctx context.Context, l net.Listener, mine *crowd) e
 			return fmt.Errorf("accepting on %s: %w", l.Addr(), err)
 		}
 		srv.log.Warn("accepting an iSCSI connection", "err", err)
-		time.Sleep(pause)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
 		pause = min(2*pause, time.Second)
 	}
 }

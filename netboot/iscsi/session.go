@@ -246,15 +246,17 @@ func (s *session) leave(u *unit) {
 	delete(s.nexuses, u.lun)
 	c := s.conn
 	for _, t := range c.tasksOf(n) {
-		c.stop(t, fateNoUnit)
+		if !t.running {
+			c.stop(t, fateNoUnit)
+		}
 	}
 	var unused chan struct{}
 	if n.uses > 0 {
 		unused = make(chan struct{})
 		n.unused = unused
 	}
+	c.goOn(nil) // what was stopped has an answer
 	s.mu.Unlock()
-	c.flush()
 	if unused != nil {
 		<-unused
 	}
@@ -268,7 +270,6 @@ func (s *session) abortOn(n *nexus) {
 	c := s.conn
 	waits := c.abort(c.tasksOf(n))
 	s.mu.Unlock()
-	c.flush()
 	waits.wait()
 }
 

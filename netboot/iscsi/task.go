@@ -30,7 +30,6 @@ import (
 // it waits, and else says so with fate to whoever has it in hand. All fields that stop and finish look at are guarded by
 // session.mu; the others belong to whoever has the task in hand.
 type task struct {
-	c         *conn
 	n         *nexus // nil: there is no such unit
 	cmd       scsi.Command
 	cdb       [16]byte
@@ -47,13 +46,13 @@ type task struct {
 	waits     bool          // in nobody's hand
 	delivered bool          // its CmdSN was in order
 	turn      bool          // it may be given to the unit
+	running   bool          // in the hand of a worker that began
 	receiving bool          // waits, for data-out
 	fate      fate          // how it is to end
 	ended     chan struct{} // closed when it has ended; nil until somebody waits for that
 	touched   uint32        // conn.ticks when data-out came last
 
 	prepared bool
-	changes  bool // has begun to change the medium
 
 	// Data-out.
 	want        int     // how much of it the unit gets
@@ -148,10 +147,10 @@ func (t *task) dataIn() int {
 func (c *conn) prepare(t *task) {
 	t.prepared = true
 	switch {
-	case t.n == nil:
-		scsi.Absent(&t.cmd)
 	case t.cmd.CDB[0] == opReportLUNs:
 		c.reportLUNs(t)
+	case t.n == nil:
+		scsi.Absent(&t.cmd)
 	default:
 		if t.write {
 			t.cmd.Expected = int64(t.edtl)
@@ -355,8 +354,11 @@ func (c *conn) stop(t *task, how fate) {
 	}
 }
 
-// goOn advances tasks in a goroutine of its own. It needs s.mu.
+// goOn advances tasks, and writes what there is to write, in a goroutine of its own. It needs s.mu.
 func (c *conn) goOn(ready []*task) {
+	if c.finished || len(ready) == 0 && c.ending {
+		return
+	}
 	c.background.Go(func() {
 		for _, t := range ready {
 			c.advance(t)
@@ -365,11 +367,12 @@ func (c *conn) goOn(ready []*task) {
 	})
 }
 
-// abort ends tasks without a word. What it returns waits for those that the medium has in hand. It needs s.mu.
+// abort ends tasks without a word. What it returns waits for those that a worker has in hand, but for PERSISTENT RESERVE
+// OUT: that may be the one that wants the others to end, and changes no blocks. It needs s.mu.
 func (c *conn) abort(list []*task) waits {
 	var w waits
 	for _, t := range list {
-		if !t.waits && t.changes {
+		if t.running && t.cmd.CDB[0] != opPersistentReserveOut {
 			if t.ended == nil {
 				t.ended = make(chan struct{})
 			}

@@ -15,6 +15,9 @@ import (
 // readSize is how much one read takes in. A read brings many commands, or the most of a burst of data.
 const readSize = 64 << 10
 
+// slowest is how many bytes a second a peer has to take on the whole.
+const slowest = 64 << 10
+
 // maxIOV is how many pieces one writev takes (IOV_MAX).
 const maxIOV = 1024
 
@@ -43,7 +46,8 @@ type wire struct {
 	// Of the raw.Write under way.
 	iov      []unix.Iovec // what is left
 	writeErr error
-	waited   bool // there is a write deadline
+	since    time.Time // when the peer was first seen to take less than we write; zero: there is no write deadline
+	taken    int64     // how much it took since
 	writeFn  func(fd uintptr) bool
 }
 
@@ -231,10 +235,10 @@ func (w *wire) writeIOV() error {
 			return err
 		}
 	}
-	if w.waited {
+	if !w.since.IsZero() {
 		// The next write starts without a deadline. An error would say that the connection is closed, as the next write does.
 		_ = w.nc.SetWriteDeadline(time.Time{})
-		w.waited = false
+		w.since, w.taken = time.Time{}, 0
 	}
 	return nil
 }
@@ -248,8 +252,7 @@ func (w *wire) tryWrite(fd uintptr) bool {
 			w.wrote(int(n))
 		case unix.EINTR:
 		case unix.EAGAIN:
-			w.waited = true
-			_ = w.nc.SetWriteDeadline(time.Now().Add(w.patience)) // fails only where the wait that follows does
+			w.bePatient()
 			return false
 		default:
 			w.writeErr = os.NewSyscallError("writev", errno)
@@ -259,8 +262,19 @@ func (w *wire) tryWrite(fd uintptr) bool {
 	return true
 }
 
+// bePatient sets the write deadline for a peer that does not take what we have for it: so much time, and more for what it
+// takes meanwhile.
+func (w *wire) bePatient() {
+	if w.since.IsZero() {
+		w.since, w.taken = time.Now(), 0
+	}
+	deadline := w.since.Add(w.patience + time.Duration(w.taken)*time.Second/slowest)
+	_ = w.nc.SetWriteDeadline(deadline) // fails only where the wait that follows does
+}
+
 // wrote takes n bytes off w.iov.
 func (w *wire) wrote(n int) {
+	w.taken += int64(n)
 	for n > 0 {
 		v := &w.iov[0]
 		if uint64(n) < v.Len {

@@ -2,7 +2,7 @@ package iscsi
 
 import "github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 
-// opPersistentReserveOut is PERSISTENT RESERVE OUT, which may wait for other tasks to end, and changes no blocks.
+// opPersistentReserveOut is PERSISTENT RESERVE OUT, which may wait for tasks of others to end.
 const opPersistentReserveOut = 0x5f
 
 // work gives a task to a worker, or to the first that is free.
@@ -69,8 +69,8 @@ func (c *conn) execute(t *task) {
 func (c *conn) mayExecute(t *task) bool {
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
-	t.changes = !t.cmd.Done && t.cmd.CDB[0] != opPersistentReserveOut
-	return t.fate == fateOutcome && !c.ending
+	t.running = t.fate == fateOutcome && !c.ending
+	return t.running
 }
 
 // fetch gets the data of a read into memory: into the page cache where it is mapped, and else into a buffer.
