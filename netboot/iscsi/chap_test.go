@@ -326,6 +326,10 @@ func TestAuthMethod(t *testing.T) {
 			}
 		}
 	}
+	a := &authentication{need: &testCHAP, random: new(counter)}
+	if err := a.take(map[string]string{"AuthMethod": "CHAP", "CHAP_A": "5", "CHAP_I": "1"}); !errors.Is(err, errText) {
+		t.Errorf("a challenge before ours: %v", err)
+	}
 	for offer, want := range map[string]error{"99": errAuth, "1,2,3,4": errAuth, "MD5": errText, "": errText, "5,,7": nil} {
 		a := &authentication{need: &testCHAP, random: new(counter)}
 		err := a.take(map[string]string{"AuthMethod": "CHAP", "CHAP_A": offer})

@@ -220,6 +220,19 @@ func TestTextRejects(t *testing.T) {
 	}
 }
 
+// The tag that means none is passed over.
+func TestTextTagsWrapAround(t *testing.T) {
+	text := textAfter(t, testDirectory{}, testInitiator, true)
+	text.tag = noTag - 1
+	resp, rejected := text.step(textRequest(0, noTag))
+	if rejected || resp.ttt() != 0 {
+		t.Fatalf("rejected %v, %+v", rejected, resp)
+	}
+	if resp, rejected := text.step(textRequest(flagFinal, 0)); rejected || !resp.final() {
+		t.Errorf("rejected %v, %+v", rejected, resp)
+	}
+}
+
 // A row that is begun before another is over takes its place.
 func TestTextBeginsAnew(t *testing.T) {
 	text := textAfter(t, testDirectory{}, testInitiator, true)
