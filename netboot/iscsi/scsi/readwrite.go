@@ -118,28 +118,49 @@ func prepareWrite(n *Nexus, c *Command) {
 }
 
 func executeWrite(n *Nexus, c *Command) {
-	u, p := n.unit, spanOf(c.lba, c.blocks)
-	u.stripes.share(p)
-	ok := u.put(c, wholeBlocks(c))
-	u.stripes.unshare(p)
+	u, p, data := n.unit, spanOf(c.lba, c.blocks), c.data()
+	// A last block that came in part is read and written, so it has to be alone.
+	take, leave := u.stripes.share, u.stripes.unshare
+	if len(data)%blockSize != 0 {
+		take, leave = u.stripes.lock, u.stripes.unlock
+	}
+	take(p)
+	ok := u.put(c, c.lba, data)
+	leave(p)
 	if ok && u.settle(c) {
 		c.succeed()
 	}
 }
 
-// wholeBlocks is the data-out of c, as far as it came, without a last block that is not whole.
-func wholeBlocks(c *Command) []byte {
-	b := c.Out[:min(len(c.Out), c.OutLength)]
-	return b[:len(b)-len(b)%blockSize]
+// data is the data-out of c, as far as it came: an initiator may send less than the CDB says, and has what it sent written
+// all the same; the residual tells it what was not.
+func (c *Command) data() []byte { return c.Out[:min(len(c.Out), c.OutLength)] }
+
+// put writes to the medium, from a block on. A last block that is not whole keeps the rest of what it had.
+func (u *Unit) put(c *Command, lba uint64, b []byte) bool {
+	whole := b[:len(b)-len(b)%blockSize]
+	if !u.putBlocks(c, lba, whole) {
+		return false
+	}
+	rest := b[len(whole):]
+	if len(rest) == 0 {
+		return true
+	}
+	lba += uint64(len(whole)) / blockSize
+	last := make([]byte, blockSize)
+	if !u.read(c, last, offset(lba)) {
+		return false
+	}
+	copy(last, rest)
+	return u.putBlocks(c, lba, last)
 }
 
-// put writes to the medium, from the address of c on.
-func (u *Unit) put(c *Command, b []byte) bool {
+func (u *Unit) putBlocks(c *Command, lba uint64, b []byte) bool {
 	if len(b) == 0 {
 		return true
 	}
-	if _, err := u.medium.WriteAt(b, offset(c.lba)); err != nil {
-		c.fail(mediumSense(err, senseWriteError).information(c.lba))
+	if _, err := u.medium.WriteAt(b, offset(lba)); err != nil {
+		c.fail(mediumSense(err, senseWriteError).information(lba))
 		return false
 	}
 	return true

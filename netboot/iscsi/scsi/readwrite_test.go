@@ -114,12 +114,22 @@ func TestForceUnitAccessSyncs(t *testing.T) {
 	}
 }
 
-func TestShortDataOutWritesWholeBlocks(t *testing.T) {
-	b := newBench(t)
-	b.good(cdb10(opWrite10, 0, 0, 4), fill('x', blockSize+100))
-	want := append(fill('x', blockSize), fill(0, 3*blockSize)...)
-	if !bytes.Equal(b.mem.data[:4*blockSize], want) {
-		t.Error("something else than the one whole block that came was written")
+// An initiator that sends less than its CDB says has that written, and no more.
+func TestShortDataOut(t *testing.T) {
+	for name, cdb := range map[string][]byte{
+		"WRITE":            cdb10(opWrite10, 0, 0, 4),
+		"WRITE AND VERIFY": cdb10(opWriteVerify10, 2, 0, 4),
+		"ORWRITE":          cdb16(opOrWrite16, 0, 0, 4),
+	} {
+		for _, n := range []int{0, 1, 200, blockSize, blockSize + 100, 4*blockSize - 1} {
+			b := newBench(t)
+			copy(b.mem.data, fill(0x40, 8*blockSize))
+			b.good(cdb, fill(0x41, n))
+			want := append(fill(0x41, n), fill(0x40, 8*blockSize-n)...)
+			if !bytes.Equal(b.mem.data[:8*blockSize], want) {
+				t.Errorf("%s of %d bytes: something else is there", name, n)
+			}
+		}
 	}
 }
 

@@ -132,11 +132,11 @@ func prepareWriteVerify(n *Nexus, c *Command) {
 // executeWriteVerify has the blocks alone, so that it finds its own data.
 func executeWriteVerify(n *Nexus, c *Command) {
 	u, p := n.unit, spanOf(c.lba, c.blocks)
-	data := wholeBlocks(c)
-	c.blocks = uint64(len(data)) / blockSize
+	data := c.data()
+	c.blocks = uint64(len(data)) / blockSize // to verify: those that came whole
 	u.stripes.lock(p)
 	defer u.stripes.unlock(p)
-	if u.put(c, data) && u.settle(c) && u.verify(c, c.byteCheck(), data) {
+	if u.put(c, c.lba, data) && u.settle(c) && u.verify(c, c.byteCheck(), data) {
 		c.succeed()
 	}
 }
@@ -177,7 +177,7 @@ func executeCompareAndWrite(n *Nexus, c *Command) {
 		c.fail(senseMiscompare.information(uint64(at)))
 		return
 	}
-	if u.put(c, c.Out[half:2*half]) && u.settle(c) {
+	if u.putBlocks(c, c.lba, c.Out[half:2*half]) && u.settle(c) {
 		c.succeed()
 	}
 }
@@ -185,23 +185,23 @@ func executeCompareAndWrite(n *Nexus, c *Command) {
 // executeOrWrite is ORWRITE (16): SBC-3 5.17. What came is combined with a piece of the medium at a time.
 func executeOrWrite(n *Nexus, c *Command) {
 	u, p := n.unit, spanOf(c.lba, c.blocks)
-	data := wholeBlocks(c)
-	buf := make([]byte, min(len(data), chunk))
+	data := c.data()
+	buf := make([]byte, min(c.OutLength, chunk))
 	u.stripes.lock(p)
 	defer u.stripes.unlock(p)
-	for len(data) > 0 {
-		b := buf[:min(len(buf), len(data))]
-		if !u.read(c, b, offset(c.lba)) {
+	for lba := c.lba; len(data) > 0; lba += chunk / blockSize {
+		piece := data[:min(len(data), chunk)]
+		b := buf[:(len(piece)+blockSize-1)&^(blockSize-1)]
+		if !u.read(c, b, offset(lba)) {
 			return
 		}
-		for i := range b {
-			b[i] |= data[i]
+		for i, v := range piece {
+			b[i] |= v
 		}
-		if !u.put(c, b) {
+		if !u.putBlocks(c, lba, b) {
 			return
 		}
-		data = data[len(b):]
-		c.lba += uint64(len(b)) / blockSize
+		data = data[len(piece):]
 	}
 	if u.settle(c) {
 		c.succeed()
