@@ -2,19 +2,23 @@ package scsi
 
 import "encoding/binary"
 
-// What REPORT SUPPORTED OPERATION CODES is asked for: REPORTING OPTIONS (SPC-4 6.35.1).
+// What REPORT SUPPORTED OPERATION CODES is asked for, in byte 2 of its CDB (SPC-4 6.35.1).
 const (
-	reportAll       = 0
-	reportOpcode    = 1 // one that has no service actions
-	reportAction    = 2 // one that has
-	reportEither    = 3
-	reportTimeouts  = 0x80 // RCTD, in the same byte
-	timeoutLength   = 12
+	reportAll      = 0
+	reportOpcode   = 1 // one that has no service actions
+	reportAction   = 2 // one that has
+	reportEither   = 3
+	reportTimeouts = 0x80 // RCTD
+)
+
+// What it answers (SPC-4 6.35.2 to 6.35.4).
+const (
+	hasAction       = 0x01 // SERVACTV of one command among all
+	hasTimeouts     = 0x02 // CTDP of one among all
+	hasTimeoutsOfOp = 0x80 // CTDP of the only one
 	notSupported    = 1
 	supportedAsSPC  = 3
-	hasTimeouts     = 0x02 // CTDP of a command descriptor
-	hasAction       = 0x01 // SERVACTV
-	hasTimeoutsOfOp = 0x80 // CTDP of the answer for one command
+	timeoutLength   = 12
 )
 
 // prepareReportOpcodes is REPORT SUPPORTED OPERATION CODES (SPC-4 6.35).

@@ -2,58 +2,61 @@ package scsi
 
 // The operation codes (SPC-4 annex E.3), in rising order.
 const (
-	opTestUnitReady    = 0x00
-	opRequestSense     = 0x03
-	opRead6            = 0x08
-	opWrite6           = 0x0a
-	opInquiry          = 0x12
-	opModeSelect6      = 0x15
-	opReserve6         = 0x16
-	opRelease6         = 0x17
-	opModeSense6       = 0x1a
-	opStartStop        = 0x1b
-	opSendDiagnostic   = 0x1d
-	opReadCapacity10   = 0x25
-	opRead10           = 0x28
-	opWrite10          = 0x2a
-	opWriteVerify10    = 0x2e
-	opVerify10         = 0x2f
-	opPrefetch10       = 0x34
-	opSyncCache10      = 0x35
-	opReadDefects10    = 0x37
-	opWriteSame10      = 0x41
-	opUnmap            = 0x42
-	opModeSelect10     = 0x55
-	opReserve10        = 0x56
-	opRelease10        = 0x57
-	opModeSense10      = 0x5a
-	opPersistentIn     = 0x5e
-	opPersistentOut    = 0x5f
-	opRead16           = 0x88
-	opCompareAndWrite  = 0x89
-	opWrite16          = 0x8a
-	opOrWrite16        = 0x8b
-	opWriteVerify16    = 0x8e
-	opVerify16         = 0x8f
-	opPrefetch16       = 0x90
-	opSyncCache16      = 0x91
-	opWriteSame16      = 0x93
-	opServiceActionIn  = 0x9e
-	opReportLUNs       = 0xa0
-	opMaintenanceIn    = 0xa3
-	opRead12           = 0xa8
-	opWrite12          = 0xaa
-	opWriteVerify12    = 0xae
-	opVerify12         = 0xaf
-	opReadDefects12    = 0xb7
+	opTestUnitReady   = 0x00
+	opRequestSense    = 0x03
+	opRead6           = 0x08
+	opWrite6          = 0x0a
+	opInquiry         = 0x12
+	opModeSelect6     = 0x15
+	opReserve6        = 0x16
+	opRelease6        = 0x17
+	opModeSense6      = 0x1a
+	opStartStop       = 0x1b
+	opSendDiagnostic  = 0x1d
+	opReadCapacity10  = 0x25
+	opRead10          = 0x28
+	opWrite10         = 0x2a
+	opWriteVerify10   = 0x2e
+	opVerify10        = 0x2f
+	opPrefetch10      = 0x34
+	opSyncCache10     = 0x35
+	opReadDefects10   = 0x37
+	opWriteSame10     = 0x41
+	opUnmap           = 0x42
+	opModeSelect10    = 0x55
+	opReserve10       = 0x56
+	opRelease10       = 0x57
+	opModeSense10     = 0x5a
+	opPersistentIn    = 0x5e
+	opPersistentOut   = 0x5f
+	opRead16          = 0x88
+	opCompareAndWrite = 0x89
+	opWrite16         = 0x8a
+	opOrWrite16       = 0x8b
+	opWriteVerify16   = 0x8e
+	opVerify16        = 0x8f
+	opPrefetch16      = 0x90
+	opSyncCache16     = 0x91
+	opWriteSame16     = 0x93
+	opServiceActionIn = 0x9e
+	opReportLUNs      = 0xa0
+	opMaintenanceIn   = 0xa3
+	opRead12          = 0xa8
+	opWrite12         = 0xaa
+	opWriteVerify12   = 0xae
+	opVerify12        = 0xaf
+	opReadDefects12   = 0xb7
+)
+
+// Service actions of SERVICE ACTION IN (16) and MAINTENANCE IN.
+const (
 	actionReadCapacity = 0x10
 	actionLBAStatus    = 0x12
 	actionOpcodes      = 0x0c
 )
 
-// The usage of the bits of CDBs that only differ in byte 1 (SPC-4 6.35.3), without the operation code. GROUP NUMBER and
-// CONTROL are not looked at.
-
+// usage6 and the others are the usage of the bits of CDBs that have address and length where READ has (SPC-4 6.35.3), without
+// the operation code. GROUP NUMBER and CONTROL are not looked at.
 func usage6(flags byte) []byte { return []byte{flags | 0x1f, 0xff, 0xff, 0xff, 0} }
 
 func usage10(flags byte) []byte {
@@ -71,7 +74,7 @@ func usage16(flags byte) []byte {
 func usageIn() []byte  { return []byte{0, 0, 0, 0, 0, 0, 0xff, 0xff, 0} }
 func usageOut() []byte { return []byte{0, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0} }
 
-// The flags of byte 1 of CDBs: DPO and FUA, DPO and BYTCHK, UNMAP, NDOB.
+// The bits of byte 1 of CDBs.
 const (
 	dpoFUA    = 0x18
 	dpoBYTCHK = 0x16
