@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const benchSize = 1 << 30
+const benchSize, benchOld = 1 << 30, 64 << 20
 
 // plain is what tgt does with a sparse file: pwrite(2), then fdatasync(2), for each command.
 type plain struct{ *os.File }
@@ -22,8 +22,8 @@ func (p plain) Sync() error { return unix.Fdatasync(int(p.Fd())) }
 func (p plain) Zero(int64, int64, bool) error { panic("not asked for") }
 func (p plain) Size() int64                   { return benchSize }
 
-// BenchmarkWriteThrough writes 4 KiB at random places that were never written before, and syncs after each: a write with
-// FUA. Run it with -count, and -benchtime of less than 100000x.
+// BenchmarkWriteThrough writes 4 KiB at random places, and syncs after each: a write with FUA. New places were never written
+// before, and old ones were: all the first 64 MiB. Run it with -count, and -benchtime of less than 100000x.
 func BenchmarkWriteThrough(b *testing.B) {
 	media := map[string]func(b *testing.B, dir string) mediumOf{
 		"delta": func(b *testing.B, dir string) mediumOf {
@@ -56,17 +56,23 @@ func BenchmarkWriteThrough(b *testing.B) {
 	}
 	for _, depth := range []int{1, 16} {
 		for name, open := range media {
-			b.Run(fmt.Sprintf("%s/depth=%d", name, depth), func(b *testing.B) {
+			b.Run(fmt.Sprintf("%s/depth=%d/new", name, depth), func(b *testing.B) {
+				writeThrough(b, open(b, b.TempDir()), depth, benchSize)
+			})
+			b.Run(fmt.Sprintf("%s/depth=%d/old", name, depth), func(b *testing.B) {
 				m := open(b, b.TempDir())
-				writeThrough(b, m, depth)
+				if _, err := m.WriteAt(randomBytes(benchOld), 0); err != nil {
+					b.Fatal(err)
+				}
+				writeThrough(b, m, depth, benchOld)
 			})
 		}
 	}
 }
 
-func writeThrough(b *testing.B, m mediumOf, depth int) {
+func writeThrough(b *testing.B, m mediumOf, depth int, size int64) {
 	b.Helper()
-	places := rand.Perm(benchSize / clusterSize)
+	places := rand.Perm(int(size / clusterSize))
 	data := randomBytes(clusterSize)
 	if err := m.Sync(); err != nil {
 		b.Fatal(err)

@@ -105,10 +105,13 @@ type mediumOf interface {
 // content is what is written to a block: each 8 bytes say which block that is, and which write.
 func content(block int64, id uint64) []byte {
 	if id == 0 {
-		return make([]byte, BlockSize)
+		return zeros[:BlockSize]
 	}
-	b := binary.LittleEndian.AppendUint64(nil, id<<32|uint64(block)^0x5a5a5a5a)
-	return bytes.Repeat(b, BlockSize/8)
+	b := make([]byte, BlockSize)
+	for at := 0; at < len(b); at += 8 {
+		binary.LittleEndian.PutUint64(b[at:], id<<32|uint64(block)^0x5a5a5a5a)
+	}
+	return b
 }
 
 // A crash is when and how a process ended.
@@ -117,37 +120,44 @@ type crash struct {
 	power bool // lost, or the process was only killed
 }
 
-// acknowledged says that what s is about must be found after the crash.
-func (h *history) acknowledged(s *span, c crash) bool {
-	if !s.answered || s.failed {
-		return false
-	}
-	if !c.power {
-		return s.endOp <= c.op
-	}
+// acknowledged says up to which moment what was answered must be found after the crash: all of what was there of it, or
+// where power was lost what the last sync that was answered is about.
+func (h *history) acknowledged(c crash) func(s *span) bool {
+	synced := int64(0)
 	for _, sync := range h.syncs {
-		if s.end < sync.begin && sync.endOp <= c.op {
-			return true
+		if sync.endOp <= c.op {
+			synced = max(synced, sync.begin)
 		}
 	}
-	return false
+	return func(s *span) bool {
+		switch {
+		case !s.answered || s.failed:
+			return false
+		case c.power:
+			return s.end < synced
+		}
+		return s.endOp <= c.op
+	}
 }
 
-// mayBe says whether a block that was written may be found with this content after a crash.
-func (h *history) mayBe(block int64, found []byte, c crash) bool {
+// mayBe says whether a block may be found with this content after a crash.
+func (h *history) mayBe(block int64, found []byte, c crash, acknowledged func(*span) bool) bool {
 	versions := h.versions[block]
 	last := int64(-1) // when the latest began that must be there or be written over
 	for _, v := range versions {
-		if h.acknowledged(v.span, c) {
+		if acknowledged(v.span) {
 			last = max(last, v.span.begin)
 		}
 	}
 	if last < 0 && bytes.Equal(found, h.below(block)) {
 		return true
 	}
+	if !bytes.Equal(found, bytes.Repeat(found[:8], BlockSize/8)) {
+		return false
+	}
 	for _, v := range versions {
 		over := v.span.answered && v.span.end < last
-		if !over && v.span.beginOp <= c.op && bytes.Equal(found, content(block, v.id)) {
+		if !over && v.span.beginOp <= c.op && bytes.Equal(found[:8], content(block, v.id)[:8]) {
 			return true
 		}
 	}
@@ -156,16 +166,16 @@ func (h *history) mayBe(block int64, found []byte, c crash) bool {
 
 // below is what a block was before anything was written.
 func (h *history) below(block int64) []byte {
-	b := make([]byte, BlockSize)
-	if block*BlockSize < int64(len(h.base)) {
-		copy(b, h.base[block*BlockSize:])
+	if off := block * BlockSize; off+BlockSize <= int64(len(h.base)) {
+		return h.base[off : off+BlockSize]
 	}
-	return b
+	return zeros[:BlockSize] // bases end with a block
 }
 
 // check reads the blocks of some clusters and says which is not as it may be.
 func (h *history) check(m mediumOf, clusters []int64, c crash) error {
 	buf := make([]byte, clusterSize)
+	acknowledged := h.acknowledged(c)
 	for _, cluster := range clusters {
 		n := min(clusterSize, m.Size()-cluster*clusterSize)
 		if _, err := m.ReadAt(buf[:n], cluster*clusterSize); err != nil {
@@ -173,18 +183,18 @@ func (h *history) check(m mediumOf, clusters []int64, c crash) error {
 		}
 		for at := int64(0); at < n; at += BlockSize {
 			block := (cluster*clusterSize + at) / BlockSize
-			if found := buf[at : at+BlockSize]; !h.mayBe(block, found, c) {
-				return fmt.Errorf("%+v: block %d of cluster %d has %x...: %s", c, block, cluster, found[:16], h.describe(block, c))
+			if found := buf[at : at+BlockSize]; !h.mayBe(block, found, c, acknowledged) {
+				return fmt.Errorf("%+v: block %d of cluster %d has %x...: %s", c, block, cluster, found[:16], h.describe(block, acknowledged))
 			}
 		}
 	}
 	return nil
 }
 
-func (h *history) describe(block int64, c crash) string {
+func (h *history) describe(block int64, acknowledged func(*span) bool) string {
 	s := fmt.Sprintf("below %x...", h.below(block)[:16])
 	for _, v := range h.versions[block] {
-		s += fmt.Sprintf("\n  %x... %+v acknowledged %v", content(block, v.id)[:16], *v.span, h.acknowledged(v.span, c))
+		s += fmt.Sprintf("\n  %x... %+v acknowledged %v", content(block, v.id)[:16], *v.span, acknowledged(v.span))
 	}
 	return s
 }
