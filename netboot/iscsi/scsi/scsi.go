@@ -89,7 +89,7 @@ const MaxTransfer = 8 << 20
 
 // MaxRead is the most bytes that one READ may ask for. Not all who read look at VPD page B0h before: iPXE hands on what UEFI
 // firmware asks it for, and that is a file as a whole.
-const MaxRead = MaxTransfer
+const MaxRead = 32 << 20
 
 // A Command is one CDB on its way through a Unit. The transport fills CDB and calls Prepare; where that leaves Done
 // false, it brings Out and calls Execute. The same Command may be used again after Reset.
