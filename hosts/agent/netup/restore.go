@@ -30,6 +30,14 @@ func (l *Lease) Restore(peer netip.Addr, log *slog.Logger) (bool, error) {
 	if !isDown && !gone && reaches(peer) {
 		return false, nil
 	}
+	if err := l.Apply(log); err != nil || reaches(peer) {
+		return true, err
+	}
+	// The kernel sets the route to the link with the address, and not again where only that was taken away.
+	own := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipnet(l.Address.Masked()), Src: l.Address.Addr().AsSlice(), Protocol: unix.RTPROT_KERNEL, Scope: netlink.SCOPE_LINK}
+	if err := netlink.RouteReplace(own); err != nil {
+		return true, fmt.Errorf("setting the route to the network of %s: %w", l.Address, err)
+	}
 	return true, l.Apply(log)
 }
 
