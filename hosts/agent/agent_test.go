@@ -148,6 +148,10 @@ func TestDecide(t *testing.T) {
 		{"another release", with(func(a *agentapi.Assignment) { a.Release.ID = digest.Of(nil) }), moveOn},
 		{"other files", with(func(a *agentapi.Assignment) { a.Node.Digest = digest.Of(nil) }), moveOn},
 		{"another host", with(func(a *agentapi.Assignment) { a.Host = "n2" }), moveOn},
+		{"from LUNs", with(func(a *agentapi.Assignment) { a.ISCSI = &agentapi.ISCSI{} }), moveOn},
+		{"a disk image", with(func(a *agentapi.Assignment) {
+			a.ISCSI, a.Release = &agentapi.ISCSI{}, &agentapi.Release{ID: digest.Of(nil)}
+		}), moveOn},
 		{"malformed", with(func(a *agentapi.Assignment) { a.Release = nil }), moveOn},
 	} {
 		if got := decide(now, tt.a); got != tt.want {
@@ -192,6 +196,7 @@ func (n *node) start() (reboots <-chan string, stop func() error) {
 		n.t.Fatal(err)
 	}
 	ch := make(chan string, 10)
+	s.trim = func(string) error { return nil }
 	s.reboot = func(ctx context.Context, _ *slog.Logger) error {
 		ch <- "reboot"
 		<-ctx.Done() // as a machine does that goes down

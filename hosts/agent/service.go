@@ -38,6 +38,7 @@ type service struct {
 	staged staged
 	settle time.Duration                                     // settleAfter; another one in tests
 	reboot func(ctx context.Context, log *slog.Logger) error // replaced in tests
+	trim   func(dir string) error                            // disk.Trim; nothing in tests, whose directories are on a disk of others
 }
 
 // Serve is the second life: a service of the booted system. It returns when ctx is done, or when the boot left nothing
@@ -59,7 +60,7 @@ func newService(statePath string, log *slog.Logger) (*service, error) {
 	if err := check(st.Assignment); err != nil {
 		return nil, fmt.Errorf("what the boot left: %w", err)
 	}
-	s := &service{log: log, state: k, reboot: rebootSystem, settle: settleAfter}
+	s := &service{log: log, state: k, reboot: rebootSystem, settle: settleAfter, trim: disk.Trim}
 	if s.client, err = agentapi.NewClient(st.Server, nil); err != nil {
 		return nil, err
 	}
@@ -129,7 +130,7 @@ func (s *service) trimDeltas() {
 	_, err := inBackground(func() (int64, error) {
 		err := s.cache.TrimDeltas(s.state.get().NodeDelta)
 		if s.state.get().Assignment.ISCSI != nil { // what the server keeps of it is the server's room
-			err = errors.Join(err, disk.Trim(s.cache.Dir()))
+			err = errors.Join(err, s.trim(s.cache.Dir()))
 		}
 		return 0, err
 	})

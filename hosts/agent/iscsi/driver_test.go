@@ -64,14 +64,14 @@ func (d *fakeDriver) call(e event) (event, error) {
 	d.handled = append(d.handled, e.kind)
 	d.mu.Unlock()
 	a := event{kind: e.kind, raw: e.raw}
-	code := func(errno unix.Errno) event { return tells(e.kind, uint32(-int32(errno))) } //nolint:gosec // as the kernel does
+	code := func(errno unix.Errno) event { return tells(e.kind, uint32(-int32(errno))) }
 	switch e.kind {
 	case createSession:
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		d.sessions++
 		d.live = true
-		return tells(e.kind, uint32(d.sessions), 2), nil //nolint:gosec // small
+		return tells(e.kind, uint32(d.sessions), 2), nil
 	case bindConn:
 		fd, err := unix.FcntlInt(uintptr(binary.NativeEndian.Uint64(e.raw[saysAt+8:])), unix.F_DUPFD_CLOEXEC, 0)
 		if err != nil {
@@ -108,7 +108,7 @@ func (d *fakeDriver) call(e event) (event, error) {
 		h := header(e.data[:headerSize])
 		binary.BigEndian.PutUint32(h[24:], d.cmdSN)
 		if err := writePDU(d.conn, h, e.data[headerSize:]); err != nil {
-			return code(unix.EPIPE), nil //nolint:nilerr // as the kernel tells it
+			return code(unix.EPIPE), nil
 		}
 	case startConn:
 		d.mu.Lock()

@@ -146,7 +146,7 @@ func TestKeeperRecovers(t *testing.T) {
 		if [6]byte(h[8:14]) != isid(r.cfg.Initiator) || binary.BigEndian.Uint16(h[14:]) != 0 {
 			t.Errorf("login %d has ISID and TSIH %x", i, h[8:16])
 		}
-		if got, want := binary.BigEndian.Uint32(h[24:]), 1000+17*uint32(i); got != want { //nolint:gosec // small
+		if got, want := binary.BigEndian.Uint32(h[24:]), 1000+17*uint32(i); got != want {
 			t.Errorf("login %d has CmdSN %d, want %d", i, got, want)
 		}
 	}

@@ -1,0 +1,206 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/troupe-dev/troupe/hosts/agent/iscsi"
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/hosts/agentapi/agentapitest"
+	"github.com/troupe-dev/troupe/internal/digest"
+)
+
+// diskless is assigned, from LUNs.
+func diskless(s *agentapitest.Server, role string, gen uint64) agentapi.Assignment {
+	a := assigned(s, role, gen)
+	a.ISCSI = &agentapi.ISCSI{
+		Port: 3260, Target: "iqn.2026-11.dev.troupe:n1", Initiator: "iqn.2026-11.dev.troupe:n1:initiator",
+		User: "n1", Secret: "secret", MutualUser: "troupe", MutualSecret: "another", Base: 1, Delta: 2, Node: 0, Disk: "d1",
+	}
+	return a
+}
+
+func TestDecideFromLUNs(t *testing.T) {
+	var s agentapitest.Server
+	now := diskless(&s, "web", 3)
+	now.Version = "3"
+	with := func(f func(*agentapi.Assignment)) agentapi.Assignment {
+		a := diskless(&s, "web", 4)
+		a.Version = "4"
+		f(&a)
+		return a
+	}
+	for _, tt := range []struct {
+		name string
+		a    agentapi.Assignment
+		want decision
+	}{
+		{"the same", now, goOn},
+		{"only the generation", with(func(*agentapi.Assignment) {}), adopt},
+		{"another secret", with(func(a *agentapi.Assignment) { a.ISCSI.Secret = "new" }), adopt},
+		{"a disk that was reset", with(func(a *agentapi.Assignment) { a.ISCSI.Disk = "d2" }), moveOn},
+		{"another release", with(func(a *agentapi.Assignment) { a.Release.ID = digest.Of(nil) }), moveOn},
+		{"from a disk of its own", with(func(a *agentapi.Assignment) { a.ISCSI = nil }), moveOn},
+		{"waiting", agentapi.Assignment{Version: "4", State: agentapi.Waiting}, goOn},
+	} {
+		if got := decide(now, tt.a); got != tt.want {
+			t.Errorf("%s: %s, want %s", tt.name, got, tt.want)
+		}
+	}
+}
+
+// A node that runs from LUNs, or shall, fetches nothing before its reboot.
+func TestServiceRebootsWithoutFetching(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		now, to  func(*agentapitest.Server) agentapi.Assignment
+		stages   string
+		isStaged bool
+		detail   string
+	}{
+		{
+			"to a new release", func(s *agentapitest.Server) agentapi.Assignment { return diskless(s, "web", 1) },
+			func(s *agentapitest.Server) agentapi.Assignment { return diskless(s, "idle", 2) },
+			"switch-root service healthy stage reboot", true, "generation 2, role idle",
+		},
+		{
+			"to a new disk", func(s *agentapitest.Server) agentapi.Assignment { return diskless(s, "web", 1) },
+			func(s *agentapitest.Server) agentapi.Assignment {
+				a := diskless(s, "web", 1)
+				a.ISCSI.Disk = "d2"
+				return a
+			},
+			"switch-root service healthy stage reboot", true, "generation 1, role web; its disk was reset",
+		},
+		{
+			"to LUNs", func(s *agentapitest.Server) agentapi.Assignment { return assigned(s, "web", 1) },
+			func(s *agentapitest.Server) agentapi.Assignment { return diskless(s, "web", 2) },
+			"switch-root service healthy stage reboot", true, "generation 2, role web",
+		},
+		{
+			"to a disk of its own", func(s *agentapitest.Server) agentapi.Assignment { return diskless(s, "web", 1) },
+			func(s *agentapitest.Server) agentapi.Assignment { return assigned(s, "web", 2) },
+			"switch-root service healthy reboot", false, "generation 2, role web",
+		},
+		{
+			"to a disk image", func(s *agentapitest.Server) agentapi.Assignment { return assigned(s, "web", 1) },
+			func(s *agentapitest.Server) agentapi.Assignment {
+				a := diskless(s, "appliance", 2)
+				a.Release = &agentapi.Release{ID: digest.Of([]byte("appliance")), Kernel: digest.Of([]byte("appliance"))}
+				return a
+			},
+			"switch-root service healthy stage reboot", true, "generation 2, role appliance",
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var s agentapitest.Server
+			a := tt.now(&s)
+			a.Checks = passing
+			n := newNode(t, a, &s)
+			reboots, _ := n.start()
+			n.wait("health", healthy)
+			to := tt.to(&s)
+			s.Assign(to)
+			<-reboots
+			n.wait("the last mark", func(r agentapi.Report) bool {
+				return strings.HasSuffix(n.stages(), "reboot") && (r.Staged == to.Release.ID) == tt.isStaged
+			})
+			marks := s.Marks()
+			if n.stages() != tt.stages || marks[len(marks)-1].Detail != tt.detail {
+				t.Errorf("stages %q, %q, want %q, %q", n.stages(), marks[len(marks)-1].Detail, tt.stages, tt.detail)
+			}
+			for _, m := range marks {
+				if m.Bytes != 0 {
+					t.Errorf("stage %s: %d bytes were fetched", m.Stage, m.Bytes)
+				}
+			}
+		})
+	}
+}
+
+func TestPortal(t *testing.T) {
+	for server, want := range map[string]string{
+		"http://10.77.0.1:8080": "10.77.0.1:3261", "http://[fd00::1]:8080": "[fd00::1]:3261", "http://localhost:8080": "127.0.0.1:3261",
+	} {
+		got, err := portal(t.Context(), server, 3261)
+		if err != nil || got != netip.MustParseAddrPort(want) && !got.Addr().IsLoopback() {
+			t.Errorf("portal of %s: %v, %v, want %s", server, got, err, want)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := portal(ctx, "http://troupe.invalid:8080", 3260); err == nil {
+		t.Error("a name that nobody has is an address")
+	}
+}
+
+// What a try to log in comes to is told at once, and is a failure only where time does not mend it.
+func TestLoginError(t *testing.T) {
+	spec := diskless(&agentapitest.Server{}, "web", 1).ISCSI
+	at := netip.MustParseAddrPort("10.77.0.1:3260")
+	if err := loginError(spec, at, iscsi.Status{}); err != nil {
+		t.Errorf("before the first try: %v", err)
+	}
+	var m mending
+	err := loginError(spec, at, iscsi.Status{Error: "connection refused"})
+	if want := "logging in to iqn.2026-11.dev.troupe:n1 at 10.77.0.1:3260: connection refused"; !errors.As(err, &m) || err.Error() != want {
+		t.Errorf("a server that is away: %v, want %s, mending", err, want)
+	}
+	if err := loginError(spec, at, iscsi.Status{Error: "x", Refused: true}); err == nil || errors.As(err, &m) {
+		t.Errorf("a refusal: %v, want one that needs help", err)
+	}
+}
+
+func TestWhichSessionIsWhose(t *testing.T) {
+	spec := *diskless(&agentapitest.Server{}, "web", 1).ISCSI
+	l := &luns{spec: spec}
+	same := spec
+	same.Secret, same.Port, same.Base, same.Delta = "new", 3261, 5, 6
+	if !l.isFor(&same) || l.isFor(nil) {
+		t.Error("other secrets, another port and other images are of the same session, none is not")
+	}
+	for _, change := range []func(*agentapi.ISCSI){
+		func(s *agentapi.ISCSI) { s.Target += "0" }, func(s *agentapi.ISCSI) { s.Initiator += "0" },
+		func(s *agentapi.ISCSI) { s.Node = 9 }, func(s *agentapi.ISCSI) { s.Disk = "d2" },
+	} {
+		other := spec
+		change(&other)
+		if l.isFor(&other) {
+			t.Errorf("%s", cmp.Diff(spec, other))
+		}
+	}
+}
+
+func TestHashImageFindsADamagedCopy(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lun")
+	if err := os.WriteFile(path, []byte("the image, and a tail"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	blob := agentapi.Blob{Digest: digest.Of([]byte("the image")), Size: 9}
+	if err := hashImage(path, blob); err != nil {
+		t.Errorf("the right bytes: %v", err)
+	}
+	blob.Digest = digest.Of([]byte("the imagf"))
+	if err := hashImage(path, blob); err == nil || !strings.Contains(err.Error(), "the server's copy is damaged") {
+		t.Errorf("other bytes: %v", err)
+	}
+	blob.Size = 100
+	if err := hashImage(path, blob); err == nil {
+		t.Error("a LUN that is too small has an image")
+	}
+}
+
+func TestSerialOfImage(t *testing.T) {
+	for s, want := range map[string]bool{"0123456789abcdef0123456789abcdef": true, "beaf11": false, "": false, strings.Repeat("x", 32): false} {
+		if got := isSerialOfImage(s); got != want {
+			t.Errorf("isSerialOfImage(%q) = %v", s, got)
+		}
+	}
+}
