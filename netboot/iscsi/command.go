@@ -13,7 +13,8 @@ const maxImmediate = 16
 // tasks are those that nobody uses.
 var tasks = sync.Pool{New: func() any { return new(task) }}
 
-// command takes a SCSI Command (section 11.3), whose data is not read yet.
+// command takes a SCSI Command (section 11.3), whose data is not read yet. It counts as received when its data has come,
+// too.
 func (c *conn) command() error {
 	h := &c.header
 	if !h.immediate() && !c.expects(h.cmdSN()) {
@@ -23,21 +24,19 @@ func (c *conn) command() error {
 	if reason != 0 {
 		return c.skipAndReject(reason)
 	}
-	inTurn := c.register(t)
 	c.checkCommand(t, h)
-	if inTurn && t.turn && !t.prepared {
-		c.prepare(t)
-	}
 	bad, err := c.immediateData(t)
-	if err != nil {
-		c.complete(t) // the connection ends; nothing is sent
+	if bad || err != nil {
+		c.discard(t)
+		if bad {
+			c.reject(rejectDataDigest)
+		}
 		return err
 	}
-	if bad {
-		c.reject(rejectDataDigest)
-		t.fail(senseServiceCRC)
+	mine, inTurn := c.register(t)
+	if mine {
+		c.advance(t)
 	}
-	c.handOver(t)
 	if inTurn {
 		return c.deliverHeld()
 	}
@@ -89,35 +88,52 @@ func (c *conn) full(h *bhs) byte {
 	defer c.s.mu.Unlock()
 	switch {
 	case c.tasks[h.itt()] != nil:
-		return rejectProtocol
+		return rejectInProgress
 	case h.immediate() && c.immediate >= maxImmediate:
 		return rejectTooMany
 	}
 	return 0
 }
 
-// register makes the task known, and gives it its turn if its CmdSN is the next.
-func (c *conn) register(t *task) (inTurn bool) {
+// discard forgets a task that is not registered.
+func (c *conn) discard(t *task) {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	t.n = nil
+	c.release(t)
+}
+
+// register makes a task known. It goes on at once if its CmdSN is the next one (inTurn) and nothing is before it at its
+// unit (mine: it is in the caller's hand).
+func (c *conn) register(t *task) (mine, inTurn bool) {
 	s := c.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if t.n != nil && s.nexuses[t.n.unit.lun] != t.n {
+		t.n = nil // its unit was removed meanwhile
+	}
 	c.alive++
 	c.tasks[t.itt] = t
 	if t.n != nil {
 		t.n.use()
 	}
 	s.commands.Add(1)
+	inTurn = t.immediate || t.cmdSN == s.expCmdSN
 	switch {
 	case t.immediate:
 		c.immediate++
-	case t.cmdSN == s.expCmdSN:
+	case inTurn:
 		s.expCmdSN++
 	default:
 		s.held[t.cmdSN] = func() error { return c.takeTurn(t) }
-		return false
 	}
-	c.deliver(t)
-	return true
+	if inTurn {
+		c.deliver(t)
+	}
+	if !t.turn {
+		t.waits, t.receiving, t.touched = true, t.unsolicited, c.ticks
+	}
+	return t.turn, inTurn
 }
 
 // takeTurn is called when the CmdSN of a task that came too early is the next.
@@ -168,23 +184,6 @@ func (c *conn) immediateData(t *task) (bad bool, err error) {
 	}
 	t.got = n
 	return c.readData(dst)
-}
-
-// handOver lets go of a task whose command has been read: to its turn, if that has come.
-func (c *conn) handOver(t *task) {
-	c.s.mu.Lock()
-	if !t.turn && t.fate == fateOutcome {
-		t.waits, t.receiving, t.touched = true, t.unsolicited, c.ticks
-		c.s.mu.Unlock()
-		return
-	}
-	aborted := t.fate != fateOutcome
-	c.s.mu.Unlock()
-	if aborted {
-		c.complete(t)
-		return
-	}
-	c.advance(t)
 }
 
 // deliverHeld does what was waiting for the CmdSNs before it.

@@ -8,6 +8,7 @@ import (
 	"hash/crc32"
 	"io"
 	"net"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -118,10 +119,10 @@ func (c *conn) serve() {
 	defer c.srv.forget(c)
 	err := c.login()
 	if c.s == nil {
-		if err != nil {
-			c.closeFor(err)
+		if c.ctx.Err() == nil {
+			c.wire.finish()
 		}
-		c.close()
+		c.closeFor(err)
 		close(c.done)
 		c.wire.drop()
 		return
@@ -205,9 +206,18 @@ func (c *conn) settle(l *login) {
 	c.params, c.cid = l.params, l.cid
 	portals := c.srv.cfg.Portals
 	if len(portals) == 0 {
-		portals = []string{c.wire.nc.LocalAddr().String()}
+		portals = []string{portalOf(c.wire.nc.LocalAddr())}
 	}
 	c.text = newTextPhase(l, portals)
+}
+
+// portalOf is an address as others may be told it: the zone of an IPv6 address is this machine's own.
+func portalOf(a net.Addr) string {
+	p, err := netip.ParseAddrPort(a.String())
+	if err != nil {
+		return a.String()
+	}
+	return netip.AddrPortFrom(p.Addr().Unmap().WithZone(""), p.Port()).String()
 }
 
 func (c *conn) loginRequest() (*pdu, error) {
@@ -262,6 +272,9 @@ func (c *conn) fullFeature() error {
 		c.midway = true
 		if err := c.handle(); err != nil {
 			c.drain()
+			if c.ctx.Err() == nil {
+				c.wire.finish()
+			}
 			return err
 		}
 		c.midway = false

@@ -7,7 +7,7 @@ import (
 
 const (
 	// maxControl is how much text one request may bring, and maxHeld how much data a request that comes before its turn.
-	maxControl = 64 << 10
+	maxControl = 16 << 10
 	maxHeld    = 8 << 10
 	// maxManaging is how many task management functions of a connection may wait for tasks to end.
 	maxManaging = 16
@@ -53,6 +53,9 @@ func (c *conn) control(most int, do func(p *pdu) error) error {
 		return nil
 	case c.header.dataLength() > most:
 		c.reject(rejectInvalidField)
+		return nil
+	case c.header.itt() == noTag && c.header.opcode() != opNopOut:
+		c.reject(rejectProtocol)
 		return nil
 	}
 	p := &pdu{bhs: c.header, data: data}

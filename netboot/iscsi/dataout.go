@@ -17,7 +17,7 @@ func (c *conn) solicit(t *task) {
 	c.background.Go(func() {
 		size := bufferSize(t.want)
 		if c.quota.wait(c.ctx, size) != nil {
-			c.complete(t) // the connection ends
+			c.abandon(t)
 			return
 		}
 		c.allot(t, size)
@@ -80,7 +80,7 @@ func (c *conn) dataOut() error {
 	}
 	bad, err := c.readData(dst)
 	if err != nil {
-		c.complete(t) // the connection ends; nothing is sent
+		c.abandon(t)
 		return err
 	}
 	if bad {
@@ -90,6 +90,23 @@ func (c *conn) dataOut() error {
 	t.received(h)
 	c.handOver(t)
 	return nil
+}
+
+// handOver lets go of a task whose data-out has been read: to its turn, if that has come.
+func (c *conn) handOver(t *task) {
+	c.s.mu.Lock()
+	if !t.turn && t.fate == fateOutcome {
+		t.waits, t.receiving, t.touched = true, t.unsolicited, c.ticks
+		c.s.mu.Unlock()
+		return
+	}
+	ended := t.fate != fateOutcome
+	c.s.mu.Unlock()
+	if ended {
+		c.complete(t)
+		return
+	}
+	c.advance(t)
 }
 
 // misplaced holds a Data-Out against what is expected. All data comes in order here (DataPDUInOrder and
@@ -121,7 +138,7 @@ func (t *task) received(h *bhs) {
 	t.dataSN = 0
 	if t.unsolicited {
 		t.unsolicited = false
-	} else {
+	} else if len(t.r2ts) > 0 {
 		t.r2ts = t.r2ts[:copy(t.r2ts, t.r2ts[1:])]
 	}
 }

@@ -27,13 +27,14 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // A batch is responses in the order of their StatSNs, on their way out.
 type batch struct {
-	parts  [][]byte
-	arena  []byte // of which headers are parts
-	open   bool   // the last part is the end of the arena
-	tasks  []*task
-	bytes  int64
-	charge int64 // of the connection's quota, beside that of the tasks
-	iovs   []unix.Iovec
+	parts   [][]byte
+	arena   []byte // of which headers are parts
+	open    bool   // the last part is the end of the arena
+	bytes   int64
+	tasks   []*task // those that ended
+	loading []*task // those that go on when this is written
+	charge  int64   // of the connection's quota, beside that of the tasks
+	iovs    []unix.Iovec
 }
 
 var batches = sync.Pool{New: func() any { return &batch{arena: make([]byte, 0, arenaSize)} }}
@@ -76,8 +77,9 @@ func (b *batch) refer(p []byte) {
 func (b *batch) reset() {
 	clear(b.parts)
 	clear(b.tasks)
+	clear(b.loading)
 	clear(b.iovs)
-	b.parts, b.tasks, b.iovs = b.parts[:0], b.tasks[:0], b.iovs[:0]
+	b.parts, b.tasks, b.loading, b.iovs = b.parts[:0], b.tasks[:0], b.loading[:0], b.iovs[:0]
 	b.arena, b.open, b.bytes, b.charge = b.arena[:0], false, 0, 0
 }
 
@@ -154,7 +156,7 @@ func (c *conn) respond(t *task) {
 	b := c.batch()
 	before := b.bytes
 	flags, residual := t.residual()
-	if t.sending > 0 && t.cmd.Status == scsi.Good {
+	if t.sent < t.sending && t.cmd.Status == scsi.Good {
 		c.dataIn(b, t, flags, residual)
 	} else {
 		c.response(b, t, flags, residual)
@@ -167,7 +169,7 @@ func (c *conn) response(b *batch, t *task, flags byte, residual uint32) {
 	h[0], h[1] = opResponse, flagFinal|flags
 	h[3] = byte(t.cmd.Status)
 	h.setITT(t.itt)
-	h.setDataSN(t.r2tSN)
+	h.setDataSN(t.r2tSN + t.inSN)
 	h.setResidual(residual)
 	c.number(h, true)
 	if t.cmd.Status != scsi.CheckCondition {
@@ -182,25 +184,31 @@ func (c *conn) response(b *batch, t *task, flags byte, residual uint32) {
 	c.sealData(b, len(sense), sense)
 }
 
-// dataIn cuts the data into PDUs of the initiator's MaxRecvDataSegmentLength, and into sequences of MaxBurstLength, each
-// of which ends with an F bit.
+// dataIn cuts what is in t.parts into PDUs of the initiator's MaxRecvDataSegmentLength, and into sequences of
+// MaxBurstLength, each of which ends with an F bit. The status goes into the last of all.
 func (c *conn) dataIn(b *batch, t *task, flags byte, residual uint32) {
 	from := cursor{parts: t.parts}
-	for off, sn := 0, uint32(0); off < t.sending; sn++ {
-		burstLeft := c.params.maxBurst - off%c.params.maxBurst
-		n := min(c.params.maxSend, burstLeft, t.sending-off)
+	end := t.sent
+	for _, p := range t.parts {
+		end += len(p)
+	}
+	c.s.bytesOut.Add(uint64(end - t.sent))
+	for t.sent < end {
+		burstLeft := c.params.maxBurst - t.sent%c.params.maxBurst
+		n := min(c.params.maxSend, burstLeft, end-t.sent)
 		h := b.header()
 		h[0] = opDataIn
 		h.setDataLength(n)
 		h.setITT(t.itt)
 		h.setTTT(noTag)
-		h.setDataSN(sn)
-		h.setBufferOff(uint32(off))
-		off += n
-		if n == burstLeft || off == t.sending {
+		h.setDataSN(t.inSN)
+		h.setBufferOff(uint32(t.sent))
+		t.inSN++
+		t.sent += n
+		if n == burstLeft || t.sent == t.sending {
 			h[1] = flagFinal
 		}
-		if off == t.sending {
+		if t.sent == t.sending {
 			h[1] |= flagStatus | flags
 			h[3] = byte(scsi.Good)
 			h.setResidual(residual)
@@ -211,7 +219,6 @@ func (c *conn) dataIn(b *batch, t *task, flags byte, residual uint32) {
 		c.sealHeader(b, h)
 		c.dataSegment(b, &from, n)
 	}
-	c.s.bytesOut.Add(uint64(t.sending))
 }
 
 func (c *conn) dataSegment(b *batch, from *cursor, n int) {
@@ -303,6 +310,9 @@ func (c *conn) releaseBatch(b *batch) {
 	c.pending.Add(-b.bytes)
 	for _, t := range b.tasks {
 		c.release(t)
+	}
+	for _, t := range b.loading {
+		c.enqueue(t)
 	}
 	c.quota.release(b.charge)
 	b.reset()

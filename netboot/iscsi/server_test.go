@@ -2,7 +2,9 @@ package iscsi
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
+	"net"
 	"slices"
 	"testing"
 
@@ -230,9 +232,8 @@ func TestDigestErrors(t *testing.T) {
 			t.Fatal(err)
 		}
 		i.expectReject(rejectDataDigest, cmd)
-		if r := i.outcome(cmd); r.sense != "b/4705" {
-			t.Errorf("sense %s, want PROTOCOL SERVICE CRC ERROR", r.sense)
-		}
+		// The command counts as not received: it may come again, with its CmdSN.
+		i.expectGood(i.do(cmd))
 	})
 	t.Run("of a ping", func(t *testing.T) {
 		i := serve(t, nil).login(bothDigests()...)
@@ -351,6 +352,11 @@ func TestRejects(t *testing.T) {
 			p.data = make([]byte, maxControl+4)
 			return p
 		}, false},
+		{"text without a tag", rejectProtocol, func(i *initiator) *pdu {
+			p := i.immediate(i.request(opText, 0))
+			p.setITT(noTag)
+			return p
+		}, false},
 		{"logout for no reason", rejectInvalidField, func(i *initiator) *pdu { return i.immediate(i.request(opLogout, 9)) }, false},
 		{"login", rejectProtocol, func(i *initiator) *pdu { return i.immediate(i.request(opLogin, 0)) }, true},
 		{"too much data", rejectProtocol, func(i *initiator) *pdu {
@@ -389,7 +395,7 @@ func TestTagInUse(t *testing.T) {
 	second := i.command(testUnitReady(), 0, nil)
 	second.setITT(first.itt())
 	i.send(second)
-	i.expectReject(rejectProtocol, second)
+	i.expectReject(rejectInProgress, second)
 	second.setITT(9999)
 	i.expectGood(i.do(second))
 	close(g.open)
@@ -627,5 +633,134 @@ func TestLogout(t *testing.T) {
 				t.Errorf("opcode %#02x after a logout", got[0].opcode())
 			}
 		})
+	}
+}
+
+// An initiator that goes away in the middle of its data is not told that the command went well.
+func TestCutShort(t *testing.T) {
+	cut := func(i *initiator, p *pdu) {
+		b := i.marshal(p)
+		if _, err := i.nc.Write(b[:len(b)-100]); err != nil {
+			i.t.Fatal(err)
+		}
+		if err := i.nc.(*net.TCPConn).CloseWrite(); err != nil {
+			i.t.Fatal(err)
+		}
+		if got := i.closed(); len(got) > 0 {
+			i.t.Errorf("opcode %#02x, status %#02x for a command that has not come", got[0].opcode(), got[0].bhs[3])
+		}
+	}
+	t.Run("immediate data", func(t *testing.T) {
+		i := serve(t, nil).login()
+		cut(i, i.command(write10(0, 1), 0, pattern(512, 1)))
+	})
+	t.Run("a Data-Out", func(t *testing.T) {
+		i := serve(t, nil).login()
+		cmd, r2t := i.waiting()
+		cut(i, dataOut(cmd, r2t.ttt(), 0, 0, pattern(8*512, 1), true))
+	})
+}
+
+// What fails while more R2Ts are outstanding is told when their data has come (section 7.8).
+func TestBadDataOutOfMany(t *testing.T) {
+	i := serve(t, nil).login("MaxBurstLength=512", "FirstBurstLength=512", "MaxOutstandingR2T=2")
+	cmd := i.command(write10(0, 2), 0, []byte{})
+	cmd.setTTT(1024)
+	i.send(cmd)
+	first, second := i.expectOpcode(opR2T), i.expectOpcode(opR2T)
+	i.send(dataOut(cmd, first.ttt(), 9, 0, pattern(512, 1), true))
+	i.quiet()
+	i.send(dataOut(cmd, second.ttt(), 0, 512, pattern(512, 1), true))
+	if r := i.outcome(cmd); r.sense != "b/4705" {
+		t.Errorf("sense %s, want PROTOCOL SERVICE CRC ERROR", r.sense)
+	}
+}
+
+// A read of more than there is memory for goes out in pieces, whether or not the file is mapped.
+func TestLongRead(t *testing.T) {
+	const blocks = scsi.MaxRead/512 - 5
+	content := pattern(scsi.MaxRead, 8)
+	for name, keys := range map[string][]string{
+		"small segments": {"MaxBurstLength=3000", "MaxRecvDataSegmentLength=8192"},
+		"large segments": {"MaxBurstLength=16776192", "MaxRecvDataSegmentLength=16777212"},
+		"digests":        bothDigests(),
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := serve(t, func(c *Config) { c.MaxMemory = scsi.MaxTransfer })
+			f.add(1, &disk{data: content})
+			f.image(2, content)
+			i := f.login(keys...)
+			for _, lun := range []LUN{1, 2} {
+				i.do(i.on(lun, i.command(testUnitReady(), 0, nil)))
+				cmd := make([]byte, 12)
+				cmd[0] = 0xa8 // READ (12)
+				binary.BigEndian.PutUint32(cmd[2:], 5)
+				binary.BigEndian.PutUint32(cmd[6:], blocks)
+				r := i.do(i.on(lun, i.command(cmd, blocks*512, nil)))
+				i.expectGood(r)
+				if !bytes.Equal(r.data, content[5*512:]) {
+					t.Errorf("LUN %d: wrong data", lun)
+				}
+			}
+		})
+	}
+}
+
+// A disk that fails in the middle of a long read fails the read, though some of it went out.
+func TestLongReadFails(t *testing.T) {
+	f := serve(t, nil)
+	i := f.login()
+	f.disk.hook(func(method string, off int64) error {
+		if off > 0 {
+			return fmt.Errorf("%s at %d goes wrong", method, off)
+		}
+		return nil
+	})
+	cmd := i.command(read10(0, 4096), 4096*512, nil)
+	i.send(cmd)
+	r := i.outcome(cmd)
+	if r.status != byte(scsi.CheckCondition) || len(r.data) != pieceSize {
+		t.Errorf("status %#02x after %d bytes, want CHECK CONDITION after %d", r.status, len(r.data), pieceSize)
+	}
+}
+
+// Writes whose data is there and reads that need memory do not wait for each other.
+func TestMemoryAndWorkers(t *testing.T) {
+	f := serve(t, func(c *Config) { c.MaxMemory = scsi.MaxTransfer })
+	i := f.login("MaxBurstLength=1048576")
+	data := pattern(1<<20, 1)
+	open := map[uint32]*pdu{}
+	begin := func(cmd *pdu) {
+		cmd.setTTT(1 << 20)
+		i.send(cmd)
+		open[cmd.itt()] = cmd
+	}
+	var r2ts []*pdu
+	for range scsi.MaxTransfer >> 20 {
+		begin(i.command(write10(0, 2048), 0, []byte{}))
+		r2ts = append(r2ts, i.expectOpcode(opR2T))
+	}
+	for range connWorkers + 8 {
+		begin(i.command(read10(0, 2048), 1<<20, nil))
+	}
+	var out []byte
+	for _, r := range r2ts {
+		for off := 0; off < len(data); off += 1 << 17 {
+			out = append(out, i.marshal(dataOut(open[r.itt()], r.ttt(), uint32(off>>17), off, data[off:off+1<<17], off+1<<17 == len(data)))...)
+		}
+	}
+	sent := make(chan error, 1)
+	go func() {
+		_, err := i.nc.Write(out)
+		sent <- err
+	}()
+	for len(open) > 0 {
+		p := i.recv()
+		if p.opcode() == opResponse || p.flags()&flagStatus != 0 {
+			delete(open, p.itt())
+		}
+	}
+	if err := <-sent; err != nil {
+		t.Error(err)
 	}
 }

@@ -156,6 +156,7 @@ func TestMemoryIsBounded(t *testing.T) {
 	if !bytes.Equal(f.disk.bytes(0, 2<<20), append(data, data...)) {
 		t.Error("not all that was written is on the disk")
 	}
+	f.stop()
 	if !f.srv.memory.TryAcquire(scsi.MaxTransfer) {
 		t.Error("memory was not given back")
 	}

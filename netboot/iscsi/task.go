@@ -65,8 +65,10 @@ type task struct {
 	out         *buffer // of want bytes; nil while there is none
 
 	// Data-in.
-	parts   [][]byte // what is sent
-	sending int      // its length
+	sending int      // how much is sent in all
+	sent    int      // how much of it went out before
+	inSN    uint32   // of the next Data-In
+	parts   [][]byte // what goes out next
 	mapped  bool     // it is memory of a scsi.Mapper
 	in      *buffer
 
@@ -187,8 +189,8 @@ func (c *conn) advance(t *task) {
 		c.prepare(t)
 	}
 	switch {
-	case t.unsolicited:
-		c.await(t)
+	case t.unsolicited || t.cmd.Done && len(t.r2ts) > 0:
+		c.await(t) // an outcome has to wait for all data that is on its way (section 7.8)
 	case t.cmd.Done:
 		c.answer(t)
 	case t.got < t.want:
@@ -212,11 +214,14 @@ func (c *conn) await(t *task) {
 
 // answer is for a task that the unit is done with. Data that has to be waited for is left to a worker.
 func (c *conn) answer(t *task) {
-	if c.gather(t) && !c.inMemory(t) {
+	switch {
+	case !c.gather(t) || c.inMemory(t):
+		c.complete(t)
+	case t.mapped:
 		c.work(t)
-		return
+	default:
+		c.buffer(t)
 	}
-	c.complete(t)
 }
 
 // gather finds out how much data-in is sent, and says whether that has yet to be read.
@@ -232,19 +237,11 @@ func (c *conn) gather(t *task) (fromMedium bool) {
 	return false
 }
 
-// inMemory finds the mapped memory of a read, if all of it is in the page cache, so that sending it waits for no disk.
+// inMemory finds the mapped memory of a read (then t.mapped), and says whether all of it is in the page cache, so that
+// sending it waits for no disk.
 func (c *conn) inMemory(t *task) bool {
-	if !c.segments(t) {
-		return false
-	}
-	for _, p := range t.parts {
-		if !resident(p) {
-			t.parts = t.parts[:0]
-			return false
-		}
-	}
-	t.mapped = true
-	return true
+	t.mapped = c.segments(t)
+	return t.mapped && resident(t.parts)
 }
 
 // segments finds the mapped memory of a read. With data digests there is none: they would have to look at it.
@@ -258,6 +255,14 @@ func (c *conn) segments(t *task) bool {
 		t.parts = parts
 	}
 	return ok
+}
+
+// abandon ends a task that the caller has in hand, and that nobody hears of any more: the connection ends.
+func (c *conn) abandon(t *task) {
+	c.s.mu.Lock()
+	t.fate = fateAborted
+	c.s.mu.Unlock()
+	c.complete(t)
 }
 
 // complete ends a task that the caller has in hand, and goes on with those whose turn that makes it.
@@ -285,6 +290,7 @@ func (c *conn) finish(t *task) (ready []*task) {
 	default:
 		c.s.held[t.cmdSN] = func() error { return nil } // its number is used up all the same
 	}
+	t.leaveWaiting()
 	c.s.openWindow(c.underWay)
 	if t.fate == fateNoUnit {
 		t.fail(senseNoUnit)
@@ -348,7 +354,6 @@ func (c *conn) stop(t *task, how fate) {
 	if !t.waits {
 		return
 	}
-	t.leaveWaiting()
 	if ready := c.finish(t); len(ready) > 0 {
 		c.goOn(ready)
 	}

@@ -18,6 +18,12 @@ const readSize = 64 << 10
 // slowest is how many bytes a second a peer has to take on the whole.
 const slowest = 64 << 10
 
+// How long, and how much, a connection goes on to read when it has written its last.
+const (
+	lingerTime  = time.Second
+	lingerBytes = 1 << 20
+)
+
 // maxIOV is how many pieces one writev takes (IOV_MAX).
 const maxIOV = 1024
 
@@ -195,6 +201,26 @@ func (w *wire) giveBack() {
 	}
 }
 
+// finish tells the peer that nothing more is written, and reads for a moment what it still sends: closing a socket with
+// unread input could cost the peer the last that was written.
+func (w *wire) finish() {
+	half, ok := w.nc.(interface{ CloseWrite() error })
+	if !ok || half.CloseWrite() != nil {
+		return
+	}
+	w.drop()
+	w.silence = nil
+	if w.nc.SetReadDeadline(time.Now().Add(lingerTime)) != nil {
+		return
+	}
+	for n := 0; n < lingerBytes; n += w.buffered() {
+		w.drop()
+		if w.readMore() != nil {
+			return
+		}
+	}
+}
+
 // drop returns the read buffer with what is in it.
 func (w *wire) drop() {
 	w.r, w.w = 0, 0
@@ -300,25 +326,76 @@ func (w *wire) writeParts(parts [][]byte) error {
 // pageSize is that of the memory that files are mapped into; a kernel with larger pages answers for all of a page.
 const pageSize = 4096
 
-// resident says whether all of a piece of mapped memory is in the page cache, so that writing it to a socket waits for no
-// disk.
-func resident(p []byte) bool {
-	var pages [256]byte
-	for len(p) > 0 {
-		start := uintptr(unsafe.Pointer(&p[0])) &^ (pageSize - 1)
-		n := min(uintptr(unsafe.Pointer(&p[0]))+uintptr(len(p))-start, uintptr(len(pages))*pageSize)
-		_, _, errno := unix.Syscall(unix.SYS_MINCORE, start, n, uintptr(unsafe.Pointer(&pages[0])))
-		if errno != 0 {
+// spanPages is how many pages one mincore looks at.
+const spanPages = 256
+
+// A span is a stretch of mapped memory of which some pages are looked for.
+type span struct {
+	start  uintptr // of its first page; 0: not in use
+	end    uintptr // of the last page looked for
+	wanted [spanPages]bool
+}
+
+// resident says whether pieces of mapped memory are in the page cache, so that writing them to a socket waits for no disk.
+// The pieces of a copy-on-write read alternate between two mappings, so that two spans are kept: a system call for
+// each piece would cost more than sending it.
+func resident(parts [][]byte) bool {
+	var spans [2]span
+	oldest := 0
+	for _, p := range parts {
+		first := uintptr(unsafe.Pointer(&p[0]))
+		end := first + uintptr(len(p))
+		for at := first &^ (pageSize - 1); at < end; {
+			s := &spans[oldest]
+			for i := range spans {
+				if o := &spans[i]; o.holds(at) {
+					s = o
+				}
+			}
+			if !s.holds(at) {
+				if !s.resident() {
+					return false
+				}
+				s.start = at
+				oldest = 1 - oldest
+			}
+			at = s.want(at, end)
+		}
+	}
+	return spans[0].resident() && spans[1].resident()
+}
+
+func (s *span) holds(at uintptr) bool {
+	return s.start != 0 && at >= s.start && at < s.start+spanPages*pageSize
+}
+
+// want marks the pages from at on, up to end or the end of the span, and returns how far it came.
+func (s *span) want(at, end uintptr) uintptr {
+	end = min(end, s.start+spanPages*pageSize)
+	for ; at < end; at += pageSize {
+		s.wanted[(at-s.start)/pageSize] = true
+	}
+	s.end = max(s.end, at)
+	return at
+}
+
+// resident asks for the pages of a span, and empties it.
+func (s *span) resident() bool {
+	if s.start == 0 {
+		return true
+	}
+	var in [spanPages]byte
+	n := (s.end - s.start) / pageSize
+	if _, _, errno := unix.Syscall(unix.SYS_MINCORE, s.start, n*pageSize, uintptr(unsafe.Pointer(&in[0]))); errno != 0 {
+		return false
+	}
+	for i, wanted := range s.wanted[:n] {
+		if wanted && in[i]&1 == 0 {
 			return false
 		}
-		for _, in := range pages[:(n+pageSize-1)/pageSize] {
-			if in&1 == 0 {
-				return false
-			}
-		}
-		end := start + n
-		p = p[min(uintptr(len(p)), end-uintptr(unsafe.Pointer(&p[0]))):]
 	}
+	clear(s.wanted[:n])
+	s.start, s.end = 0, 0
 	return true
 }
 

@@ -1,25 +1,61 @@
 package iscsi
 
-import "github.com/troupe-dev/troupe/netboot/iscsi/scsi"
-
 // opPersistentReserveOut is PERSISTENT RESERVE OUT, which may wait for tasks of others to end.
 const opPersistentReserveOut = 0x5f
 
-// work gives a task to a worker, or to the first that is free.
+// pieceSize is how much of a read goes through a buffer at a time.
+const pieceSize = 1 << 20
+
+// work gives a task to a worker, or to the first that is free. Whoever has a worker never waits for memory or for the
+// initiator: others wait for workers while they hold memory.
 func (c *conn) work(t *task) {
 	c.s.mu.Lock()
-	if t.fate != fateOutcome || c.ending {
-		c.s.mu.Unlock()
-		c.complete(t)
-		return
-	}
-	if c.workers < connWorkers {
+	c.enqueue(t)
+	c.s.mu.Unlock()
+}
+
+// enqueue is work for who has s.mu.
+func (c *conn) enqueue(t *task) {
+	switch {
+	case t.fate != fateOutcome || c.ending:
+		c.goOn(c.finish(t))
+	case c.workers < connWorkers:
 		c.workers++
 		c.background.Go(func() { c.worker(t) })
-	} else {
+	default:
 		c.backlog = append(c.backlog, t)
 	}
-	c.s.mu.Unlock()
+}
+
+// buffer gets memory for the data of a read, when there is some, and then a worker.
+func (c *conn) buffer(t *task) {
+	size := bufferSize(min(t.sending, pieceSize))
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	if c.ending {
+		c.enqueue(t)
+		return
+	}
+	if c.quota.try(size) {
+		c.loadInto(t, size)
+		return
+	}
+	c.background.Go(func() {
+		if c.quota.wait(c.ctx, size) != nil {
+			c.abandon(t)
+			return
+		}
+		c.s.mu.Lock()
+		c.loadInto(t, size)
+		c.s.mu.Unlock()
+	})
+}
+
+// loadInto gives a task a buffer that was taken of the quota, and a worker. It needs s.mu.
+func (c *conn) loadInto(t *task, size int64) {
+	t.memory += size
+	t.in = c.srv.buffers.get(int(size))
+	c.enqueue(t)
 }
 
 // worker works until there is nothing to do.
@@ -60,10 +96,14 @@ func (c *conn) execute(t *task) {
 		}
 		t.n.Execute(&t.cmd)
 	}
-	if c.gather(t) {
-		c.fetch(t)
+	switch {
+	case !c.gather(t):
+		c.complete(t)
+	case t.in != nil:
+		c.loadPiece(t)
+	default:
+		c.load(t)
 	}
-	c.complete(t)
 }
 
 func (c *conn) mayExecute(t *task) bool {
@@ -73,28 +113,44 @@ func (c *conn) mayExecute(t *task) bool {
 	return t.running
 }
 
-// fetch gets the data of a read into memory: into the page cache where it is mapped, and else into a buffer.
-func (c *conn) fetch(t *task) {
-	if c.segments(t) && populateAll(t.parts) {
-		t.mapped = true
+// load gets the data of a read into the page cache where it is mapped, and sends it off to get a buffer where it is not.
+func (c *conn) load(t *task) {
+	if t.mapped = c.segments(t) && populateAll(t.parts); t.mapped {
+		c.complete(t)
 		return
 	}
 	t.parts = t.parts[:0]
-	size := bufferSize(t.sending)
-	if c.quota.wait(c.ctx, size) != nil {
-		t.cmd.Status, t.sending = scsi.Busy, 0 // not that anybody hears of it: the connection ends
-		return
-	}
-	t.memory += size
-	t.in = c.srv.buffers.get(t.sending)
-	b := t.in.b[:t.sending]
-	if _, err := t.n.unit.Medium().ReadAt(b, t.cmd.Read.Off); err != nil {
+	c.buffer(t)
+}
+
+// loadPiece reads the next piece of the data into the buffer, and sends it. A worker reads the one after it when this one
+// is written (releaseBatch).
+func (c *conn) loadPiece(t *task) {
+	b := t.in.b[:min(t.sending-t.sent, pieceSize)]
+	if _, err := t.n.unit.Medium().ReadAt(b, t.cmd.Read.Off+int64(t.sent)); err != nil {
 		c.srv.log.Error("reading a LUN", "lun", t.n.unit.lun, "target", c.s.target.name, "err", err)
 		t.n.ReadFailed(&t.cmd, err)
 		t.cmd.Read.N, t.sending = 0, 0
+		c.complete(t)
 		return
 	}
-	t.parts = append(t.parts, b)
+	t.parts = append(t.parts[:0], b)
+	if t.sent+len(b) == t.sending {
+		c.complete(t)
+		return
+	}
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	if t.fate != fateOutcome || c.ending {
+		c.goOn(c.finish(t))
+		return
+	}
+	t.running = false
+	out := c.batch()
+	before := out.bytes
+	c.dataIn(out, t, 0, 0)
+	c.pending.Add(out.bytes - before)
+	out.loading = append(out.loading, t)
 }
 
 func populateAll(parts [][]byte) bool {
