@@ -188,19 +188,27 @@ func TestKeeperIsRefused(t *testing.T) {
 		want    string
 		refused bool
 	}{
-		{"wrong secret", &fakeTarget{secret: testSecret, mutual: testMutual}, func(c *Config) { c.Secret = "another one" },
-			"the target refuses the login with status 0201h authentication failed", true},
+		{
+			"wrong secret", &fakeTarget{secret: testSecret, mutual: testMutual}, func(c *Config) { c.Secret = "another one" },
+			"the target refuses the login with status 0201h authentication failed", true,
+		},
 		{"wrong target", &fakeTarget{secret: testSecret, mutual: "not the secret"}, func(*Config) {}, ErrImpostor.Error(), true},
 		{"other target", &fakeTarget{secret: testSecret, mutual: testMutual}, func(c *Config) { c.MutualUser = "somebody" }, ErrImpostor.Error(), true},
 		{"no proof", &fakeTarget{}, func(*Config) {}, `login: the target wants AuthMethod "None", CHAP was offered`, false},
 		{"no digests", &fakeTarget{secret: testSecret, mutual: testMutual, noDigests: true}, func(*Config) {}, errDigests.Error(), true},
-		{"not ready", &fakeTarget{status: [2]byte{3, 1}}, func(*Config) {},
-			"the target refuses the login with status 0301h service unavailable", false},
-		{"no target", &fakeTarget{status: [2]byte{2, 3}}, func(*Config) {},
-			"the target refuses the login with status 0203h no such target", true},
+		{
+			"not ready", &fakeTarget{status: [2]byte{3, 1}}, func(*Config) {},
+			"the target refuses the login with status 0301h service unavailable", false,
+		},
+		{
+			"no target", &fakeTarget{status: [2]byte{2, 3}}, func(*Config) {},
+			"the target refuses the login with status 0203h no such target", true,
+		},
 		{"silence", &fakeTarget{silent: true}, func(*Config) {}, "waiting for the target's answer: context deadline exceeded", false},
-		{"moved to a name", &fakeTarget{status: [2]byte{1, 1}, address: "storage.example:3260,1"}, func(*Config) {},
-			`login: the target sends its initiators to "storage.example:3260", which is no address`, false},
+		{
+			"moved to a name", &fakeTarget{status: [2]byte{1, 1}, address: "storage.example:3260,1"}, func(*Config) {},
+			`login: the target sends its initiators to "storage.example:3260", which is no address`, false,
+		},
 		{"bad config", &fakeTarget{}, func(c *Config) { c.MutualSecret = c.Secret }, "iSCSI: both sides have the same secret", false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

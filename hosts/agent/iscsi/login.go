@@ -56,13 +56,20 @@ const (
 // and the checksums of TCP let through one damaged segment in 65,536.
 func offers() []pair {
 	return []pair{
-		{"HeaderDigest", "CRC32C"}, {"DataDigest", "CRC32C"},
+		{"HeaderDigest", "CRC32C"},
+		{"DataDigest", "CRC32C"},
 		{"MaxRecvDataSegmentLength", strconv.Itoa(maxRecvData)},
-		{"InitialR2T", "No"}, {"ImmediateData", "Yes"},
-		{"MaxBurstLength", strconv.Itoa(maxBurst)}, {"FirstBurstLength", strconv.Itoa(firstBurst)},
-		{"MaxOutstandingR2T", "1"}, {"MaxConnections", "1"},
-		{"DataPDUInOrder", "Yes"}, {"DataSequenceInOrder", "Yes"},
-		{"ErrorRecoveryLevel", "0"}, {"DefaultTime2Wait", "0"}, {"DefaultTime2Retain", "0"},
+		{"InitialR2T", "No"},
+		{"ImmediateData", "Yes"},
+		{"MaxBurstLength", strconv.Itoa(maxBurst)},
+		{"FirstBurstLength", strconv.Itoa(firstBurst)},
+		{"MaxOutstandingR2T", "1"},
+		{"MaxConnections", "1"},
+		{"DataPDUInOrder", "Yes"},
+		{"DataSequenceInOrder", "Yes"},
+		{"ErrorRecoveryLevel", "0"},
+		{"DefaultTime2Wait", "0"},
+		{"DefaultTime2Retain", "0"},
 	}
 }
 
