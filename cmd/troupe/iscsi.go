@@ -116,7 +116,7 @@ func (o *iscsiOptions) run(cmd *cobra.Command) (err error) {
 	shelf := &diskShelf{target: iscsi.NewTarget(diskTarget), chap: chap}
 	defer func() { err = errors.Join(err, shelf.close()) }()
 	for i, s := range specs {
-		if err := shelf.add(iscsi.LUN(i), s, o.state); err != nil { //nolint:gosec // maxDisks at most
+		if err := shelf.add(iscsi.LUN(i), s, o.state); err != nil {
 			return fmt.Errorf("--lun %s: %w", s.text, err)
 		}
 	}

@@ -27,6 +27,7 @@ func (p plain) Size() int64                   { return benchSize }
 func BenchmarkWriteThrough(b *testing.B) {
 	media := map[string]func(b *testing.B, dir string) mediumOf{
 		"delta": func(b *testing.B, dir string) mediumOf {
+			b.Helper()
 			d, err := OpenDelta(nil, filepath.Join(dir, "delta"), benchSize, "")
 			if err != nil {
 				b.Fatal(err)
@@ -35,6 +36,7 @@ func BenchmarkWriteThrough(b *testing.B) {
 			return d
 		},
 		"disk": func(b *testing.B, dir string) mediumOf {
+			b.Helper()
 			d, err := OpenDisk(filepath.Join(dir, "disk"), benchSize)
 			if err != nil {
 				b.Fatal(err)
@@ -43,6 +45,7 @@ func BenchmarkWriteThrough(b *testing.B) {
 			return d
 		},
 		"plain": func(b *testing.B, dir string) mediumOf {
+			b.Helper()
 			f, err := os.Create(filepath.Join(dir, "plain"))
 			if err != nil {
 				b.Fatal(err)
@@ -111,14 +114,14 @@ func BenchmarkRead(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer image.Close()
+	b.Cleanup(func() { _ = image.Close() })
 	deltas := map[string]*Delta{}
 	for _, name := range []string{"delta unwritten", "delta written here and there", "delta written"} {
 		d, err := OpenDelta(image, filepath.Join(dir, name), 0, "")
 		if err != nil {
 			b.Fatal(err)
 		}
-		defer d.Close()
+		b.Cleanup(func() { _ = d.Close() })
 		deltas[name] = d
 	}
 	data := randomBytes(1 << 20)
@@ -146,6 +149,7 @@ func benchRead(b *testing.B, name string, m interface {
 	Size() int64
 }, n int64,
 ) {
+	b.Helper()
 	b.Run(fmt.Sprintf("%s/Segments/%d", name, n), func(b *testing.B) {
 		var dst [][]byte
 		for b.Loop() {

@@ -24,6 +24,7 @@ type life struct {
 var lifeBase = sync.OnceValue(func() []byte { return randomBytes(int(perSector+200) * clusterSize) })
 
 func newLife(t *testing.T) *life {
+	t.Helper()
 	base := memory(lifeBase())
 	l := &life{t: t, base: base, h: testHeader(t, base), boot: "first"}
 	l.f = newRecorder(t, l.h)

@@ -331,12 +331,22 @@ func TestFullDisk(t *testing.T) {
 	l.replay(4)
 }
 
+// TestFullDiskIsSaid has a write find no room for all of it: the error says so, and what it took is given back.
 func TestFullDiskIsSaid(t *testing.T) {
 	l := newLife(t)
-	l.f.fault = func(op) error { return syscall.ENOSPC }
-	_, err := l.d.WriteAt(make([]byte, 4096), 0)
+	before := maps.Clone(l.f.now)
+	l.f.fault = func(o op) error {
+		if o.data == nil {
+			return nil
+		}
+		return syscall.ENOSPC
+	}
+	_, err := l.d.WriteAt(randomBytes(1<<20), 0)
 	if !errors.Is(err, scsi.ErrMedium) || !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("WriteAt: %v", err)
+	}
+	if took := len(l.f.now) - len(before); took != 0 {
+		t.Errorf("a write that failed took %d blocks", took)
 	}
 }
 

@@ -37,10 +37,23 @@ func (d *Delta) writeChunk(p []byte, off int64) error {
 	d.wrote.Store(true)
 	for _, piece := range pieces {
 		if _, err := d.f.WriteAt(piece.data, d.h.dataOff()+piece.off); err != nil {
+			d.drop(first, end)
 			return err
 		}
 	}
 	return d.turn(first, end, stateNew)
+}
+
+// drop gives back the space of what was written to clusters that did not become a part of the delta: a full file system
+// needs it.
+func (d *Delta) drop(first, end int64) {
+	for c := first; c < end; {
+		state, n := d.m.run(c, end)
+		if state != stateDelta {
+			_ = d.f.Punch(d.h.dataOff()+c*clusterSize, n*clusterSize) // what stays is written over some day
+		}
+		c += n
+	}
 }
 
 // clustersOf are the clusters that [off, off+n) touches: from first up to end.

@@ -124,7 +124,7 @@ func parseHeader(b []byte) (*header, error) {
 		return nil, fmt.Errorf("it is of version %d with clusters of %d bytes, this program knows version %d with %d", v, c, version, clusterSize)
 	}
 	size, base, id := le.Uint64(b[16:]), le.Uint64(b[24:]), int(le.Uint16(b[48:]))
-	if size == 0 || size > maxSize || size%BlockSize != 0 || base > size || base%BlockSize != 0 || id > maxID {
+	if size == 0 || size > maxSize || size%BlockSize != 0 || base > maxSize || base > size || base%BlockSize != 0 || id > maxID {
 		return nil, fmt.Errorf("%w: its size is %d, its base's %d, the length of the base's id %d", errDamaged, size, base, id)
 	}
 	h := &header{size: int64(size), baseSize: int64(base), id: string(b[50 : 50+id])}
@@ -207,7 +207,7 @@ func (h *header) encodeSector(b []byte, i int64, s *sector) []byte {
 	out := b[from:]
 	le := binary.LittleEndian
 	le.PutUint32(out[4:], uint32(i)) //nolint:gosec // maxSize has far fewer
-	out[8] = byte(len(s.runs))
+	out[8] = byte(len(s.runs))       //nolint:gosec // maxRuns at most
 	for w, word := range s.words {
 		le.PutUint64(out[wordsOff+8*w:], settled(word))
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -192,11 +193,12 @@ func (h *history) check(m mediumOf, clusters []int64, c crash) error {
 }
 
 func (h *history) describe(block int64, acknowledged func(*span) bool) string {
-	s := fmt.Sprintf("below %x...", h.below(block)[:16])
+	var s strings.Builder
+	fmt.Fprintf(&s, "below %x...", h.below(block)[:16])
 	for _, v := range h.versions[block] {
-		s += fmt.Sprintf("\n  %x... %+v acknowledged %v", content(block, v.id)[:16], *v.span, acknowledged(v.span))
+		fmt.Fprintf(&s, "\n  %x... %+v acknowledged %v", content(block, v.id)[:16], *v.span, acknowledged(v.span))
 	}
-	return s
+	return s.String()
 }
 
 // hot are the clusters that a random history works on: few, so that it comes back to each, in three sectors of the map.

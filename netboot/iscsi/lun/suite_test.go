@@ -38,18 +38,17 @@ type subject struct {
 // subjects are all media of this package. Sizes are chosen to end within clusters and within blocks, and to have more than
 // one sector of a map.
 func subjects(t *testing.T) map[string]subject {
+	t.Helper()
 	const size = 13<<20 + 4096 + 512
 	base := randomBytes(size - 700)
 	padded := append(bytes.Clone(base), make([]byte, 700)...)[:roundUp(int64(len(base)), BlockSize)]
 	image := filepath.Join(t.TempDir(), "image")
 	write(t, image, base)
+	disk := filepath.Join(t.TempDir(), "disk")
 	extended := append(bytes.Clone(padded), make([]byte, 8<<20)...)
 	return map[string]subject{
-		"image": {func(t *testing.T) closer { return openImageT(t, image) }, padded},
-		"disk": {func() func(t *testing.T) closer {
-			path := filepath.Join(t.TempDir(), "disk")
-			return func(t *testing.T) closer { return must(OpenDisk(path, size-size%512))(t) }
-		}(), make([]byte, size-size%512)},
+		"image":                {opens(func() (closer, error) { return OpenImage(image) }), padded},
+		"disk":                 {opens(func() (closer, error) { return OpenDisk(disk, size-size%512) }), make([]byte, size-size%512)},
 		"delta":                {opensDelta(t, image, 0), padded},
 		"delta, longer":        {opensDelta(t, image, int64(len(extended))), extended},
 		"delta, without base":  {opensDelta(t, "", size-size%512), make([]byte, size-size%512)},
@@ -81,9 +80,18 @@ type withBase struct {
 
 func (w withBase) Close() error { return errors.Join(w.Delta.Close(), w.base.Close()) }
 
+func opens(open func() (closer, error)) func(t *testing.T) closer {
+	return func(t *testing.T) closer {
+		t.Helper()
+		return must(open())(t)
+	}
+}
+
 func opensDelta(t *testing.T, image string, size int64) func(t *testing.T) closer {
+	t.Helper()
 	path := filepath.Join(t.TempDir(), "delta")
 	return func(t *testing.T) closer {
+		t.Helper()
 		if image == "" {
 			return must(OpenDelta(nil, path, size, ""))(t)
 		}
@@ -94,6 +102,7 @@ func opensDelta(t *testing.T, image string, size int64) func(t *testing.T) close
 
 func opensUnmapped(open func(t *testing.T) closer) func(t *testing.T) closer {
 	return func(t *testing.T) closer {
+		t.Helper()
 		m := open(t)
 		m.(scsi.Mapper).Unmapped()
 		return m
@@ -315,7 +324,9 @@ func checkParallel(t *testing.T, m scsi.Medium) {
 				case 0:
 					err = m.Zero(int64(block)*BlockSize, BlockSize, true)
 				case 1:
-					err = m.Sync()
+					if err := m.Sync(); err != nil {
+						t.Error(err)
+					}
 					continue
 				default:
 					fillRandom(b)
