@@ -34,10 +34,11 @@ lint: ## what go vet does not see
 	$(GO) run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.11.0 run ./...
 
 bench: ## a report, no verdict
-	@.ci/packages test
+	@.ci/packages bench
 	@$(MAKE) --no-print-directory build
 	$(GO) test -run '^$$' -bench '^Benchmark(Load|Reload|PushTo.*)$$' -benchtime 3x -timeout 20m ./schema/load ./reconciler | tee bin/bench.txt
 	$(GO) test -run '^$$' -bench '^BenchmarkSwitch$$' -benchtime 3x -timeout 40m ./testbed/e2e | tee -a bin/bench.txt
+	$(GO) test -run '^$$' -bench '^BenchmarkTarget$$' -benchtime 1x -timeout 30m ./netboot/iscsi/conformance | tee -a bin/bench.txt
 	@echo; echo '== the report'; grep -E '^(│|Benchmark(Load|Reload))' bin/bench.txt
 
 clean:
