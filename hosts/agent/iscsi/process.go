@@ -229,8 +229,8 @@ func flushesIO() error {
 // Memory of a keeper, in bytes: it collects garbage only near the limit, and holds the reserve from the start, so that it
 // asks the system for none when there may be none.
 const (
-	memoryLimit   = 16 << 20
-	memoryReserve = 4 << 20
+	memoryLimit   = 10 << 20
+	memoryReserve = 2 << 20
 )
 
 // stayResident keeps all of the process in memory, and out of the way of the OOM killer.
