@@ -39,7 +39,9 @@ func check(a agentapi.Assignment) error {
 		return fmt.Errorf("assignment %q is %q, not assigned", a.Version, a.State)
 	case a.Host == "" || a.Release == nil:
 		return errors.New("the assignment names no host or no release")
-	case a.Release.ID == "" || !isWhole(a) && (a.Release.Base.Digest == "" || a.Release.Delta.Digest == ""):
+	case isWhole(a) && a.Release.ID != "":
+		return nil
+	case a.Release.Base.Digest == "" || a.Release.Delta.Digest == "" || a.Release.ID == "":
 		return errors.New("the release has no base, no delta or no name")
 	case a.Node.Hostname == "" || strings.ContainsAny(a.Node.Hostname+a.Node.Domain, " \t\n/"):
 		return fmt.Errorf("the assignment's host name %q is none", a.Node.Hostname)

@@ -27,8 +27,9 @@ import (
 	"github.com/troupe-dev/troupe/internal/digest"
 )
 
-// iscsiModules are what LUNs are reached and used with.
-var iscsiModules = []string{"sd_mod", "iscsi_tcp"}
+// iscsiModules are what LUNs are reached and used with. The initiator asks the kernel for crc32c by itself, but here nobody
+// would load it then.
+var iscsiModules = []string{"sd_mod", "crc32c_generic", "iscsi_tcp"}
 
 // luns are the images and the node disk of a machine that runs from the server's.
 type luns struct {

@@ -94,6 +94,7 @@ func TestServiceRebootsWithoutFetching(t *testing.T) {
 			func(s *agentapitest.Server) agentapi.Assignment {
 				a := diskless(s, "appliance", 2)
 				a.Release = &agentapi.Release{ID: digest.Of([]byte("appliance")), Kernel: digest.Of([]byte("appliance"))}
+				a.Node = agentapi.Node{}
 				return a
 			},
 			"switch-root service healthy stage reboot", true, "generation 2, role appliance",
