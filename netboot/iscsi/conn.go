@@ -95,9 +95,6 @@ func newConn(ctx context.Context, srv *Server, nc net.Conn) *conn {
 	return c
 }
 
-// join gives the connection its session, before others know of it.
-func (c *conn) join(s *session) { c.s, c.changed.L = s, &s.mu }
-
 // close ends the connection from any goroutine; serve does the rest.
 func (c *conn) close() {
 	c.cancel()
@@ -188,7 +185,6 @@ func (c *conn) login() error {
 				l.err = fmt.Errorf("login of %q: status %#04x", l.initiator, status)
 				failLogin(resp, status)
 			} else {
-				c.settle(l)
 				resp.setTSIH(c.s.tsih)
 			}
 		}
@@ -201,8 +197,9 @@ func (c *conn) login() error {
 	}
 }
 
-// settle takes over what the login agreed on.
-func (c *conn) settle(l *login) {
+// join gives the connection its session, and what the login agreed on, before others know of it.
+func (c *conn) join(s *session, l *login) {
+	c.s, c.changed.L = s, &s.mu
 	c.params, c.cid = l.params, l.cid
 	portals := c.srv.cfg.Portals
 	if len(portals) == 0 {

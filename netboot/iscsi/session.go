@@ -129,7 +129,7 @@ func (srv *Server) open(c *conn, l *login, cmdSN uint32) (old *session, status u
 		held:      map[uint32]func() error{},
 		nexuses:   map[LUN]*nexus{},
 	}
-	c.join(s)
+	c.join(s, l)
 	srv.sessions[s.tsih] = s
 	if s.target != nil {
 		s.target.join(s)
@@ -180,7 +180,7 @@ func (srv *Server) resume(ctx context.Context, c *conn, l *login) uint16 {
 		return loginUnavailable // and old ends the session
 	}
 	l.params = s.params.carriedBy(l.params)
-	c.join(s)
+	c.join(s, l)
 	s.conn = c
 	clear(s.held)
 	return loginOK

@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/troupe-dev/troupe/internal/pipelisten"
 	"github.com/troupe-dev/troupe/netboot/iscsi/lun"
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
@@ -426,6 +428,30 @@ func TestMappedImage(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// What is not in the page cache is read all the same, beside what is.
+func TestColdImage(t *testing.T) {
+	f := serve(t, nil)
+	data := pattern(1<<20, 2)
+	path := f.image(1, data)
+	file, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = file.Close() }()
+	i := f.login()
+	i.do(i.on(1, i.command(testUnitReady(), 0, nil)))
+	for range 3 {
+		if err := errors.Join(file.Sync(), unix.Fadvise(int(file.Fd()), 0, 0, unix.FADV_DONTNEED)); err != nil {
+			t.Fatal(err)
+		}
+		r := i.do(i.on(1, i.command(read10(100, 1000), 1000*512, nil)))
+		i.expectGood(r)
+		if !bytes.Equal(r.data, data[100*512:][:1000*512]) {
+			t.Error("wrong data")
+		}
 	}
 }
 
