@@ -82,6 +82,8 @@ const (
 	StageTFTP   Stage = "tftp"       // the boot loader was sent
 	StageScript Stage = "script"     // iPXE was sent its script
 	StageKernel Stage = "kernel"     // the kernel and the initramfs were sent
+	StageDisk   Stage = "disk"       // in place of it: the boot loader logged in to the disk that it was told to boot
+	StageBooted Stage = "booted"     // the system on that disk logged in for itself
 )
 
 // An Event is one machine reaching one stage, or failing to.

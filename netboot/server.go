@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
@@ -135,6 +136,13 @@ func (s *Server) script(ctx context.Context, r httpboot.Request) (string, error)
 
 func scriptOf(b Boot, r httpboot.Request) ipxe.Script {
 	sc := ipxe.Script{Title: b.Title, Machine: fmt.Sprintf("%s at %s", r.MAC, r.Peer), Server: r.Base, Again: r.Again, Try: r.Try}
+	if d := b.Disk; d != nil {
+		sc.Disk = &ipxe.Disk{
+			Server: hostOf(r.Base), Port: d.Port, Target: d.Target, LUN: d.LUN, Initiator: d.Initiator,
+			User: d.User, Secret: d.Secret, MutualUser: d.MutualUser, MutualSecret: d.MutualSecret,
+		}
+		return sc
+	}
 	if b.Kernel == "" {
 		return sc
 	}
@@ -147,6 +155,15 @@ func scriptOf(b Boot, r httpboot.Request) ipxe.Script {
 	sc.Kernel, sc.Initrds = urls[0], urls[1:]
 	sc.Args = append([]string{"troupe.server=" + r.Base, "troupe.mac=" + r.MAC.String(), "troupe.boot=" + b.ID}, b.Args...)
 	return sc
+}
+
+// hostOf is the name or the address in a URL of ours.
+func hostOf(base string) string {
+	u, err := url.Parse(base)
+	if err != nil {
+		return base
+	}
+	return u.Hostname()
 }
 
 // offered hears of DHCP.

@@ -205,6 +205,9 @@ func TestScript(t *testing.T) {
 			"initrd --name initrd1 " + url + second.Hex() + "?mac=" + mac + "&boot=b1&last=1 || goto failed\n",
 		}, false},
 		{"no initrd", director{boot: bare}, []string{url + kernel.Hex() + "?mac=" + mac + "&boot=b1&last=1 troupe.server="}, false},
+		{"a disk", director{boot: netboot.Boot{ID: "b1", Title: "n1: vm", Disk: &netboot.Disk{
+			Port: 3260, Target: "iqn.2026-11.dev.troupe:n1", Initiator: "iqn.2026-11.dev.troupe:n1:initiator", User: "n1", Secret: "s1", MutualUser: "troupe", MutualSecret: "s2",
+		}}}, []string{"set password s1\n", "set reverse-password s2\n", "sanboot iscsi:127.0.0.1::3260:0:iqn.2026-11.dev.troupe:n1 || goto failed\n"}, false},
 		{"nothing yet", director{boot: netboot.Boot{Title: "n1: building"}}, []string{"echo troupe: n1: building\n", "chain --replace"}, false},
 		{"no answer", director{err: errors.New("no fleet")}, []string{"no fleet", "chain --replace"}, true},
 		{"an argument that no script can hold", director{boot: unsafe}, []string{"kernel argument", "chain --replace"}, true},

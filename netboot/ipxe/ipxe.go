@@ -19,9 +19,21 @@ type Script struct {
 	Kernel  string   // its URL; "": there is nothing to boot yet, and the machine asks again
 	Initrds []string // their URLs, in order
 	Args    []string // of the kernel; each without white space at its ends. What no argument can hold is an error
+	Disk    *Disk    // to boot in place of Kernel
 
 	Again string // the URL of this script. A number of tries is added to it
 	Try   int    // how many times in a row the machine could not boot what it was told to
+}
+
+// A Disk is an iSCSI disk to boot from. What no word of a script can hold is an error.
+type Disk struct {
+	Server    string // address or name
+	Port      uint16
+	Target    string
+	LUN       uint16
+	Initiator string
+	// User and Secret prove the machine to the target, MutualUser and MutualSecret the target to the machine.
+	User, Secret, MutualUser, MutualSecret string
 }
 
 const (
@@ -39,12 +51,16 @@ func (s Script) Render() (string, error) {
 	var b strings.Builder
 	b.WriteString("#!ipxe\n")
 	s.head(&b)
-	if s.Kernel == "" {
+	if s.Kernel == "" && s.Disk == nil {
 		fmt.Fprintf(&b, "echo Asking again in %s ...\n", seconds(pollEvery))
 		s.again(&b, pollEvery, 0)
 		return b.String(), nil
 	}
-	if err := s.boot(&b); err != nil {
+	boot := s.boot
+	if s.Disk != nil {
+		boot = s.Disk.boot
+	}
+	if err := boot(&b); err != nil {
 		return "", err
 	}
 	b.WriteString("\n:failed\necho\n")
@@ -88,6 +104,36 @@ func (s Script) boot(b *strings.Builder) error {
 	}
 	b.WriteString("boot || goto failed\n")
 	return nil
+}
+
+// boot has iPXE log in to the disk, describe it to the system in the iBFT, and start the boot loader that is on it. Plain
+// sanboot does both on a BIOS and on UEFI, seen with the iPXE of 2019; with --keep or --drive a failed one leaves the disk
+// hooked, and each later try fails. The secrets stay out of the URI, which iPXE shows on the console.
+func (d *Disk) boot(b *strings.Builder) error {
+	at := fmt.Sprintf("iscsi:%s::%d:%x:%s", d.Server, d.Port, d.LUN, d.Target) // the LUN is hexadecimal (RFC 4173 section 5)
+	if err := word(at); err != nil {
+		return fmt.Errorf("disk %q: %w", at, err)
+	}
+	b.WriteString("imgfree\n")
+	for _, set := range [...][2]string{
+		{"initiator-iqn", d.Initiator}, {"username", d.User}, {"password", d.Secret},
+		{"reverse-username", d.MutualUser}, {"reverse-password", d.MutualSecret},
+	} {
+		if err := word(set[1]); err != nil {
+			return fmt.Errorf("setting %s: %w", set[0], err) // without its value, which may be a secret
+		}
+		fmt.Fprintf(b, "set %s %s\n", set[0], set[1])
+	}
+	fmt.Fprintf(b, "sanboot %s || goto failed\n", at)
+	return nil
+}
+
+// word says whether iPXE takes w for one word, and as it is.
+func word(w string) error {
+	if strings.Contains(w, " ") {
+		return errors.New("has a space")
+	}
+	return safe(w)
 }
 
 // again runs this script anew, as the server has it by then. Three times no answer, and the machine reboots.

@@ -15,6 +15,11 @@ var boot = Script{
 	Again:   "http://10.77.0.1:8080/boot/ipxe?mac=52:54:00:77:00:01&arch=0",
 }
 
+var disk = Disk{
+	Server: "10.77.0.1", Port: 3260, LUN: 10, Target: "iqn.2026-11.dev.troupe:n1", Initiator: "iqn.2026-11.dev.troupe:n1:initiator",
+	User: "n1", Secret: "0123456789abcdef", MutualUser: "troupe", MutualSecret: "fedcba9876543210",
+}
+
 const head = `#!ipxe
 echo
 echo troupe: n1: web
@@ -37,6 +42,8 @@ func TestRender(t *testing.T) {
 	waiting.Kernel, waiting.Initrds, waiting.Title = "", nil, "n1: the image is being built"
 	second, last := boot, boot
 	second.Try, last.Try = 1, 9
+	fromDisk := boot
+	fromDisk.Kernel, fromDisk.Initrds, fromDisk.Args, fromDisk.Disk = "", nil, nil, &disk
 	tests := []struct {
 		name   string
 		script Script
@@ -62,6 +69,25 @@ reboot
 `},
 		{"last try", last, head + load + `echo Could not boot 10 times. Rebooting in 60 s ...
 sleep 60
+reboot
+`},
+		{"a disk", fromDisk, head + `imgfree
+set initiator-iqn iqn.2026-11.dev.troupe:n1:initiator
+set username n1
+set password 0123456789abcdef
+set reverse-username troupe
+set reverse-password fedcba9876543210
+sanboot iscsi:10.77.0.1::3260:a:iqn.2026-11.dev.troupe:n1 || goto failed
+
+:failed
+echo
+echo Could not boot. Trying again in 2 s ...
+sleep 2
+chain --replace --autofree http://10.77.0.1:8080/boot/ipxe?mac=52:54:00:77:00:01&arch=0&try=1 || echo No answer from the server.
+sleep 12
+chain --replace --autofree http://10.77.0.1:8080/boot/ipxe?mac=52:54:00:77:00:01&arch=0&try=1 || echo No answer from the server.
+sleep 60
+chain --replace --autofree http://10.77.0.1:8080/boot/ipxe?mac=52:54:00:77:00:01&arch=0&try=1 || echo No answer from the server.
 reboot
 `},
 		{"nothing to boot yet", waiting, strings.Replace(head, "n1: web", "n1: the image is being built", 1) + `echo Asking again in 5 s ...
@@ -113,6 +139,31 @@ func TestArgumentsThatNoScriptCanHold(t *testing.T) {
 		s.Kernel = u
 		if got, err := s.Render(); err == nil {
 			t.Errorf("URL %q was rendered:\n%s", u, got)
+		}
+	}
+}
+
+// A setting is one word of a script. What is wrong with a secret is told without the secret.
+func TestSettingsThatNoScriptCanHold(t *testing.T) {
+	for _, bad := range []string{"", "a b", "a\nreboot", "${mac}", "||", "\xff"} {
+		for _, set := range []func(*Disk){
+			func(d *Disk) { d.Target = bad + " " },
+			func(d *Disk) { d.Initiator = bad },
+			func(d *Disk) { d.User = bad },
+			func(d *Disk) { d.Secret = bad },
+			func(d *Disk) { d.MutualUser = bad },
+			func(d *Disk) { d.MutualSecret = bad },
+		} {
+			d := disk
+			set(&d)
+			s := boot
+			s.Disk = &d
+			got, err := s.Render()
+			if err == nil {
+				t.Errorf("%q was rendered:\n%s", bad, got)
+			} else if d.Secret != disk.Secret && len(bad) > 2 && strings.Contains(err.Error(), bad) {
+				t.Errorf("%v shows the secret", err)
+			}
 		}
 	}
 }
