@@ -253,7 +253,8 @@ func addMark(boot *state.Boot, m state.Mark) {
 	if m.Stage != string(agentapi.StageStage) {
 		boot.Bytes += m.Bytes
 	}
-	if m.Stage == string(agentapi.StageHealthy) && boot.Healthy.IsZero() { // though its mark may find no room
+	there := m.Stage == string(agentapi.StageHealthy) || m.Stage == string(netboot.StageBooted)
+	if there && boot.Healthy.IsZero() { // though its mark may find no room
 		boot.Healthy, boot.Error = m.Time, ""
 	}
 	details := len(m.Detail) + len(m.Error)

@@ -36,6 +36,7 @@ var errUnwanted = errors.New("stopped: the fleet in force needs it no longer")
 type Builder interface {
 	Base(ctx context.Context, r images.BaseRecipe, p build.Progress) (images.Base, error)
 	Delta(ctx context.Context, r images.DeltaRecipe, b images.Base, p build.Progress) (images.Delta, error)
+	Disk(ctx context.Context, r images.DiskRecipe, p build.Progress) (images.Disk, error)
 }
 
 // builds is the controller that builds what the fleet in force needs and nobody has built yet: each recipe once, at most
@@ -130,7 +131,7 @@ func (b *builds) run(ctx context.Context) error {
 		}
 		checking.Wait()
 	}()
-	changed := b.store.Watch(ctx, state.Sources.Prefix(), state.Bases.Prefix(), state.Deltas.Prefix())
+	changed := b.store.Watch(ctx, state.Sources.Prefix(), state.Bases.Prefix(), state.Deltas.Prefix(), state.Disks.Prefix())
 	var retry <-chan time.Time
 	for {
 		select {
@@ -196,11 +197,16 @@ func (b *builds) settle(ctx context.Context) error {
 func (b *builds) result(ctx context.Context, rec state.Build) (images.Blob, bool, error) {
 	var blob images.Blob
 	var err error
-	if rec.Kind == string(plan.KindBase) {
+	switch plan.Kind(rec.Kind) {
+	case plan.KindBase:
 		var base images.Base
 		base, err = state.Bases.Get(ctx, b.store, rec.Recipe.String())
 		blob = base.Image
-	} else {
+	case plan.KindDisk:
+		var disk images.Disk
+		disk, err = state.Disks.Get(ctx, b.store, rec.Recipe.String())
+		blob = disk.Image
+	case plan.KindDelta:
 		var delta images.Delta
 		delta, err = state.Deltas.Get(ctx, b.store, rec.Recipe.String())
 		blob = delta.Image
@@ -364,6 +370,12 @@ func (b *builds) build(ctx context.Context, want plan.Build, obs plan.Observed, 
 			return base.Image, state.Bases.Put(ctx, b.store, id, base)
 		}, err
 	}
+	if want.Disk != nil {
+		disk, err := b.builder.Disk(ctx, *want.Disk, p)
+		return func(ctx context.Context) (images.Blob, error) {
+			return disk.Image, state.Disks.Put(ctx, b.store, id, disk)
+		}, err
+	}
 	delta, err := b.builder.Delta(ctx, *want.Delta, obs.Bases[want.Delta.Base], p)
 	return func(ctx context.Context) (images.Blob, error) {
 		return delta.Image, state.Deltas.Put(ctx, b.store, id, delta)
@@ -455,7 +467,11 @@ func (b *builds) take(ctx context.Context, want plan.Build, obs plan.Observed) (
 }
 
 func isBuilt(want plan.Build, obs plan.Observed) bool {
-	if want.Delta == nil {
+	switch {
+	case want.Disk != nil:
+		_, ok := obs.Disks[want.Recipe]
+		return ok
+	case want.Delta == nil:
 		_, ok := obs.Bases[want.Recipe]
 		return ok
 	}

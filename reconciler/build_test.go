@@ -78,6 +78,13 @@ func (b *testBuilder) Delta(ctx context.Context, r images.DeltaRecipe, base imag
 	return images.Delta{Recipe: r.ID(), Base: base.Image, Image: b.put(ctx, what)}, nil
 }
 
+func (b *testBuilder) Disk(ctx context.Context, r images.DiskRecipe, p build.Progress) (images.Disk, error) {
+	if err := b.begin(ctx, "disk", p); err != nil {
+		return images.Disk{}, err
+	}
+	return images.Disk{Recipe: r.ID(), Image: b.put(ctx, "disk"), Format: "raw"}, nil
+}
+
 func (b *testBuilder) set(err error, gate chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -101,7 +108,7 @@ func newTestBuilds(t *testing.T) (*builds, *testBuilder) {
 	s := openStore(t)
 	log := slog.New(slog.DiscardHandler)
 	builder := &testBuilder{blobs: blobs}
-	r := &Reconciler{cfg: Config{Store: s}, follow: &follow{}, luns: &luns{}}
+	r := &Reconciler{cfg: Config{Store: s}, follow: &follow{}, luns: &luns{target: &testTarget{}}}
 	r.follow.fleet.Store(&inForce{fleet: testFleet(), commit: state.Commit{Hash: "c1"}})
 	builder.fleet = &r.follow.fleet
 	return &builds{

@@ -65,12 +65,19 @@ func (b *builds) artifacts(ctx context.Context) ([]artifact, error) {
 	if err != nil {
 		return nil, err
 	}
-	all := make([]artifact, 0, len(bases)+len(deltas))
+	disks, err := state.Disks.List(ctx, b.store)
+	if err != nil {
+		return nil, err
+	}
+	all := make([]artifact, 0, len(bases)+len(deltas)+len(disks))
 	for _, base := range bases {
 		all = append(all, artifact{plan.KindBase, base.Recipe, []images.Blob{base.Image, base.Kernel, base.Modules}})
 	}
 	for _, delta := range deltas {
 		all = append(all, artifact{plan.KindDelta, delta.Recipe, []images.Blob{delta.Image}})
+	}
+	for _, disk := range disks {
+		all = append(all, artifact{plan.KindDisk, disk.Recipe, []images.Blob{disk.Image}})
 	}
 	return all, nil
 }
@@ -96,10 +103,13 @@ func (b *builds) forget(ctx context.Context, a artifact) {
 		return
 	}
 	var err error
-	if a.kind == plan.KindBase {
+	switch a.kind {
+	case plan.KindBase:
 		err = state.Bases.Delete(ctx, b.store, a.recipe.String())
-	} else {
+	case plan.KindDelta:
 		err = state.Deltas.Delete(ctx, b.store, a.recipe.String())
+	case plan.KindDisk:
+		err = state.Disks.Delete(ctx, b.store, a.recipe.String())
 	}
 	if err != nil {
 		b.log.Error("forgetting what is lost", "recipe", a.recipe.Short(), "error", err)

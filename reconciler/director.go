@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/netboot"
+	"github.com/troupe-dev/troupe/reconciler/state"
 )
 
 // kernelArgs are those of every machine; a role's own come after them.
@@ -30,8 +32,8 @@ var kernelArgs = []string{
 type director struct {
 	views *views
 	boots *boots
-	// booting is told of hosts whose machines have nothing mounted.
-	booting func(host string)
+	// booting is told of hosts whose machines have nothing mounted, and what of theirs they boot: see luns.booting.
+	booting func(host string, told *state.LUNBoot)
 	agent   digest.Digest // the initramfs segment with the agent
 }
 
@@ -46,7 +48,11 @@ func (d *director) Boot(_ context.Context, m netboot.Machine) (netboot.Boot, err
 		boot.Title = "no fleet is in force yet"
 		return boot, nil
 	}
-	d.booting(host)
+	if a, ok := v.assignments[host]; ok && a.ISCSI != nil && a.ISCSI.Image != nil {
+		d.disk(&boot, v, a, mac)
+		return boot, nil
+	}
+	d.booting(host, nil)
 	if a, ok := v.assignments[host]; ok {
 		r, ok := v.releases[a.Release]
 		if !ok {
@@ -65,6 +71,23 @@ func (d *director) Boot(_ context.Context, m netboot.Machine) (netboot.Boot, err
 	}
 	d.kernel(&boot, base.Kernel.Digest, base.Modules.Digest, nil)
 	return boot, nil
+}
+
+// disk has a machine boot an image as it is, from its own disk on the server, once that is open.
+func (d *director) disk(boot *netboot.Boot, v *view, a state.Assignment, mac string) {
+	boot.Title = fmt.Sprintf("%s: role %s, generation %d", a.Host, a.Role, a.Generation)
+	at, why := v.luns.iscsi(a.Host, a)
+	if at == nil {
+		boot.Title = a.Host + ": " + why
+		return
+	}
+	d.booting(a.Host, &state.LUNBoot{
+		MAC: mac, ID: boot.ID, Role: a.Role, Generation: a.Generation, Release: a.Release, Node: a.Node, Disk: at.Disk, Told: time.Now(),
+	})
+	boot.Disk = &netboot.Disk{
+		Port: at.Port, Target: at.Target, LUN: at.Node, Initiator: at.Initiator,
+		User: at.User, Secret: at.Secret, MutualUser: at.MutualUser, MutualSecret: at.MutualSecret,
+	}
 }
 
 func (d *director) kernel(boot *netboot.Boot, kernel, modules digest.Digest, args []string) {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/netboot/iscsi"
+	"github.com/troupe-dev/troupe/netboot/iscsi/lun"
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
@@ -25,19 +26,19 @@ type openHost struct {
 // of the image that it was told of before it mounts it.
 const imageSerial = 32
 
-// serve opens what a host's record says, and publishes it.
-func (l *luns) serve(ctx context.Context, rec state.LUNs, of *state.ISCSI) error {
+// serve opens what a host's record says, and publishes it. heard is the boot that the record was made after.
+func (l *luns) serve(ctx context.Context, rec state.LUNs, of *state.ISCSI, heard *atBoot) error {
 	h := l.hosts[rec.Host]
 	if h == nil {
 		h = &openHost{disks: map[string]medium{}}
 		l.hosts[rec.Host] = h
 	}
 	wanted, _ := rec.Wanted(of)
-	at := portal{other: wanted.ID != "" && wanted.ID != rec.Current}
+	at := portal{other: wanted.ID != "" && wanted.ID != rec.Current, booted: rec.Boot != nil}
 	var errs []error
 	for _, d := range rec.Disks {
 		if d.ID == rec.Current || d.ID == wanted.ID {
-			errs = append(errs, l.openDisk(h, rec.Host, d))
+			errs = append(errs, l.openDisk(ctx, h, rec.Host, d))
 		}
 	}
 	errs = append(errs, l.changeDisk(h, rec))
@@ -51,6 +52,13 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, of *state.ISCSI) error
 	if err := errors.Join(errs...); err != nil {
 		at.why = "its disk on the server: " + err.Error()
 	}
+	if cur, ok := rec.Disk(h.current); ok {
+		at.current, at.file = cur, l.media.file(rec.Host, cur)
+	}
+	at.sizes = map[digest.Digest]int64{}
+	for d := range h.images {
+		at.sizes[d] = l.images[d].medium.Size()
+	}
 	at.ready = h.target != nil && !waits
 	at.target, at.images = h.target, maps.Clone(h.images)
 	if cur, ok := rec.Disk(rec.Current); ok {
@@ -59,7 +67,7 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, of *state.ISCSI) error
 	if h.disks[wanted.ID] != nil {
 		at.disk = wanted
 	}
-	l.publish(rec.Host, at)
+	l.publish(rec.Host, at, heard)
 	return errors.Join(errs...)
 }
 
@@ -67,12 +75,19 @@ func chapOf(host string, d state.LUNDisk) iscsi.CHAP {
 	return iscsi.CHAP{User: host, Secret: d.Secret, MutualUser: mutualUser, MutualSecret: d.MutualSecret}
 }
 
-// openDisk opens a disk that a host writes to, unless it is.
-func (l *luns) openDisk(h *openHost, host string, d state.LUNDisk) error {
+// openDisk opens a disk that a host writes to, unless it is, or the image under it is not yet.
+func (l *luns) openDisk(ctx context.Context, h *openHost, host string, d state.LUNDisk) error {
 	if h.disks[d.ID] != nil {
 		return nil
 	}
-	m, err := l.media.disk(host, d)
+	var base *lun.Image
+	if d.Image != nil {
+		img := l.image(ctx, d.Image.Digest)
+		if base = img.medium; base == nil {
+			return img.err
+		}
+	}
+	m, err := l.media.disk(host, d, base)
 	if err == nil {
 		h.disks[d.ID] = m
 	}
@@ -93,7 +108,7 @@ func (l *luns) changeDisk(h *openHost, rec state.LUNs) error {
 	}
 	m := h.disks[rec.Current]
 	if m == nil {
-		return nil // there is an error
+		return nil // the image under it is being opened, or there is an error
 	}
 	d, _ := rec.Disk(rec.Current)
 	unit, err := scsi.NewUnit(m, scsi.Config{Serial: d.ID, Keep: l.media.keeper(rec.Host, d)})

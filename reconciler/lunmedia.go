@@ -23,6 +23,7 @@ import (
 // lunMedia has the files behind LUNs: images in the store, and below dir what hosts write.
 //
 //	HOST/ID.disk          a disk that began blank
+//	HOST/ID.delta         what was written to a disk that began as an image
 //	HOST/ID.reservations  its persistent reservations (SPC-4 5.13)
 type lunMedia struct {
 	blobs interface {
@@ -50,12 +51,24 @@ func (m lunMedia) path(host string, d state.LUNDisk, ext string) string {
 	return filepath.Join(m.dir, host, d.ID+ext)
 }
 
-// disk opens what a host writes to, and makes its file where it is not there yet.
-func (m lunMedia) disk(host string, d state.LUNDisk) (medium, error) {
+// disk opens what a host writes to, and makes its file where it is not there yet. base is the image that it begins as; nil:
+// it begins blank.
+func (m lunMedia) disk(host string, d state.LUNDisk, base *lun.Image) (medium, error) {
 	if err := os.MkdirAll(filepath.Join(m.dir, host), 0o700); err != nil {
 		return nil, fmt.Errorf("making the directory of a host's disks: %w", err)
 	}
-	return lun.OpenDisk(m.path(host, d, ".disk"), d.Size)
+	if d.Image == nil {
+		return lun.OpenDisk(m.file(host, d), d.Size)
+	}
+	return lun.OpenDelta(base, m.file(host, d), d.Size, d.Image.Digest.String())
+}
+
+// file is the name of the file with what a host wrote.
+func (m lunMedia) file(host string, d state.LUNDisk) string {
+	if d.Image == nil {
+		return m.path(host, d, ".disk")
+	}
+	return m.path(host, d, ".delta")
 }
 
 // keeper keeps the reservations of a disk.

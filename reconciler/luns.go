@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net"
 	"reflect"
 	"slices"
 	"time"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/netboot/iscsi"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
@@ -36,6 +38,7 @@ type luns struct {
 	port    uint16 // of the target; 0: there is none
 	target  Target
 	refresh func() // tells those who answer machines that something is open, or is not any more
+	observe func(netboot.Event)
 	events  *recorder
 	log     *slog.Logger
 	now     func() time.Time
@@ -51,8 +54,9 @@ type luns struct {
 	hosts  map[string]*openHost
 	images map[digest.Digest]*openImage
 	opened chan *openImage
-	told   map[string]string // of which trouble people were told, by host
-	lean   bool              // there is little room left, and people were told
+	seen   map[string]time.Time // when a session of a host was last seen
+	told   map[string]string    // of which trouble people were told, by host
+	lean   bool                 // there is little room left, and people were told
 }
 
 // A lunAsk is an operator's wish to reset a host's disk.
@@ -62,12 +66,12 @@ type lunAsk struct {
 	done  chan<- error // has room for one
 }
 
-func newLUNs(store *state.Store, m lunMedia, port uint16, events *recorder, log *slog.Logger, refresh func()) *luns {
+func newLUNs(store *state.Store, m lunMedia, port uint16, events *recorder, log *slog.Logger) *luns {
 	return &luns{
-		store: store, media: m, port: port, events: events, log: log, refresh: refresh, now: time.Now,
+		store: store, media: m, port: port, events: events, log: log, refresh: func() {}, observe: func(netboot.Event) {}, now: time.Now,
 		wake: make(chan struct{}, 1), asks: make(chan lunAsk), ended: make(chan struct{}),
 		portals: newPortals(), hosts: map[string]*openHost{}, images: map[digest.Digest]*openImage{},
-		opened: make(chan *openImage), told: map[string]string{},
+		opened: make(chan *openImage), told: map[string]string{}, seen: map[string]time.Time{},
 	}
 }
 
@@ -108,7 +112,11 @@ func (l *luns) run(ctx context.Context) error {
 		case img := <-l.opened:
 			l.took(img)
 		case a := <-l.asks:
-			a.done <- l.reset(ctx, a.host, a.force)
+			err := l.reset(ctx, a.host, a.force)
+			if err == nil {
+				_, _ = l.step(ctx) // what goes wrong in it goes wrong in the next one, too
+			}
+			a.done <- err
 		case <-ctx.Done():
 			return nil
 		}
@@ -183,23 +191,24 @@ func (l *luns) facts(ctx context.Context) (map[string]lunFacts, error) {
 	booting, now := l.takeBooting(), l.now()
 	all := map[string]lunFacts{}
 	for host := range l.recs {
-		all[host] = lunFacts{now: now, booting: booting[host]}
+		all[host] = lunFacts{now: now, boot: booting[host]}
 	}
 	for host, a := range assigned {
 		if f, known := all[host]; known || a.ISCSI != nil {
-			f.assigned, f.now, f.booting = &a, now, booting[host]
+			f.assigned, f.now, f.boot = &a, now, booting[host]
 			all[host] = f
 		}
 	}
 	running := newestRunning(nodes)
 	for host, f := range all {
-		f.running = running[host]
+		f.running, f.lastSeen = running[host], l.seen[host]
 		all[host] = f
 	}
 	for _, s := range l.target.Sessions() {
 		host := hostOf(s.Initiator)
 		if f, known := all[host]; known {
-			f.sessions++
+			f.sessions = append(f.sessions, s)
+			l.seen[host] = now
 			all[host] = f
 		}
 	}
@@ -229,11 +238,12 @@ func (l *luns) host(ctx context.Context, host string, f lunFacts) (next time.Tim
 	if err := l.write(ctx, before, rec); err != nil {
 		return next, err
 	}
-	if f.assigned == nil && f.sessions > 0 && f.now.Sub(rec.Unused) >= leaveGrace {
+	l.tellBoot(before.Boot, rec)
+	if f.assigned == nil && len(f.sessions) > 0 && f.now.Sub(rec.Unused) >= leaveGrace {
 		l.events.note(ctx, state.Event{Kind: "disk", Subject: host, Message: "it left the fleet: its machine is cut off from its disk", Warning: true})
 		l.target.Drop(initiatorName(host))
 	}
-	err = l.serve(ctx, rec, f.wants())
+	err = l.serve(ctx, rec, f.wants(), f.boot)
 	l.tell(ctx, host, err)
 	if err != nil {
 		next = f.now.Add(assignAgain)
@@ -241,13 +251,37 @@ func (l *luns) host(ctx context.Context, host string, f lunFacts) (next time.Tim
 	if cur, ok := rec.Disk(rec.Current); ok && !cur.Ends.IsZero() {
 		next = cur.Ends
 	}
+	if b := rec.Boot; b != nil && !b.Login.IsZero() && b.Booted.IsZero() && len(f.sessions) > 0 {
+		next = f.now.Add(loaderGone)
+	}
 	return next, l.media.clear(host, rec)
+}
+
+// tellBoot notes in the machine's timeline how far it came with its disk.
+func (l *luns) tellBoot(before *state.LUNBoot, rec state.LUNs) {
+	b := rec.Boot
+	if b == nil {
+		return
+	}
+	if before == nil || before.ID != b.ID || !before.Told.Equal(b.Told) {
+		before = &state.LUNBoot{}
+	}
+	mac, err := net.ParseMAC(b.MAC)
+	if err != nil {
+		return // the boot loader told another one: whoever wrote the record checked it
+	}
+	if before.Login.IsZero() && !b.Login.IsZero() {
+		l.observe(netboot.Event{MAC: mac, Stage: netboot.StageDisk, Time: b.Login, Detail: "LUN 0 of " + targetName(rec.Host)})
+	}
+	if before.Booted.IsZero() && !b.Booted.IsZero() {
+		l.observe(netboot.Event{MAC: mac, Stage: netboot.StageBooted, Time: b.Booted})
+	}
 }
 
 // markOpened notes that the current disk was in an initiator's hands.
 func (l *luns) markOpened(rec state.LUNs, f lunFacts) state.LUNs {
 	h := l.hosts[rec.Host]
-	if f.sessions == 0 || h == nil || h.current != rec.Current {
+	if len(f.sessions) == 0 || h == nil || h.current != rec.Current {
 		return rec
 	}
 	for i := range rec.Disks {
@@ -281,6 +315,7 @@ func (l *luns) remove(ctx context.Context, host string) error {
 		return err
 	}
 	delete(l.recs, host)
+	delete(l.seen, host)
 	if err := l.media.clear(host, state.LUNs{}); err != nil {
 		return err
 	}
@@ -311,6 +346,9 @@ func (e *ConflictError) Conflict() bool { return true }
 // Reset has a host begin with a disk as it was made first. A node with an agent reboots for it, and loses its old disk when
 // it does, or after resetGrace. It returns when that is on record.
 func (l *luns) Reset(ctx context.Context, host string, force bool) error {
+	if l.port == 0 {
+		return &ConflictError{Reason: "the server's iSCSI target is off (serve --iscsi-listen)"}
+	}
 	done := make(chan error, 1)
 	select {
 	case l.asks <- lunAsk{host: host, force: force, done: done}:
@@ -340,12 +378,12 @@ func (l *luns) reset(ctx context.Context, host string, force bool) error {
 	if !ok {
 		return nil // it gets its first one
 	}
-	if wanted.Image != nil && wanted.ID == rec.Current && f.sessions > 0 && !force {
+	if wanted.Image != nil && wanted.ID == rec.Current && len(f.sessions) > 0 && !force {
 		return &ConflictError{Reason: fmt.Sprintf("host %s is logged in to its disk, and nobody can have its system let go of that: "+
 			"shut it down first, or use --force, after which all that it reads and writes fails until it is booted again", host)}
 	}
 	ends := f.now
-	if f.sessions > 0 && !force {
+	if len(f.sessions) > 0 && !force {
 		ends = ends.Add(resetGrace)
 	}
 	rec.Disks = slices.Clone(rec.Disks)

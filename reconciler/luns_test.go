@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -19,8 +20,10 @@ import (
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/netboot/iscsi"
 	"github.com/troupe-dev/troupe/reconciler/state"
+	"github.com/troupe-dev/troupe/schema"
 )
 
 // testTarget is the sessions of a target that does not listen.
@@ -51,12 +54,12 @@ func (t *testTarget) Drop(initiator string) {
 }
 
 // login has a host log in, as package iscsi would: if the directory lets it.
-func (t *testTarget) login(l *luns, host string) error {
+func (t *testTarget) login(l *luns, host string, isid uint64) error {
 	if _, _, err := l.Open(initiatorName(host), targetName(host)); err != nil {
 		return err
 	}
 	t.mu.Lock()
-	t.sessions = append(t.sessions, iscsi.SessionInfo{Initiator: initiatorName(host), Target: targetName(host), Since: l.now()})
+	t.sessions = append(t.sessions, iscsi.SessionInfo{Initiator: initiatorName(host), Target: targetName(host), ISID: isid, Since: l.now()})
 	t.mu.Unlock()
 	l.poke()
 	return nil
@@ -69,7 +72,6 @@ type lunRig struct {
 	blobs       *store.Store
 	dir         string
 	base, delta images.Blob
-	refreshed   chan struct{}
 }
 
 func newLUNRig(t *testing.T) *lunRig {
@@ -80,7 +82,7 @@ func newLUNRig(t *testing.T) *lunRig {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = blobs.Close() })
-	r := &lunRig{blobs: blobs, dir: filepath.Join(dir, "luns"), target: &testTarget{}, refreshed: make(chan struct{}, 1)}
+	r := &lunRig{blobs: blobs, dir: filepath.Join(dir, "luns"), target: &testTarget{}}
 	r.base, r.delta = r.put(t, "base"), r.put(t, "delta")
 	r.again(openStore(t))
 	return r
@@ -89,7 +91,7 @@ func newLUNRig(t *testing.T) *lunRig {
 // again makes the controller anew, as a server that starts does.
 func (r *lunRig) again(s *state.Store) {
 	log := slog.New(slog.DiscardHandler)
-	r.luns = newLUNs(s, lunMedia{blobs: r.blobs, dir: r.dir}, 3260, &recorder{store: s, log: log}, log, func() { poke(r.refreshed) })
+	r.luns = newLUNs(s, lunMedia{blobs: r.blobs, dir: r.dir}, 3260, &recorder{store: s, log: log}, log)
 	r.luns.target = r.target
 }
 
@@ -129,16 +131,21 @@ func (r *lunRig) assign(t *testing.T, host string, delta images.Blob) state.Assi
 	return a
 }
 
+// until has the controller work until cond holds. A reset of nobody is answered when all that went before is done.
+func (r *lunRig) until(t *testing.T, cond func() bool) {
+	t.Helper()
+	for !cond() {
+		r.poke()
+		if err := r.Reset(t.Context(), "nobody", false); err == nil || t.Context().Err() != nil {
+			t.Fatalf("the LUNs never came to be as wanted: %+v (%v)", r.Targets(), err)
+		}
+	}
+}
+
 // await waits until what is open of the hosts is as wanted.
 func (r *lunRig) await(t *testing.T, want func(lunViews) bool) {
 	t.Helper()
-	for !want(r.views()) {
-		select {
-		case <-r.refreshed:
-		case <-t.Context().Done():
-			t.Fatalf("the LUNs never came to be as wanted: %+v", r.views())
-		}
-	}
+	r.until(t, func() bool { return want(r.views()) })
 }
 
 func (r *lunRig) record(t *testing.T, host string) state.LUNs {
@@ -258,7 +265,7 @@ func TestLUNsComeWhileSessionsRun(t *testing.T) {
 	defer stop()
 	r.await(t, ready("n1", a1))
 	r.await(t, ready("n2", a2))
-	if err := r.target.login(r.luns, "n1"); err != nil {
+	if err := r.target.login(r.luns, "n1", 1); err != nil {
 		t.Fatal(err)
 	}
 	target, _, err := r.Open(initiatorName("n1"), targetName("n1"))
@@ -275,6 +282,115 @@ func TestLUNsComeWhileSessionsRun(t *testing.T) {
 	}
 }
 
+// vm gives a host an image that is booted as it is.
+func (r *lunRig) vm(t *testing.T, host string, generation uint64, image images.Blob) state.Assignment {
+	t.Helper()
+	a := state.Assignment{
+		Host: host, Role: "vm", Generation: generation, ISCSI: &state.ISCSI{Size: 1 << 20, Image: &image}, Release: image.Digest,
+		Spec: agentapi.Assignment{State: agentapi.Assigned, Release: &agentapi.Release{ID: image.Digest}},
+	}
+	if err := state.Assignments.Put(t.Context(), r.store, host, a); err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+// boot asks the director what a host's machine shall boot, as netboot does for its boot loader.
+func (r *lunRig) boot(t *testing.T, a state.Assignment) netboot.Boot {
+	t.Helper()
+	v := newView(&schema.Fleet{Hosts: map[string]schema.Host{a.Host: {Name: a.Host, MAC: testMAC, Role: a.Role}}})
+	v.assignments, v.luns = map[string]state.Assignment{a.Host: a}, r.views()
+	vs := newViews()
+	vs.set(v)
+	mac, err := net.ParseMAC(testMAC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	boot, err := (&director{views: vs, boots: newBoots(r.store, r.log), booting: r.booting}).Boot(t.Context(), netboot.Machine{MAC: mac})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return boot
+}
+
+// An image that is booted as it is: the script has the secrets of its disk, a new image waits for the next boot, and each of
+// a host's images has a disk of its own.
+func TestImageThatIsBootedAsItIs(t *testing.T) {
+	r := newLUNRig(t)
+	one, two := r.put(t, "one"), r.put(t, "two")
+	var marks []string
+	r.observe = func(ev netboot.Event) { marks = append(marks, string(ev.Stage)) }
+	a := r.vm(t, "n1", 1, one)
+	if b := r.boot(t, a); b.Disk != nil || b.Kernel != "" || b.Title != "n1: its disk on the server is being opened" {
+		t.Errorf("before its disk is open: %+v", b)
+	}
+	stop := r.start(t)
+	defer stop()
+	r.await(t, ready("n1", a))
+	disk := r.record(t, "n1").Disks[0]
+	want := &netboot.Disk{
+		Port: 3260, Target: targetName("n1"), Initiator: initiatorName("n1"), User: "n1", Secret: disk.Secret, MutualUser: "troupe", MutualSecret: disk.MutualSecret,
+	}
+	if d := cmp.Diff(want, r.boot(t, a).Disk); d != "" {
+		t.Error(d)
+	}
+	r.login(t, "n1", 1)
+	r.login(t, "n1", 2)
+	r.running(t, "n1", 1)
+
+	b := r.vm(t, "n1", 2, two)
+	r.await(t, ready("n1", b))
+	target, _, err := r.Open(initiatorName("n1"), targetName("n1"))
+	if err != nil {
+		t.Fatalf("the system that runs cannot log in again: %v", err)
+	}
+	if r.record(t, "n1").Current != disk.ID || len(r.target.dropped) > 0 {
+		t.Error("the disk was changed under a running system")
+	}
+	var conflict *ConflictError
+	if err := r.Reset(t.Context(), "n1", false); err != nil { // of the disk that is not in use yet
+		t.Error(err)
+	}
+	r.await(t, ready("n1", b))
+	r.boot(t, b)
+	r.until(t, func() bool { return len(target.LUNs()) == 0 }) // of the system before
+	r.login(t, "n1", 3)
+	r.login(t, "n1", 4)
+	r.running(t, "n1", 2)
+	if err := r.Reset(t.Context(), "n1", false); !errors.As(err, &conflict) || !strings.Contains(err.Error(), "--force") {
+		t.Errorf("a reset under a running system: %v", err)
+	}
+	if err := r.Reset(t.Context(), "n1", true); err != nil {
+		t.Error(err)
+	}
+	if got := r.Targets()[0]; got.Resetting || len(got.Sessions) > 0 || got.LUNs[0].Kind != "cow" || got.LUNs[0].Image != two.Digest {
+		t.Errorf("after a reset that was forced: %+v", got)
+	}
+	stop()
+	if d := cmp.Diff([]string{"disk", "booted", "disk", "booted"}, marks); d != "" {
+		t.Errorf("stages:\n%s", d)
+	}
+}
+
+// login has a machine log in, as often as it takes.
+func (r *lunRig) login(t *testing.T, host string, isid uint64) {
+	t.Helper()
+	r.until(t, func() bool { return r.target.login(r.luns, host, isid) == nil })
+}
+
+// running waits until a host's machine is on record to run a generation.
+func (r *lunRig) running(t *testing.T, host string, generation uint64) {
+	t.Helper()
+	r.until(t, func() bool {
+		rec := r.record(t, host)
+		if rec.Boot == nil {
+			return false
+		}
+		n := rec.Node(true, r.now())
+		return n.Running != nil && n.Running.Generation == generation
+	})
+}
+
 func TestResetEndsTheSession(t *testing.T) {
 	r := newLUNRig(t)
 	a := r.assign(t, "n1", r.delta)
@@ -286,7 +402,7 @@ func TestResetEndsTheSession(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := r.target.login(r.luns, "n1"); err != nil {
+	if err := r.target.login(r.luns, "n1", 1); err != nil {
 		t.Fatal(err)
 	}
 	if err := r.Reset(t.Context(), "n1", false); err != nil {
@@ -300,16 +416,13 @@ func TestResetEndsTheSession(t *testing.T) {
 	if len(r.files(t)) != 2 || len(r.target.dropped) != 0 {
 		t.Fatalf("the disk that it runs from is taken from it: %q, dropped %q", r.files(t), r.target.dropped)
 	}
-	r.booting("n1")
-	for r.record(t, "n1").Current == before.Disk {
-		r.poke()
-	}
+	r.booting("n1", nil)
+	r.until(t, func() bool { return len(r.files(t)) == 1 })
 	after, _ := r.views().iscsi("n1", a)
 	rec := r.record(t, "n1")
 	if len(rec.Disks) != 1 || rec.Current != after.Disk || after.Secret == before.Secret {
 		t.Errorf("after its boot: %+v", rec)
 	}
-	r.await(t, func(lunViews) bool { return len(r.files(t)) == 1 })
 	if d := cmp.Diff([]string{initiatorName("n1")}, r.target.dropped); d != "" {
 		t.Error(d)
 	}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/netboot/iscsi"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
 
@@ -31,10 +32,10 @@ const (
 type lunFacts struct {
 	assigned *state.Assignment // nil: it has none
 	running  *agentapi.Running // as its node last told; nil: unknown
-	sessions int               // that are open
-	// booting says that its machine is in its firmware, or in the agent before that has a root: it has nothing mounted.
-	booting bool
-	now     time.Time
+	sessions []iscsi.SessionInfo
+	lastSeen time.Time // when a session was last seen to be open, in the life of this process
+	boot     *atBoot   // that began since it was looked last; nil for none
+	now      time.Time
 }
 
 // wants is what the host has on the server; nil for nothing.
@@ -57,7 +58,7 @@ func (f lunFacts) images() []digest.Digest {
 // runs says whether the host may have image d mounted.
 func (f lunFacts) runs(d digest.Digest) bool {
 	if f.running == nil {
-		return f.sessions > 0
+		return len(f.sessions) > 0
 	}
 	return f.running.Base == d || f.running.Delta == d
 }
@@ -84,7 +85,47 @@ func nextLUNs(rec state.LUNs, f lunFacts, fresh func() state.LUNDisk) state.LUNs
 	}
 	chooseDisk(&rec, wanted, f)
 	dropDisks(&rec, wanted.ID)
+	rec.Boot = nextBoot(rec, f)
 	return rec
+}
+
+// loaderGone is after how long a session is not that of a boot loader which started a system that logged in for itself, and
+// fell silent: the target has closed it by then.
+const loaderGone = time.Minute
+
+// nextBoot is what is to be on record of a machine without an agent: that it was told to boot, that its boot loader logged
+// in, and that its system runs. That it does when it has logged in for itself, or goes on with the boot loader's session.
+func nextBoot(rec state.LUNs, f lunFacts) *state.LUNBoot {
+	if rec.Boot == nil && f.boot == nil {
+		return nil
+	}
+	var b state.LUNBoot
+	switch {
+	case f.boot == nil:
+		b = *rec.Boot
+	case f.boot.told == nil:
+		return nil // it boots something else
+	default:
+		b = *f.boot.told
+	}
+	if b.Disk != rec.Current {
+		return &b // what it runs from is no more, or not there yet
+	}
+	for _, s := range f.sessions {
+		if s.Since.Before(b.Told) {
+			continue // of the boot before: its machine fell silent
+		}
+		if b.Login.IsZero() {
+			b.Login, b.Loader = s.Since, s.ISID
+		}
+		if b.Booted.IsZero() && (s.ISID != b.Loader || f.now.Sub(s.Since) >= loaderGone) {
+			b.Booted = f.now
+		}
+	}
+	if len(f.sessions) == 0 && !b.Login.IsZero() && f.lastSeen.After(b.Seen) {
+		b.Seen = f.lastSeen
+	}
+	return &b
 }
 
 // numberImages gives each image that the host is to run its number, and takes it from those that it does not run any more.
@@ -121,8 +162,8 @@ func chooseDisk(rec *state.LUNs, wanted state.LUNDisk, f lunFacts) {
 		return
 	}
 	cur, ok := rec.Disk(rec.Current)
-	ended := !cur.Ends.IsZero() && (f.sessions == 0 || !f.now.Before(cur.Ends))
-	if !ok || f.booting || cur.Opened.IsZero() || ended {
+	ended := !cur.Ends.IsZero() && (len(f.sessions) == 0 || !f.now.Before(cur.Ends))
+	if !ok || f.boot != nil || cur.Opened.IsZero() || ended {
 		rec.Current = wanted.ID
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/netboot/iscsi"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
 
@@ -46,12 +47,12 @@ func (w *lunWorld) step() {
 		w.disks++
 		return state.LUNDisk{ID: fmt.Sprintf("disk%d", w.disks)}
 	})
-	w.f.booting = false
+	w.f.boot = nil
 }
 
 // uses has an initiator be given the current disk.
 func (w *lunWorld) uses() {
-	w.f.sessions = 1
+	w.f.sessions = []iscsi.SessionInfo{{}}
 	for i := range w.rec.Disks {
 		if w.rec.Disks[i].ID == w.rec.Current {
 			w.rec.Disks[i].Opened = w.f.now
@@ -116,7 +117,7 @@ func TestLUNsOfAMachineThatDoesNotSay(t *testing.T) {
 	w.uses()
 	w.runs("base", "idle").step()
 	w.want(t, "disk1 of disk1; 1=base 2=web 3=idle")
-	w.f.sessions = 0
+	w.f.sessions = nil
 	w.step()
 	w.want(t, "disk1 of disk1; 1=base 3=idle")
 }
@@ -134,14 +135,14 @@ func TestDiskChangesWhenTheMachineBoots(t *testing.T) {
 	w.boots("cloud 3")
 	w.step()
 	w.want(t, "disk2 of disk1,disk2,disk3;")
-	w.f.sessions = 0
+	w.f.sessions = nil
 	w.step()
 	w.want(t, "disk2 of disk1,disk2,disk3;")
-	w.f.booting = true
+	w.f.boot = &atBoot{}
 	w.step()
 	w.want(t, "disk3 of disk2,disk3;") // that before stays for who goes back
 	w.boots("cloud 2")
-	w.f.booting = true
+	w.f.boot = &atBoot{}
 	w.step()
 	w.want(t, "disk2 of disk2,disk3;")
 }
@@ -162,7 +163,7 @@ func TestResetOfADisk(t *testing.T) {
 		w.step()
 		w.uses()
 		w.reset(time.Minute)
-		w.f.booting = true
+		w.f.boot = &atBoot{}
 		w.step()
 		w.want(t, "disk2 of disk2; 1=base 2=web")
 	})
@@ -170,7 +171,7 @@ func TestResetOfADisk(t *testing.T) {
 		w := newLUNWorld().runs("base", "web")
 		w.step()
 		w.uses()
-		w.f.sessions = 0
+		w.f.sessions = nil
 		w.reset(time.Minute)
 		w.want(t, "disk2 of disk2; 1=base 2=web")
 	})
@@ -188,7 +189,7 @@ func TestLUNsOfAHostThatLeft(t *testing.T) {
 	w := newLUNWorld().runs("base", "web")
 	w.step()
 	w.uses()
-	w.f.assigned, w.f.sessions, w.f.running = nil, 0, nil
+	w.f.assigned, w.f.sessions, w.f.running = nil, nil, nil
 	w.step()
 	w.want(t, "disk1 of disk1;")
 	w.f.now = w.f.now.Add(keepUnused - time.Second)
@@ -205,6 +206,69 @@ func TestLUNsOfAHostThatLeft(t *testing.T) {
 	if d := cmp.Diff(state.LUNs{}, w.rec); d != "" {
 		t.Errorf("after a week something is left:\n%s", d)
 	}
+}
+
+// A machine without an agent runs what it was told to boot once its system has logged in for itself, or has gone on with
+// the boot loader's session for so long that this is no silent one.
+func TestBootOfAnImageThatIsBootedAsItIs(t *testing.T) {
+	session := func(isid uint64, after time.Duration) iscsi.SessionInfo {
+		return iscsi.SessionInfo{ISID: isid, Since: testStart.Add(after)}
+	}
+	told := func(w *lunWorld, generation uint64) {
+		w.step() // so that there is a disk
+		w.f.boot = &atBoot{told: &state.LUNBoot{ID: fmt.Sprint("boot", generation), Generation: generation, Disk: w.rec.Current, Told: w.f.now}}
+		w.step()
+	}
+	at := func(w *lunWorld, after time.Duration, sessions ...iscsi.SessionInfo) {
+		w.f.now, w.f.sessions = testStart.Add(after), sessions
+		if len(sessions) > 0 {
+			w.f.lastSeen = w.f.now
+		}
+		w.step()
+	}
+	want := func(w *lunWorld, want string) {
+		t.Helper()
+		got := "none"
+		if b := w.rec.Boot; b != nil {
+			n := w.rec.Node(len(w.f.sessions) > 0, w.f.now)
+			got = fmt.Sprintf("%s %s, seen at %s", b.ID, n.Stage, n.LastSeen.Sub(testStart))
+			if n.Running != nil {
+				got += fmt.Sprintf(", runs %d", n.Running.Generation)
+			}
+		}
+		if got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+	w := newLUNWorld()
+	w.boots("cloud")
+	told(w, 1)
+	want(w, "boot1 script, seen at 0s")
+	loader, system := session(1, time.Second), session(2, 9*time.Second)
+	at(w, 2*time.Second, loader)
+	want(w, "boot1 disk, seen at 2s")
+	at(w, 10*time.Second, loader, system)
+	want(w, "boot1 booted, seen at 10s, runs 1")
+	at(w, 70*time.Second, system)
+	want(w, "boot1 booted, seen at 1m10s, runs 1")
+	at(w, 80*time.Second)
+	want(w, "boot1 booted, seen at 1m10s, runs 1")
+	at(w, 90*time.Second, session(3, 85*time.Second)) // the server was started anew
+	want(w, "boot1 booted, seen at 1m30s, runs 1")
+
+	w.f.now = testStart.Add(100 * time.Second)
+	told(w, 2) // its former session is still open
+	want(w, "boot2 script, seen at 1m40s")
+	at(w, 102*time.Second, session(3, 85*time.Second), session(4, 101*time.Second))
+	want(w, "boot2 disk, seen at 1m42s")
+	at(w, 160*time.Second, session(4, 101*time.Second))
+	want(w, "boot2 disk, seen at 2m40s")
+	at(w, 161*time.Second, session(4, 101*time.Second)) // a BIOS reads on by it
+	want(w, "boot2 booted, seen at 2m41s, runs 2")
+
+	w.f.boot = &atBoot{}
+	w.step()
+	want(w, "none") // it boots with an agent
 }
 
 func TestSecretsAreOfEachDisk(t *testing.T) {

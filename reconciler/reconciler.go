@@ -102,8 +102,9 @@ func New(cfg Config) (*Reconciler, error) {
 	r.assign = &assign{
 		store: cfg.Store, plan: r.plan, events: r.events, log: cfg.Log, now: time.Now, wake: make(chan struct{}, 1), again: assignAgain,
 	}
-	r.luns = newLUNs(cfg.Store, lunMedia{blobs: cfg.Blobs, dir: cfg.LUNs}, cfg.ISCSIPort, r.events, cfg.Log, r.fleetViews)
-	r.agents.booting = r.luns.booting
+	r.luns = newLUNs(cfg.Store, lunMedia{blobs: cfg.Blobs, dir: cfg.LUNs}, cfg.ISCSIPort, r.events, cfg.Log)
+	r.luns.refresh, r.luns.observe = r.fleetViews, r.boots.observe
+	r.agents.booting = func(host string) { r.luns.booting(host, nil) }
 	r.operators = newAPI(r)
 	r.silences = &silences{hosts: r.operators.Hosts, store: cfg.Store, events: r.events, every: listenEvery}
 	var err error

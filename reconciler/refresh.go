@@ -15,7 +15,7 @@ const settle = 20 * time.Millisecond
 // runViews is the controller that makes a new view whenever something that machines are told from has changed.
 func (r *Reconciler) runViews(ctx context.Context) error {
 	changed := r.cfg.Store.Watch(ctx, state.Assignments.Prefix(), state.Releases.Prefix(), state.Bases.Prefix(),
-		state.Builds.Prefix(), state.Machines.Prefix())
+		state.Disks.Prefix(), state.Builds.Prefix(), state.Machines.Prefix())
 	for {
 		select {
 		case <-changed:
@@ -61,6 +61,11 @@ func (r *Reconciler) readView(ctx context.Context) (*view, error) {
 		return nil, err
 	}
 	v.bases = byID(bases, func(b images.Base) images.RecipeID { return b.Recipe })
+	disks, err := state.Disks.List(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	v.disks = byID(disks, func(d images.Disk) images.RecipeID { return d.Recipe })
 	builds, err := state.Builds.List(ctx, s)
 	if err != nil {
 		return nil, err
@@ -98,12 +103,17 @@ func (r *Reconciler) observed(ctx context.Context) (obs plan.Observed, err error
 	if err != nil {
 		return obs, err
 	}
-	obs.Assignments, obs.Bases, obs.Builds, obs.Machines = v.assignments, v.bases, v.builds, v.machines
+	obs.Assignments, obs.Bases, obs.Disks, obs.Builds, obs.Machines = v.assignments, v.bases, v.disks, v.builds, v.machines
 	deltas, err := state.Deltas.List(ctx, s)
 	if err != nil {
 		return obs, err
 	}
 	obs.Deltas = byID(deltas, func(d images.Delta) images.RecipeID { return d.Recipe })
-	obs.Nodes, err = state.Nodes.List(ctx, s)
+	nodes, err := state.Nodes.List(ctx, s)
+	if err != nil {
+		return obs, err
+	}
+	sets, err := state.LUNSets.List(ctx, s)
+	obs.Nodes = state.WithDisks(nodes, sets, r.luns.InUse(), time.Now())
 	return obs, err
 }

@@ -3,12 +3,16 @@ package reconciler
 import (
 	"maps"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/netboot/iscsi"
+	"github.com/troupe-dev/troupe/reconciler/api"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
 
@@ -35,10 +39,10 @@ func hostOf(initiator string) string {
 // portals answers the logins of machines from memory (iscsi.Directory), and tells what of a host's LUNs is open.
 type portals struct {
 	mu     sync.Mutex
-	read   bool              // the records were read: who is not here has no target
-	byHost map[string]portal // immutable values
-	atBoot map[string]bool   // hosts whose machine boots, and is to find another disk
-	news   bool              // something else is open than when settled was called last
+	read   bool               // the records were read: who is not here has no target
+	byHost map[string]portal  // immutable values
+	atBoot map[string]*atBoot // by host: the last boot that its controller has not heard of yet
+	news   bool               // something else is open than when settled was called last
 }
 
 // A portal is what a host's login finds.
@@ -47,7 +51,17 @@ type portal struct {
 	chap   iscsi.CHAP
 	ready  bool // all that the host may need is open
 	other  bool // the machine's next boot gets another disk
+	booted bool // its last boot was of an image that is booted as it is
 	lunView
+
+	current state.LUNDisk // behind LUN 0; it has no id while that is not open
+	file    string        // of that
+	sizes   map[digest.Digest]int64
+}
+
+// An atBoot is a machine that has nothing mounted: one whose boot loader is told what to boot, or whose agent has not begun.
+type atBoot struct {
+	told *state.LUNBoot // nil where it is not an image that is booted as it is
 }
 
 // A lunView is what is open of a host's LUNs.
@@ -58,7 +72,7 @@ type lunView struct {
 }
 
 func newPortals() portals {
-	return portals{byHost: map[string]portal{}, atBoot: map[string]bool{}}
+	return portals{byHost: map[string]portal{}, atBoot: map[string]*atBoot{}}
 }
 
 // Discover tells an initiator of its own target.
@@ -84,19 +98,19 @@ func (p *portals) Open(initiator, target string) (*iscsi.Target, *iscsi.CHAP, er
 		return nil, nil, iscsi.ErrNoTarget
 	case initiator != initiatorName(host):
 		return nil, nil, iscsi.ErrForbidden
-	case !at.ready || at.other && p.atBoot[host]:
+	case !at.ready || at.other && p.atBoot[host] != nil:
 		return nil, nil, iscsi.ErrNotReady
 	}
 	return at.target, &at.chap, nil
 }
 
-// publish makes at what a host's logins find. A boot was heard of once it has led to its disk.
-func (p *portals) publish(host string, at portal) {
+// publish makes at what a host's logins find. The boot heard, nil for none, was heard of once it has led to its disk.
+func (p *portals) publish(host string, at portal, heard *atBoot) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.news = p.news || !reflect.DeepEqual(p.byHost[host].lunView, at.lunView)
 	p.byHost[host] = at
-	if !at.other {
+	if heard != nil && p.atBoot[host] == heard && !at.other {
 		delete(p.atBoot, host)
 	}
 }
@@ -127,27 +141,86 @@ func (p *portals) settled() (news bool) {
 	return news
 }
 
-// booting hears that a host's machine has nothing mounted.
-func (l *luns) booting(host string) {
-	if l.port == 0 || host == "" {
-		return
-	}
+// booting hears that a host's machine has nothing mounted, and what it is told to boot; nil where that is not an image that
+// is booted as it is.
+func (l *luns) booting(host string, told *state.LUNBoot) {
 	l.mu.Lock()
 	at, known := l.byHost[host]
-	if known && at.other {
-		l.atBoot[host] = true
+	news := known && (at.other || at.booted || told != nil)
+	if news {
+		l.atBoot[host] = &atBoot{told: told}
 	}
 	l.mu.Unlock()
-	if known && at.other {
+	if news {
 		l.poke()
 	}
 }
 
 // takeBooting are the hosts that booting heard of. It tells of them again until publish has what their boot led to.
-func (p *portals) takeBooting() map[string]bool {
+func (p *portals) takeBooting() map[string]*atBoot {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return maps.Clone(p.atBoot)
+}
+
+// InUse are the hosts that have a session.
+func (l *luns) InUse() map[string]bool {
+	open := map[string]bool{}
+	for _, s := range l.target.Sessions() {
+		open[hostOf(s.Initiator)] = true
+	}
+	return open
+}
+
+// Targets tell operators what hosts have.
+func (l *luns) Targets() []api.Target {
+	sessions := map[string][]api.Session{}
+	for _, s := range l.target.Sessions() {
+		host := hostOf(s.Initiator)
+		sessions[host] = append(sessions[host], api.Session{
+			Peer: s.Peer, Since: s.Since, Commands: s.Commands, BytesIn: s.BytesIn, BytesOut: s.BytesOut,
+		})
+	}
+	l.mu.Lock()
+	portals := maps.Clone(l.byHost)
+	l.mu.Unlock()
+	all := make([]api.Target, 0, len(portals))
+	for _, host := range slices.Sorted(maps.Keys(portals)) {
+		open := sessions[host]
+		slices.SortFunc(open, func(a, b api.Session) int { return a.Since.Compare(b.Since) })
+		all = append(all, portals[host].forPeople(host, open))
+	}
+	return all
+}
+
+func (p portal) forPeople(host string, sessions []api.Session) api.Target {
+	t := api.Target{
+		Host: host, Name: targetName(host), Initiator: initiatorName(host), Disk: p.current.ID, Made: p.current.Made,
+		Resetting: !p.current.Ends.IsZero(), Waiting: p.why, LUNs: []api.LUN{}, Sessions: sessions,
+	}
+	if t.Sessions == nil {
+		t.Sessions = []api.Session{}
+	}
+	if p.current.ID != "" {
+		disk := api.LUN{Host: host, Kind: api.LUNDisk, Size: p.current.Size, Delta: takes(p.file), Sessions: len(sessions)}
+		if img := p.current.Image; img != nil {
+			disk.Kind, disk.Image = api.LUNDelta, img.Digest
+		}
+		t.LUNs = append(t.LUNs, disk)
+	}
+	for d, n := range p.images {
+		t.LUNs = append(t.LUNs, api.LUN{Host: host, LUN: n, Kind: api.LUNImage, Image: d, Size: p.sizes[d], Sessions: len(sessions)})
+	}
+	return t
+}
+
+// takes is how many bytes of its file system a file takes; 0 where it is gone.
+func takes(file string) int64 {
+	var st unix.Stat_t
+	if err := unix.Stat(file, &st); err != nil {
+		return 0
+	}
+	return st.Blocks * 512 // whatever st_blksize says (stat(2))
 }
 
 // views are what is open of all hosts.

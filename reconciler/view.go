@@ -21,6 +21,7 @@ type view struct {
 	assignments map[string]state.Assignment
 	releases    map[digest.Digest]state.Release
 	bases       map[images.RecipeID]images.Base
+	disks       map[images.RecipeID]images.Disk
 	builds      map[images.RecipeID]state.Build
 	machines    map[string]state.Machine // by MAC
 	luns        lunViews
@@ -126,7 +127,7 @@ func (v *view) roleOf(host string) string {
 // waitsFor computes what waits has. It leaves out the step of a build that is under way: each is
 // news to all machines that wait.
 func (v *view) waitsFor(role string) string {
-	built := plan.Artifacts[images.RecipeID]{Bases: v.bases, Builds: v.builds}
+	built := plan.Artifacts[images.RecipeID]{Bases: v.bases, Disks: v.disks, Builds: v.builds}
 	m := built.Release(v.fleet, v.fleet.Roles[role]).Missing
 	switch m.Build.Phase {
 	case state.BuildRunning:
@@ -149,7 +150,7 @@ func (v *view) discovery(host string) (images.Base, bool) {
 	}
 	for _, os := range wanted {
 		img, ok := v.fleet.Images[os]
-		if !ok {
+		if !ok || img.From.Disk != nil {
 			continue
 		}
 		if b, ok := v.bases[images.BaseRecipeOf(img).ID()]; ok {

@@ -88,7 +88,7 @@ func TestBoardsThatShareAUUID(t *testing.T) {
 		if lease.Name != tt.host || ok != (tt.host != "") {
 			t.Errorf("%s: DHCP takes it for %q, want %q", tt.name, lease.Name, tt.host)
 		}
-		d := &director{views: vs, boots: newBoots(nil, nil), booting: func(string) {}}
+		d := &director{views: vs, boots: newBoots(nil, nil), booting: func(string, *state.LUNBoot) {}}
 		boot, err := d.Boot(context.Background(), netboot.Machine{MAC: mac, UUID: strings.ToUpper(n2UUID)})
 		if err != nil {
 			t.Fatal(err)

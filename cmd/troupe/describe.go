@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"regexp"
 	"slices"
 	"strings"
@@ -12,7 +13,9 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/reconciler/api"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
@@ -98,6 +101,9 @@ func writeHost(w io.Writer, h api.HostDetail, boots int, now time.Time) error {
 		f.list("Machine", api.Summary(seen))
 		f.set("First seen", ago(now, h.Machine.FirstSeen))
 	}
+	if h.ISCSI != nil {
+		targetFields(&f, *h.ISCSI, now)
+	}
 	if h.Entry != "" {
 		f.set("Host entry", "troupe get hosts "+h.MAC+" -o cue")
 	}
@@ -148,10 +154,47 @@ func hostFields(f *fields, h api.HostDetail, now time.Time) {
 	}
 }
 
+// targetFields are those about what the host has on the server's iSCSI target.
+func targetFields(f *fields, t api.Target, now time.Time) {
+	f.set("iSCSI target", t.Name)
+	f.set("Initiator", t.Initiator)
+	if t.Resetting {
+		f.set("Reset", "under way: its disk is still in use")
+	}
+	f.set("Waits for", t.Waiting)
+	var luns, sessions []string
+	for _, l := range t.LUNs {
+		line := fmt.Sprintf("%d: %s, %s", l.LUN, lunText(l), api.Bytes(l.Size))
+		if l.Kind != api.LUNImage {
+			line += ", " + api.Bytes(l.Delta) + " written"
+		}
+		luns = append(luns, line)
+	}
+	f.list("LUNs", luns)
+	for _, s := range t.Sessions {
+		sessions = append(sessions, fmt.Sprintf("%s since %s, %s read, %s written, %d commands",
+			s.Peer, s.Since.Local().Format(time.DateTime), api.Bytes(clamp(s.BytesOut)), api.Bytes(clamp(s.BytesIn)), s.Commands))
+	}
+	f.list("Sessions", sessions)
+}
+
+// lunText says what a LUN is.
+func lunText(l api.LUN) string {
+	text := string(l.Kind)
+	if l.Image != "" {
+		text += " " + strings.TrimSpace(l.Name+" "+l.Image.Short())
+	}
+	return text
+}
+
+func clamp(n uint64) int64 { return int64(min(n, math.MaxInt64)) } //nolint:gosec // it fits
+
 // writeBoot writes the timeline of one boot.
 func writeBoot(w io.Writer, b api.Boot, now time.Time) error {
 	outcome := "not healthy yet"
 	switch {
+	case b.Healthy && slices.ContainsFunc(b.Marks, func(m api.Mark) bool { return m.Stage == string(netboot.StageBooted) }):
+		outcome = "booted after " + exact(b.Took)
 	case b.Healthy:
 		outcome = "healthy after " + exact(b.Took)
 	case b.Error != "":
@@ -240,6 +283,9 @@ func writeImage(w io.Writer, i api.ImageDetail, now time.Time) error {
 		f.set("Modules", api.Bytes(b.Modules.Size))
 		f.list("Packages", b.Packages)
 	}
+	if d := i.Disk; d != nil {
+		f.set("Made of", fmt.Sprintf("a file of %s, %s", api.Bytes(d.File), d.Format))
+	}
 	if d := i.Delta; d != nil {
 		f.set("Lies over", d.Base.Digest.String())
 		f.list("Packages", d.Packages)
@@ -274,7 +320,7 @@ func writeRole(w io.Writer, r api.Role, _ time.Time) error {
 	f.set("OS", r.OS)
 	f.set("Boot", r.Boot)
 	f.set("Release", or(r.Release.String(), r.Waiting))
-	f.set("Recipes", r.BaseRecipe.Short()+" (base), "+r.DeltaRecipe.Short()+" (delta)")
+	f.set("Recipes", recipesText(r.BaseRecipe, r.DeltaRecipe))
 	f.set("Hosts", fmt.Sprintf("%d, %d healthy", len(r.Hosts), r.Healthy))
 	f.list("", r.Hosts)
 	f.list("Packages", r.Spec.Packages)
@@ -319,6 +365,14 @@ func newDescribeReleaseCommand() *cobra.Command {
 	return cmd
 }
 
+// recipesText names the recipes of a release; delta is "" where its image is booted as it is.
+func recipesText(base, delta images.RecipeID) string {
+	if delta == "" {
+		return base.Short() + " (disk)"
+	}
+	return base.Short() + " (base), " + delta.Short() + " (delta)"
+}
+
 // isRelease says whether id names r: six hex digits at least, with or without "sha256:".
 func isRelease(r api.Release, id string) bool {
 	hex := strings.TrimPrefix(id, digest.Prefix)
@@ -331,12 +385,16 @@ func writeRelease(w io.Writer, r api.Release, now time.Time) error {
 	f.set("Roles", strings.Join(r.Roles, ", "))
 	f.set("Made", r.Created.Local().Format(time.DateTime)+" ("+ago(now, r.Created)+")")
 	c := r.Content
-	f.set("Base", fmt.Sprintf("%s, %s", c.Base.Digest, api.Bytes(c.Base.Size)))
-	f.set("Delta", fmt.Sprintf("%s, %s", c.Delta.Digest, api.Bytes(c.Delta.Size)))
-	f.set("Kernel", fmt.Sprintf("%s, %s", c.Kernel.Digest, api.Bytes(c.Kernel.Size)))
-	f.set("Modules", fmt.Sprintf("%s, %s", c.Modules.Digest, api.Bytes(c.Modules.Size)))
+	for _, part := range []struct {
+		name string
+		blob images.Blob
+	}{{"Base", c.Base}, {"Delta", c.Delta}, {"Kernel", c.Kernel}, {"Modules", c.Modules}, {"Disk", c.Disk}} {
+		if part.blob.Digest != "" {
+			f.set(part.name, fmt.Sprintf("%s, %s", part.blob.Digest, api.Bytes(part.blob.Size)))
+		}
+	}
 	f.set("Kernel args", strings.Join(c.KernelArgs, " "))
-	f.set("Recipes", r.BaseRecipe.Short()+" (base), "+r.DeltaRecipe.Short()+" (delta)")
+	f.set("Recipes", recipesText(r.BaseRecipe, r.DeltaRecipe))
 	f.set("Assigned", or(strings.Join(r.Assigned, ", "), "to no host"))
 	f.set("Running", or(strings.Join(r.Running, ", "), "on no host"))
 	return f.write(w, "")

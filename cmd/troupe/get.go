@@ -22,12 +22,12 @@ func newGetCommand() *cobra.Command {
 		Use:   "get",
 		Args:  cobra.NoArgs, // what is no verb below is a mistake
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-		Short: "List hosts, roles, images or releases",
+		Short: "List hosts, roles, images, releases or LUNs",
 		Example: `  troupe get hosts
   troupe get hosts 'n[1-5,9]' -o json
   troupe get images`,
 	}
-	cmd.AddCommand(newGetHostsCommand(), newGetRolesCommand(), newGetImagesCommand("images", "List the images that were built or shall be"), newGetReleasesCommand())
+	cmd.AddCommand(newGetHostsCommand(), newGetRolesCommand(), newGetImagesCommand("images", "List the images that were built or shall be"), newGetReleasesCommand(), newGetLUNsCommand())
 	return cmd
 }
 
@@ -202,7 +202,7 @@ func colourOf(text string) string {
 	word, _, _ := strings.Cut(text, " ")
 	const red, green, yellow, blue, violet = "31", "32", "33", "34", "35"
 	colour := map[string]string{
-		"healthy": green, "done": green, "unhealthy": red, "failed": red, "lost": red, "waiting": yellow, "queued": yellow,
+		"healthy": green, "booted": green, "done": green, "unhealthy": red, "failed": red, "lost": red, "waiting": yellow, "queued": yellow,
 		"booting": blue, "staging": blue, "rebooting": blue, "running": blue, "unclaimed": violet,
 	}[word]
 	if colour == "" {
@@ -350,7 +350,11 @@ func newGetReleasesCommand() *cobra.Command {
 func writeReleases(w io.Writer, all []api.Release, now time.Time) error {
 	t := table{header: []string{"RELEASE", "ROLES", "BASE", "DELTA", "SIZE", "MADE", "ASSIGNED", "RUNNING"}}
 	for _, r := range all {
-		t.add(r.ID.Short(), strings.Join(r.Roles, ","), r.Content.Base.Digest.Short(), r.Content.Delta.Digest.Short(),
+		base, delta := r.Content.Base.Digest.Short(), r.Content.Delta.Digest.Short()
+		if d := r.Content.Disk.Digest; d != "" {
+			base, delta = d.Short(), "-"
+		}
+		t.add(r.ID.Short(), strings.Join(r.Roles, ","), base, delta,
 			api.Bytes(r.Size), ago(now, r.Created), strconv.Itoa(len(r.Assigned)), strconv.Itoa(len(r.Running)))
 	}
 	return t.write(w, "no releases")

@@ -87,7 +87,7 @@ func (p *progress) redraw(s *api.Snapshot) {
 		}
 	}
 	for _, h := range s.Hosts {
-		if h.State != api.HostHealthy && h.State != api.HostUnclaimed {
+		if !h.State.Fine() && h.State != api.HostUnclaimed {
 			parts = append(parts, h.Name+" "+stateText(h))
 		}
 	}

@@ -60,6 +60,19 @@ func (c *Client) Host(ctx context.Context, key string) (HostDetail, error) {
 	return get[HostDetail](ctx, c, "/api/v1/hosts/"+url.PathEscape(key), nil)
 }
 
+// LUNs lists the logical units of all hosts, by host and number.
+func (c *Client) LUNs(ctx context.Context) ([]LUN, error) {
+	return get[[]LUN](ctx, c, "/api/v1/luns", nil)
+}
+
+// Reset has a host begin with a disk as it was made first. It returns the host's target as it is then: where Resetting says
+// so, the old disk is still in use.
+func (c *Client) Reset(ctx context.Context, host string, force bool) (Target, error) {
+	var t Target
+	err := c.post(ctx, "/api/v1/hosts/"+url.PathEscape(host)+"/reset", ResetRequest{Force: force}, &t)
+	return t, err
+}
+
 // Roles lists the declared roles by name.
 func (c *Client) Roles(ctx context.Context) ([]Role, error) {
 	return get[[]Role](ctx, c, "/api/v1/roles", nil)

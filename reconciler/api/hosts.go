@@ -180,7 +180,7 @@ func (h *Host) see(s sighting) {
 // isBooting says whether stage is one of a boot that has not come to the OS's init yet.
 func isBooting(stage string) bool {
 	switch stage {
-	case string(netboot.StageOffer), string(netboot.StageTFTP), string(netboot.StageScript), string(netboot.StageKernel),
+	case string(netboot.StageOffer), string(netboot.StageTFTP), string(netboot.StageScript), string(netboot.StageKernel), string(netboot.StageDisk),
 		string(agentapi.StageAgent), string(agentapi.StageWait), string(agentapi.StageCache),
 		string(agentapi.StageFetch), string(agentapi.StageMount), string(agentapi.StageSwitch):
 		return true
@@ -223,8 +223,13 @@ func (r *Records) stateOf(a state.Assignment, want plan.Wanted, s sighting) (Hos
 func (r *Records) stateRunning(a state.Assignment, s sighting) (HostState, string) {
 	n := s.node
 	health := n.Running.Health
+	current := n.Running.Host == a.Host && n.Running.Release == a.Release && n.Running.Node == a.Node
 	switch {
-	case n.Running.Host != a.Host || n.Running.Release != a.Release || n.Running.Node != a.Node:
+	case s.stage == string(netboot.StageBooted) && !current:
+		return HostWaiting, fmt.Sprintf("for its next boot, which is into generation %d", a.Generation)
+	case s.stage == string(netboot.StageBooted):
+		return HostBooted, ""
+	case !current:
 		if n.Staged != "" && n.Staged == a.Release {
 			return HostRebooting, join("staged", s.err)
 		}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/reconciler/plan"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
 
@@ -86,7 +87,7 @@ func (r *Records) Image(ref string) (ImageDetail, bool) {
 	return ImageDetail{}, false
 }
 
-// rank orders images of one name: what is declared, what is used, what is left over; bases before deltas.
+// rank orders images of one name: what is declared, what is used, what is left over; images before what roles add to them.
 func rank(i Image) int {
 	n := 4
 	switch {
@@ -95,7 +96,7 @@ func rank(i Image) int {
 	case i.Used:
 		n = 2
 	}
-	if i.Kind != "base" {
+	if i.Kind == string(plan.KindDelta) {
 		n++
 	}
 	return n
@@ -116,6 +117,9 @@ func (r *Records) imageDetail(i Image) ImageDetail {
 	}
 	if b, ok := r.Deltas[string(i.Recipe)]; ok {
 		d.Delta = &b
+	}
+	if b, ok := r.Disks[string(i.Recipe)]; ok {
+		d.Disk = &b
 	}
 	for _, rel := range r.newestReleases() {
 		if rel.Base == i.Recipe || rel.Delta == i.Recipe {
@@ -156,7 +160,7 @@ func (r *Records) ReleaseViews(hosts []Host) []Release {
 	all := make([]Release, 0, len(r.Releases))
 	for _, rel := range r.newestReleases() {
 		all = append(all, Release{
-			ID: rel.ID, Roles: rel.Roles, Created: rel.Created, Size: rel.Release.Base.Size + rel.Release.Delta.Size,
+			ID: rel.ID, Roles: rel.Roles, Created: rel.Created, Size: rel.Release.Base.Size + rel.Release.Delta.Size + rel.Release.Disk.Size,
 			Content: rel.Release, BaseRecipe: rel.Base, DeltaRecipe: rel.Delta,
 			Assigned: orEmpty(assigned[rel.ID]), Running: orEmpty(running[rel.ID]),
 		})
@@ -177,7 +181,7 @@ func (r *Records) Roles(hosts []Host) []Role {
 			continue
 		}
 		byRole[h.Role] = append(byRole[h.Role], h.Name)
-		if h.State == HostHealthy {
+		if h.State.Fine() {
 			healthy[h.Role]++
 		}
 	}

@@ -129,7 +129,7 @@ func (g *gauges) collectHost(h Host, set func(*prometheus.Desc, float64, ...stri
 
 func countPhases(images []Image) map[[2]string]int {
 	n := map[[2]string]int{}
-	for _, kind := range []string{"base", "delta"} {
+	for _, kind := range []string{"base", "delta", "disk"} {
 		for _, phase := range []state.BuildPhase{state.BuildQueued, state.BuildRunning, state.BuildDone, state.BuildFailed} {
 			n[[2]string{kind, string(phase)}] = 0
 		}

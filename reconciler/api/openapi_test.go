@@ -61,6 +61,8 @@ func TestOpenAPISchemas(t *testing.T) {
 		Status{},
 		Host{},
 		HostDetail{},
+		LUN{},
+		ResetRequest{},
 		Role{},
 		Image{},
 		ImageDetail{},

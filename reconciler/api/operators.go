@@ -48,6 +48,7 @@ func (s *Server) getHost(w http.ResponseWriter, r *http.Request) error {
 		return notFound("there is no host %q, and no machine of that MAC was seen", key)
 	}
 	d := recs.hostDetail(hosts[at])
+	d.ISCSI = s.target(recs, d.Name)
 	if d.MAC != "" {
 		boots, err := state.Boots.ListUnder(r.Context(), s.Store, d.MAC+"/")
 		if err != nil {

@@ -25,6 +25,7 @@ type Records struct {
 	Builds      map[string]state.Build
 	Bases       map[string]images.Base
 	Deltas      map[string]images.Delta
+	Disks       map[string]images.Disk
 	Releases    map[string]state.Release
 	Machines    map[string]state.Machine
 	Nodes       map[string]state.Node
@@ -51,10 +52,16 @@ func (s *Server) records(ctx context.Context) (*Records, error) {
 	list(ctx, s.Store, state.Builds, &r.Builds, &err)
 	list(ctx, s.Store, state.Bases, &r.Bases, &err)
 	list(ctx, s.Store, state.Deltas, &r.Deltas, &err)
+	list(ctx, s.Store, state.Disks, &r.Disks, &err)
 	list(ctx, s.Store, state.Releases, &r.Releases, &err)
 	list(ctx, s.Store, state.Machines, &r.Machines, &err)
 	list(ctx, s.Store, state.Nodes, &r.Nodes, &err)
+	var luns map[string]state.LUNs
+	list(ctx, s.Store, state.LUNSets, &luns, &err)
 	list(ctx, s.Store, state.Events, &r.Events, &err)
+	if s.LUNs != nil && err == nil {
+		r.Nodes = state.WithDisks(r.Nodes, luns, s.LUNs.InUse(), r.Now)
+	}
 	if err == nil {
 		r.Boots, err = s.newestBoots(ctx)
 	}
@@ -93,7 +100,7 @@ func list[T any](ctx context.Context, s *state.Store, kind state.Kind[T], to *ma
 func watched() []string {
 	return []string{
 		state.Sources.Prefix(), state.Assignments.Prefix(), state.Builds.Prefix(), state.Bases.Prefix(),
-		state.Deltas.Prefix(), state.Releases.Prefix(), state.Machines.Prefix(), state.Nodes.Prefix(),
-		state.Boots.Prefix(), state.Events.Prefix(),
+		state.Deltas.Prefix(), state.Disks.Prefix(), state.Releases.Prefix(), state.Machines.Prefix(), state.Nodes.Prefix(),
+		state.LUNSets.Prefix(), state.Boots.Prefix(), state.Events.Prefix(),
 	}
 }

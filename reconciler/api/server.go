@@ -52,6 +52,7 @@ type Server struct {
 	Agents  Agents
 	Planner Planner
 	Images  Images
+	LUNs    LUNs
 
 	// Planned is the hash of the commit that all assignments are those of, so that a fleet does not count as converged
 	// between a commit's coming into force and its plan. nil: that moment is not told apart.
@@ -122,6 +123,8 @@ func (s *Server) routes() []route {
 		{"GET /api/v1/status", lists, s.getStatus},
 		{"GET /api/v1/hosts", lists, s.getHosts},
 		{"GET /api/v1/hosts/{host}", lists, s.getHost},
+		{"POST /api/v1/hosts/{host}/reset", lists, s.resetHost},
+		{"GET /api/v1/luns", lists, s.getLUNs},
 		{"GET /api/v1/roles", lists, s.getRoles},
 		{"GET /api/v1/images", lists, s.getImages},
 		{"GET /api/v1/images/{image}", lists, s.getImage},
@@ -197,6 +200,7 @@ func asError(err error) *Error {
 	var problems schema.Problems
 	var invalid interface{ Invalid() bool }
 	var unavailable interface{ Unavailable() bool }
+	var conflict interface{ Conflict() bool }
 	e := &Error{Status: http.StatusInternalServerError, Message: err.Error()}
 	switch {
 	case errors.As(err, &own):
@@ -207,6 +211,8 @@ func asError(err error) *Error {
 		e.Status = http.StatusNotFound
 	case errors.As(err, &invalid) && invalid.Invalid():
 		e.Status = http.StatusBadRequest
+	case errors.As(err, &conflict) && conflict.Conflict():
+		e.Status = http.StatusConflict
 	case errors.As(err, &unavailable) && unavailable.Unavailable():
 		e.Status = http.StatusServiceUnavailable
 	case errors.Is(err, context.DeadlineExceeded):

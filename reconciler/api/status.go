@@ -40,7 +40,7 @@ func countHosts(hosts []Host) HostCounts {
 		if h.Serves() {
 			c.Serving++
 		}
-		if h.State == HostHealthy {
+		if h.State.Fine() {
 			c.Healthy++
 		}
 	}
@@ -103,7 +103,7 @@ func missingHosts(hosts []Host) []string {
 	names := map[HostState][]string{}
 	var order []HostState
 	for _, h := range hosts {
-		if h.State == HostHealthy || h.State == HostUnclaimed {
+		if h.State.Fine() || h.State == HostUnclaimed {
 			continue
 		}
 		if names[h.State] == nil {

@@ -7,6 +7,7 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/reconciler/state"
 	"github.com/troupe-dev/troupe/schema"
 )
@@ -41,7 +42,7 @@ type Status struct {
 type HostCounts struct {
 	Total     int               `json:"total"`     // declared
 	Serving   int               `json:"serving"`   // of them, those that run some release, if an older one, and pass its checks
-	Healthy   int               `json:"healthy"`   // of them, in state healthy: those that run what they shall run, and pass its checks
+	Healthy   int               `json:"healthy"`   // of them, in state healthy or booted: those that run what they shall run, and pass its checks
 	Unclaimed int               `json:"unclaimed"` // machines that no host declares
 	ByState   map[HostState]int `json:"byState"`   // declared and unclaimed
 }
@@ -80,12 +81,18 @@ const (
 	HostAbsent    HostState = "absent"    // was never seen
 	HostLost      HostState = "lost"      // was seen, and is silent for longer than it should be
 	HostFailed    HostState = "failed"    // cannot go on; Detail: why
+	// HostBooted says that an image which is booted as it is runs, of the release that it shall run: no agent is there to say
+	// more. It counts as healthy.
+	HostBooted HostState = "booted"
 )
 
 var hostStates = []HostState{
 	HostHealthy, HostUnhealthy, HostBooting, HostWaiting, HostStaging, HostRebooting, HostUnclaimed, HostAbsent, HostLost,
-	HostFailed,
+	HostFailed, HostBooted,
 }
+
+// Fine says whether there is nothing to do for a host in that state.
+func (s HostState) Fine() bool { return s == HostHealthy || s == HostBooted }
 
 // A Host is a declared host with the machine that plays it, or a machine that no host declares.
 type Host struct {
@@ -129,7 +136,7 @@ type Host struct {
 
 // Serves says whether the host runs some release, if an older one than it shall, and passes its checks.
 func (h Host) Serves() bool {
-	return h.Running != "" && h.Healthy && h.State != HostLost && h.Stage != string(agentapi.StageReboot)
+	return h.Running != "" && (h.Healthy || h.Stage == string(netboot.StageBooted)) && h.State != HostLost && h.Stage != string(agentapi.StageReboot)
 }
 
 // Key is what the host is listed and asked for under: its name, or for an unclaimed machine its MAC.
@@ -154,7 +161,9 @@ type HostDetail struct {
 	Machine    *state.Machine    `json:"machine,omitempty"`
 	Node       *state.Node       `json:"node,omitempty"`
 	Lease      *state.Lease      `json:"lease,omitempty"`
-	Boots      []Boot            `json:"boots"` // newest first
+	// ISCSI is what the host has on the server's iSCSI target; nil for nothing.
+	ISCSI *Target `json:"iscsi,omitempty"`
+	Boots  []Boot  `json:"boots"` // newest first
 }
 
 // A Boot is the timeline of one boot.
@@ -190,9 +199,9 @@ type Role struct {
 	Release     digest.Digest   `json:"release,omitempty"` // that its hosts shall run; "" while it is not built
 	Waiting     string          `json:"waiting,omitempty"` // what of Release is not built
 	BaseRecipe  images.RecipeID `json:"baseRecipe"`
-	DeltaRecipe images.RecipeID `json:"deltaRecipe"`
-	Hosts       []string        `json:"hosts"`   // that shall play it, sorted
-	Healthy     int             `json:"healthy"` // of them
+	DeltaRecipe images.RecipeID `json:"deltaRecipe"` // "" where the image is booted as it is
+	Hosts       []string        `json:"hosts"`       // that shall play it, sorted
+	Healthy     int             `json:"healthy"`     // of them
 	// Spec is the role as declared.
 	Spec schema.Role `json:"spec"`
 }
@@ -200,7 +209,7 @@ type Role struct {
 // An Image is a recipe that was built, is being built, or shall be.
 type Image struct {
 	Name     string           `json:"name"` // of the image or role that asked first
-	Kind     string           `json:"kind"` // "base" or "delta"
+	Kind     string           `json:"kind"` // "base", "delta" or "disk"
 	Recipe   images.RecipeID  `json:"recipe"`
 	Phase    state.BuildPhase `json:"phase"`
 	Step     string           `json:"step,omitempty"` // under way, or failed
@@ -216,11 +225,12 @@ type Image struct {
 	Declared bool             `json:"declared"`         // by the fleet in force, for some host or for discovery
 }
 
-// ImageDetail is everything about one image; one of Base and Delta is set where it was built.
+// ImageDetail is everything about one image; one of Base, Delta and Disk is set where it was built.
 type ImageDetail struct {
 	Image
 	Base     *images.Base    `json:"base,omitempty"`
 	Delta    *images.Delta   `json:"delta,omitempty"`
+	Disk     *images.Disk    `json:"disk,omitempty"`
 	Releases []digest.Digest `json:"releases,omitempty"` // that it is part of, newest first
 }
 
@@ -234,7 +244,7 @@ type Release struct {
 	ID      digest.Digest  `json:"id"`
 	Roles   []string       `json:"roles"` // whose it was when it was made
 	Created time.Time      `json:"created"`
-	Size    int64          `json:"size"` // bytes of base and delta
+	Size    int64          `json:"size"` // bytes of base and delta, or of the disk
 	Content images.Release `json:"content"`
 	// Recipes that it was made from.
 	BaseRecipe  images.RecipeID `json:"baseRecipe"`

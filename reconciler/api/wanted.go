@@ -9,7 +9,7 @@ import (
 func (r *Records) releasesWanted() map[string]plan.Wanted {
 	all := map[string]plan.Wanted{}
 	if r.Fleet != nil {
-		built := plan.Artifacts[string]{Bases: r.Bases, Deltas: r.Deltas, Builds: r.Builds}
+		built := plan.Artifacts[string]{Bases: r.Bases, Deltas: r.Deltas, Disks: r.Disks, Builds: r.Builds}
 		for name, role := range r.Fleet.Roles {
 			all[name] = built.Release(r.Fleet, role)
 		}
@@ -31,11 +31,17 @@ func (r *Records) declaredRecipes() map[images.RecipeID]Image {
 	needed := map[string]bool{r.Fleet.Discovery.OS: true}
 	for name, w := range r.releasesWanted() {
 		needed[r.Fleet.Roles[name].OS] = needed[r.Fleet.Roles[name].OS] || hasHosts[name]
+		if w.Delta == "" {
+			continue // its image is booted as it is
+		}
 		all[w.Delta] = Image{Name: name, Kind: "delta", Recipe: w.Delta, Declared: hasHosts[name]}
 	}
 	for name, img := range r.Fleet.Images {
-		id := images.BaseRecipeOf(img).ID()
-		all[id] = Image{Name: name, Kind: "base", Recipe: id, Declared: needed[name]}
+		id, kind := images.BaseRecipeOf(img).ID(), plan.KindBase
+		if img.From.Disk != nil {
+			id, kind = images.DiskRecipeOf(img).ID(), plan.KindDisk
+		}
+		all[id] = Image{Name: name, Kind: string(kind), Recipe: id, Declared: needed[name]}
 	}
 	return all
 }

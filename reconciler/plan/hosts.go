@@ -156,11 +156,15 @@ func (p *planner) leave(name string, a state.Assignment) Host {
 // spec is what the agent of a host is told that changes. One for which nothing changes is told the same as before.
 func spec(out *Host, want wanted) *agentapi.Assignment {
 	rel := want.role.release
+	kernel := rel.Kernel.Digest
+	if want.role.disk != nil {
+		kernel = want.role.id // none that an agent runs on: whoever is told of this boots again, and finds the disk
+	}
 	s := &agentapi.Assignment{
 		State: agentapi.Assigned, Host: out.Name, Generation: out.Generation, Role: out.ToRole,
 		Release: &agentapi.Release{
 			ID: want.role.id, Base: agentapi.Blob(rel.Base), Delta: agentapi.Blob(rel.Delta),
-			Kernel: rel.Kernel.Digest, KernelArgs: rel.KernelArgs,
+			Kernel: kernel, KernelArgs: rel.KernelArgs,
 		},
 		Node: agentapi.Node{Hostname: want.Name, Domain: want.domain, Digest: want.node},
 		Disk: agentapi.Disks(want.Disk), Checks: want.role.checks,
@@ -241,13 +245,15 @@ type wanted struct {
 // A role is what its hosts have in common.
 type role struct {
 	schema.Role
-	base, delta images.RecipeID
+	base, delta images.RecipeID // delta is "" where disk is set
 	baseRecipe  images.BaseRecipe
 	recipe      images.DeltaRecipe
+	disk        *images.DiskRecipe // of an image that is booted as it is, in place of the other two; its id is base
 	checks      []agentapi.Check
 	iscsi       *state.ISCSI    // nil: its hosts run from disks of their own
 	release     *images.Release // nil until it is built
 	id          digest.Digest
+	unfit       bool     // what is built cannot be used for it
 	wait        string   // why there is no release, for people
 	waiting     []string // hosts
 }

@@ -20,6 +20,7 @@ type Observed struct {
 	Assignments map[string]state.Assignment // by host
 	Bases       map[images.RecipeID]images.Base
 	Deltas      map[images.RecipeID]images.Delta
+	Disks       map[images.RecipeID]images.Disk
 	Builds      map[images.RecipeID]state.Build
 	Machines    map[string]state.Machine // by MAC
 	Nodes       map[string]state.Node    // by MAC
@@ -28,7 +29,7 @@ type Observed struct {
 // A Plan is what a fleet wants of the machines.
 type Plan struct {
 	Commit string  `json:"commit"`
-	Builds []Build `json:"builds,omitempty"` // bases first, then deltas, each by name
+	Builds []Build `json:"builds,omitempty"` // bases first, then deltas, then disks, each by name
 	Hosts  []Host  `json:"hosts"`            // by name: all that are declared, and those that leave
 	// Unclaimed are the MACs of machines that booted from us and that no host declares.
 	Unclaimed []string `json:"unclaimed,omitempty"`
@@ -43,6 +44,7 @@ type Kind string
 const (
 	KindBase  Kind = "base"
 	KindDelta Kind = "delta"
+	KindDisk  Kind = "disk"
 )
 
 // BuildState is how far a build is that the fleet needs.
@@ -55,7 +57,7 @@ const (
 	BuildFailed  BuildState = "failed"
 )
 
-// A Build is a recipe that has to be built. Exactly one of Base and Delta is set.
+// A Build is a recipe that has to be built. Exactly one of Base, Delta and Disk is set.
 type Build struct {
 	Recipe images.RecipeID     `json:"recipe"`
 	Kind   Kind                `json:"kind"`
@@ -67,6 +69,7 @@ type Build struct {
 	Parts  map[string]string   `json:"-"`               // what to record with the build: see state.Build
 	Base   *images.BaseRecipe  `json:"-"`
 	Delta  *images.DeltaRecipe `json:"-"`
+	Disk   *images.DiskRecipe  `json:"-"`
 }
 
 // Action is what happens to a host's machine next.

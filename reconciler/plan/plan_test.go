@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"regexp"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -48,7 +49,7 @@ func newWorld() *world {
 		},
 		obs: Observed{
 			Assignments: map[string]state.Assignment{}, Bases: map[images.RecipeID]images.Base{},
-			Deltas: map[images.RecipeID]images.Delta{}, Builds: map[images.RecipeID]state.Build{},
+			Deltas: map[images.RecipeID]images.Delta{}, Disks: map[images.RecipeID]images.Disk{}, Builds: map[images.RecipeID]state.Build{},
 			Machines: map[string]state.Machine{}, Nodes: map[string]state.Node{},
 		},
 	}
@@ -83,6 +84,15 @@ func (w *world) changeRole(name string, f func(*schema.Role)) {
 	w.fleet.Roles[name] = r
 }
 
+// vm makes n1 a host that boots an image as it is.
+func (w *world) vm(content string) {
+	w.fleet.Images["cloud"] = schema.Image{Name: "cloud", Kind: "disk", From: schema.From{Disk: &schema.DiskFile{
+		URL: "https://user:secret@example.com/cloud.qcow2", SHA256: digest.Of([]byte(content)).Hex(),
+	}}}
+	w.fleet.Roles["vm"] = schema.Role{Name: "vm", OS: "cloud", Boot: "iscsi"}
+	w.change(1, func(h *schema.Host) { h.Role, h.Node.Files = "vm", nil })
+}
+
 func (w *world) changeOS(f func(*schema.Debian)) {
 	img := w.fleet.Images["debian"]
 	d := *img.From.Debian
@@ -105,7 +115,9 @@ func (w *world) build() {
 		return images.Blob{Digest: digest.Of([]byte(what + id.String())), Size: size}
 	}
 	for _, b := range w.plan().Builds {
-		if b.Base != nil {
+		if b.Disk != nil {
+			w.obs.Disks[b.Recipe] = images.Disk{Recipe: b.Recipe, Image: images.Blob{Digest: digest.Of([]byte(b.Disk.SHA256)), Size: 4 << 30}}
+		} else if b.Base != nil {
 			w.obs.Bases[b.Recipe] = images.Base{
 				Recipe: b.Recipe, Image: blob("base", b.Recipe, 1000), Kernel: blob("kernel", b.Recipe, 10), Modules: blob("modules", b.Recipe, 20),
 			}
@@ -357,6 +369,64 @@ var changes = map[string]struct {
 		host: "n1",
 		want: Host{Action: StageAndReboot, Changed: true, Reboot: true, FromRole: "web", ToRole: "web", FetchBytes: 1030, Generation: 3, Why: []string{"boot iscsi → disk"}},
 	},
+	"an image that is booted as it is": {
+		change: func(w *world) { w.vm("one") },
+		host:   "n1",
+		want: Host{Action: AwaitBuild, Changed: true, Reboot: true, FromRole: "web", ToRole: "vm", FetchBytes: -1, Generation: 2, Why: []string{
+			"role web → vm", "boot disk → iscsi", "node file /srv/name removed", "health checks of role vm changed", "image cloud waits to be built",
+		}},
+	},
+	"an image that is booted as it is, built": {
+		change: func(w *world) { w.vm("one") },
+		built:  true,
+		host:   "n1",
+		want:   Host{Action: Reboot, Changed: true, Reboot: true, FromRole: "web", ToRole: "vm", Generation: 2, Why: []string{"role web → vm", "boot disk → iscsi", "node file /srv/name removed", "health checks of role vm changed"}},
+	},
+	"another image that is booted as it is": {
+		change: func(w *world) {
+			w.vm("one")
+			w.settle()
+			w.vm("two")
+		},
+		built: true,
+		host:  "n1",
+		want:  Host{Action: Reboot, Changed: true, Reboot: true, FromRole: "vm", ToRole: "vm", Generation: 3, Why: []string{"SHA-256 of image cloud changed"}},
+	},
+	"another place of the same image": { // which is fetched from there, and found to be the same
+		change: func(w *world) {
+			w.vm("one")
+			w.settle()
+			img := w.fleet.Images["cloud"]
+			disk := *img.From.Disk
+			disk.URL += "?mirror"
+			img.From.Disk = &disk
+			w.fleet.Images["cloud"] = img
+		},
+		built: true,
+		host:  "n1",
+		want:  Host{Action: None, FromRole: "vm", ToRole: "vm", Generation: 2},
+	},
+	"an image that is larger than its hosts' disks": {
+		change: func(w *world) {
+			w.vm("one")
+			w.changeRole("vm", func(r *schema.Role) { r.ISCSI.Size = 2 << 30 })
+		},
+		built: true,
+		host:  "n1",
+		want: Host{Action: AwaitBuild, Changed: true, Reboot: true, FromRole: "web", ToRole: "vm", FetchBytes: -1, Generation: 2, Why: []string{
+			"role web → vm", "boot disk → iscsi", "node file /srv/name removed", "health checks of role vm changed", "the disk of image cloud has 4 GiB, and role vm gives a host 2 GiB (iscsi: size)",
+		}},
+	},
+	"the same role, of an image of another kind": {
+		change: func(w *world) {
+			w.vm("one")
+			w.settle()
+			w.changeRole("vm", func(r *schema.Role) { r.OS = "debian" })
+		},
+		built: true,
+		host:  "n1",
+		want:  Host{Action: Reboot, Changed: true, Reboot: true, FromRole: "vm", ToRole: "vm", Generation: 3, Why: []string{"image debian, which is of another kind"}},
+	},
 	"kernel arguments": {
 		change: func(w *world) { w.changeRole("web", func(r *schema.Role) { r.Kernel.Args = []string{"quiet"} }) },
 		host:   "n1",
@@ -452,8 +522,8 @@ func TestChanges(t *testing.T) {
 // What was carried out leaves nothing to do, and does not go on counting.
 func TestFixpoint(t *testing.T) {
 	for name, c := range changes {
-		if name == "failed build" {
-			continue // is never built
+		if name == "failed build" || strings.Contains(name, "larger than") {
+			continue // is never built, or never fits
 		}
 		t.Run(name, func(t *testing.T) {
 			w := settled()

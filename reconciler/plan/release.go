@@ -9,17 +9,18 @@ import (
 	"github.com/troupe-dev/troupe/schema"
 )
 
-// Artifacts are what was built, by recipe, in whichever type of string somebody has listed the records. A nil Deltas is
-// as one without any.
+// Artifacts are what was built, by recipe, in whichever type of string somebody has listed the records. A nil map is as
+// one without any.
 type Artifacts[K ~string] struct {
 	Bases  map[K]images.Base
 	Deltas map[K]images.Delta
+	Disks  map[K]images.Disk
 	Builds map[K]state.Build
 }
 
 // A Wanted is the release that a fleet wants for a role.
 type Wanted struct {
-	Base, Delta images.RecipeID
+	Base, Delta images.RecipeID // Delta is "" where the image is of kind "disk"
 	Release     *images.Release // nil while it is not built
 	ID          digest.Digest   // of Release
 	Missing     Missing         // the part that has to be built next, where Release is nil
@@ -27,6 +28,9 @@ type Wanted struct {
 
 // Release finds the release of a role, of fleet, among what was built.
 func (a Artifacts[K]) Release(fleet *schema.Fleet, role schema.Role) Wanted {
+	if img := fleet.Images[role.OS]; img.From.Disk != nil {
+		return a.disk(img, role)
+	}
 	w := Wanted{Base: images.BaseRecipeOf(fleet.Images[role.OS]).ID()}
 	w.Delta = images.DeltaRecipeOf(w.Base, role).ID()
 	base, ok := a.Bases[K(w.Base)]
@@ -46,11 +50,29 @@ func (a Artifacts[K]) Release(fleet *schema.Fleet, role schema.Role) Wanted {
 	return w
 }
 
-// A Missing is an image that is not built.
+// disk finds the release of a role whose image is booted as it is.
+func (a Artifacts[K]) disk(img schema.Image, role schema.Role) Wanted {
+	w := Wanted{Base: images.DiskRecipeOf(img).ID()}
+	disk, ok := a.Disks[K(w.Base)]
+	switch size := role.ISCSI.Size; {
+	case !ok:
+		w.Missing = Missing{What: "image " + role.OS, Recipe: w.Base, Build: a.Builds[K(w.Base)]}
+	case size > 0 && size < disk.Image.Size:
+		w.Missing = Missing{What: "role " + role.Name, Recipe: w.Base, Why: fmt.Sprintf(
+			"the disk of image %s has %s, and role %s gives a host %s (iscsi: size)", role.OS, bytes(disk.Image.Size), role.Name, bytes(size))}
+	default:
+		w.Release = &images.Release{Disk: disk.Image}
+		w.ID = w.Release.ID()
+	}
+	return w
+}
+
+// A Missing is an image that is not built, or cannot be used.
 type Missing struct {
 	What   string // for people: "image debian", "role web"
 	Recipe images.RecipeID
 	Build  state.Build // the zero Build where there is no record
+	Why    string      // that no build mends; "" where one does
 }
 
 // String says for people how far it is; "" for the zero Missing.
@@ -58,6 +80,8 @@ func (m Missing) String() string {
 	switch {
 	case m.What == "":
 		return ""
+	case m.Why != "":
+		return m.Why
 	case m.Build.Phase == state.BuildFailed:
 		return fmt.Sprintf("the build of %s failed: %s; see troupe logs %s", m.What, m.Build.Step, m.Recipe.Short())
 	case m.Build.Phase == state.BuildRunning && m.Build.Step != "":

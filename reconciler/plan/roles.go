@@ -24,17 +24,33 @@ func (p *planner) role(name string) *role {
 
 func (p *planner) newRole(name string) *role {
 	r := &role{Role: p.fleet.Roles[name]}
-	r.baseRecipe = images.BaseRecipeOf(p.fleet.Images[r.OS])
-	r.base = r.baseRecipe.ID()
-	r.recipe = images.DeltaRecipeOf(r.base, r.Role)
-	r.delta = r.recipe.ID()
-	r.checks = checksOf(r.Healthy)
-	if r.Boot == bootISCSI {
-		r.iscsi = &state.ISCSI{Size: cmp.Or(r.ISCSI.Size, defaultDisk)}
+	if img := p.fleet.Images[r.OS]; img.From.Disk != nil {
+		disk := images.DiskRecipeOf(img)
+		r.base, r.disk = disk.ID(), &disk
+	} else {
+		r.baseRecipe = images.BaseRecipeOf(img)
+		r.base = r.baseRecipe.ID()
+		r.recipe = images.DeltaRecipeOf(r.base, r.Role)
+		r.delta = r.recipe.ID()
 	}
-	want := Artifacts[images.RecipeID]{Bases: p.obs.Bases, Deltas: p.obs.Deltas, Builds: p.obs.Builds}.Release(p.fleet, r.Role)
-	r.release, r.id, r.wait = want.Release, want.ID, want.Missing.String()
+	r.checks = checksOf(r.Healthy)
+	built := Artifacts[images.RecipeID]{Bases: p.obs.Bases, Deltas: p.obs.Deltas, Disks: p.obs.Disks, Builds: p.obs.Builds}
+	want := built.Release(p.fleet, r.Role)
+	r.release, r.id, r.wait, r.unfit = want.Release, want.ID, want.Missing.String(), want.Missing.Why != ""
+	r.iscsi = r.onServer()
 	return r
+}
+
+// onServer is what the role's hosts have on the server; nil for nothing.
+func (r *role) onServer() *state.ISCSI {
+	if r.Boot != bootISCSI {
+		return nil
+	}
+	of := &state.ISCSI{Size: cmp.Or(r.ISCSI.Size, defaultDisk)}
+	if r.disk != nil && r.release != nil {
+		of.Image, of.Size = &r.release.Disk, max(of.Size, r.release.Disk.Size)
+	}
+	return of
 }
 
 const (
@@ -51,6 +67,10 @@ func BuildsOf(fleet *schema.Fleet, name string) []Build {
 		os, isRole = name, false
 	} else if !isRole {
 		return nil
+	}
+	if img := fleet.Images[os]; img.From.Disk != nil {
+		disk := images.DiskRecipeOf(img)
+		return []Build{{Recipe: disk.ID(), Kind: KindDisk, Name: os, Disk: &disk}}
 	}
 	base := images.BaseRecipeOf(fleet.Images[os])
 	all := []Build{{Recipe: base.ID(), Kind: KindBase, Name: os, Base: &base}}
@@ -90,7 +110,11 @@ func (p *planner) builds() []Build {
 
 // wantRole adds what is missing of a role.
 func (p *planner) wantRole(all map[images.RecipeID]*Build, r *role) {
-	if r.release != nil {
+	if r.release != nil || r.unfit {
+		return
+	}
+	if r.disk != nil {
+		p.want(all, Build{Recipe: r.base, Kind: KindDisk, Name: r.OS, Disk: r.disk, Hosts: r.waiting})
 		return
 	}
 	_, based := p.obs.Bases[r.base]
@@ -107,7 +131,15 @@ func (p *planner) wantRole(all map[images.RecipeID]*Build, r *role) {
 // wantAsked adds what is missing of what operators asked for. It computes the recipe of every image and role.
 func (p *planner) wantAsked(all map[images.RecipeID]*Build) {
 	for _, name := range slices.Sorted(maps.Keys(p.fleet.Images)) {
-		recipe := images.BaseRecipeOf(p.fleet.Images[name])
+		img := p.fleet.Images[name]
+		if img.From.Disk != nil {
+			disk := images.DiskRecipeOf(img)
+			if id := disk.ID(); p.obs.Disks[id].Recipe == "" && all[id] == nil && p.obs.Builds[id].Asked {
+				p.want(all, Build{Recipe: id, Kind: KindDisk, Name: name, Disk: &disk})
+			}
+			continue
+		}
+		recipe := images.BaseRecipeOf(img)
 		id := recipe.ID()
 		if _, based := p.obs.Bases[id]; !based && all[id] == nil && p.obs.Builds[id].Asked {
 			p.want(all, Build{Recipe: id, Kind: KindBase, Name: name, Base: &recipe})
@@ -139,10 +171,13 @@ func (p *planner) want(all map[images.RecipeID]*Build, b Build) {
 	default:
 		b.State = BuildMissing
 	}
-	if b.Base != nil {
+	switch {
+	case b.Base != nil:
 		b.Parts = baseParts(*b.Base)
-	} else {
+	case b.Delta != nil:
 		b.Parts = deltaParts(*b.Delta)
+	default:
+		b.Parts = diskParts(*b.Disk)
 	}
 	b.Hosts = slices.Clone(b.Hosts)
 	all[b.Recipe] = &b

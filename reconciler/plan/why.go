@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strings"
 
@@ -65,10 +66,15 @@ func (p *planner) released(old *state.Assignment, r *role) []string {
 
 func (p *planner) compare(old *state.Assignment, r *role) []string {
 	var why []string
-	if old.BaseRecipe != r.base {
+	if isDisk := old.ISCSI != nil && old.ISCSI.Image != nil; isDisk != (r.disk != nil) {
+		return []string{"image " + r.OS + ", which is of another kind"}
+	}
+	if old.BaseRecipe != r.base && r.disk != nil {
+		why = append(why, p.recipes("image "+r.OS, old.BaseRecipe, diskParts(*r.disk))...)
+	} else if old.BaseRecipe != r.base {
 		why = append(why, p.recipes("OS image "+r.OS, old.BaseRecipe, baseParts(r.baseRecipe))...)
 	}
-	if old.DeltaRecipe != r.delta {
+	if old.DeltaRecipe != r.delta && r.disk == nil {
 		of := "role " + r.Name
 		// A delta's recipe names its base: with another base it is another recipe, made of the same parts.
 		if now := deltaParts(r.recipe); old.BaseRecipe == r.base || !maps.Equal(p.obs.Builds[old.DeltaRecipe].Parts, now) {
@@ -86,6 +92,9 @@ func (p *planner) compare(old *state.Assignment, r *role) []string {
 
 // rebuilt says which image has other bytes though its recipe is the same.
 func (r *role) rebuilt(old *state.Assignment) []string {
+	if r.disk != nil {
+		return []string{"image " + r.OS + " was built again"}
+	}
 	rel := old.Spec.Release
 	if rel != nil && rel.Base == agentapi.Blob(r.release.Base) && rel.Kernel == r.release.Kernel.Digest {
 		return []string{"role " + r.Name + " was built again"}
@@ -193,6 +202,15 @@ func baseParts(r images.BaseRecipe) map[string]string {
 	named(parts, "component ", r.Components)
 	named(parts, "package ", r.Packages)
 	return limited(parts)
+}
+
+// diskParts are the parts of a disk image's recipe. A password in its URL is not told.
+func diskParts(r images.DiskRecipe) map[string]string {
+	at := r.URL
+	if u, err := url.Parse(r.URL); err == nil {
+		at = u.Redacted()
+	}
+	return map[string]string{"URL": at, "SHA-256": r.SHA256, "format": r.Format}
 }
 
 // deltaParts are the parts of a role delta's recipe, without its base. "commands" is always among them, so that even an

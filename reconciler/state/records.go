@@ -10,6 +10,7 @@
 //	build       builds/<recipe>         builds            each recipe that was ever built, or is being built
 //	base        bases/<recipe>          builds            what came out of it
 //	delta       deltas/<recipe>         builds            what came out of it
+//	disk        disks/<recipe>          builds            what came out of it
 //	machine     machines/<mac>          agents            what a machine is made of, when it was first seen
 //	node        nodes/<mac>             agents            what it runs and how it is: changes often
 //	            (both are deleted by strangers, where no host is that machine)
@@ -20,6 +21,7 @@
 package state
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -27,6 +29,7 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/schema"
 )
 
@@ -97,6 +100,63 @@ type LUNs struct {
 	Current string    `json:"current,omitempty"`
 	// Unused is since when no assignment wants any of it; zero while one does.
 	Unused time.Time `json:"unused,omitzero"`
+	// Boot is the machine's last boot, where that is one of an image that is booted as it is.
+	Boot *LUNBoot `json:"boot,omitempty"`
+}
+
+// A LUNBoot is a boot of a machine on which no agent runs: all that is known of it is what it asked for, and that it logged
+// in to its disk.
+type LUNBoot struct {
+	MAC        string        `json:"mac"`
+	ID         string        `json:"id"`
+	Role       string        `json:"role"`
+	Generation uint64        `json:"generation"`
+	Release    digest.Digest `json:"release"`
+	Node       digest.Digest `json:"node"`
+	Disk       string        `json:"disk"`            // its id
+	Told       time.Time     `json:"told"`            // when its boot loader was told what to boot
+	Loader     uint64        `json:"loader,omitzero"` // the ISID that it logged in with
+	Login      time.Time     `json:"login,omitzero"`  // when that logged in
+	Booted     time.Time     `json:"booted,omitzero"` // when the system on the disk did, or was taken to run
+	Seen       time.Time     `json:"seen,omitzero"`   // the last that was heard of it, where no session is open
+}
+
+// Node is the machine as a node that runs since it was told to boot; open says whether a session of it is.
+func (l *LUNs) Node(open bool, now time.Time) Node {
+	b := l.Boot
+	n := Node{MAC: b.MAC, BootID: b.ID, Stage: string(netboot.StageScript), LastSeen: b.Told, Booted: b.Login}
+	for _, t := range []time.Time{b.Login, b.Booted, b.Seen} {
+		if t.After(n.LastSeen) {
+			n.LastSeen = t
+		}
+	}
+	if open {
+		n.LastSeen = now
+	}
+	if !b.Login.IsZero() {
+		n.Stage = string(netboot.StageDisk)
+	}
+	if !b.Booted.IsZero() {
+		n.Stage = string(netboot.StageBooted)
+		n.Running = &agentapi.Running{Host: l.Host, Role: b.Role, Generation: b.Generation, Release: b.Release, Node: b.Node}
+	}
+	return n
+}
+
+// WithDisks are nodes, and with them the machines that boot an image as it is, in place of what an agent said of them
+// before that. open has the hosts of which a session is open.
+func WithDisks(nodes map[string]Node, sets map[string]LUNs, open map[string]bool, now time.Time) map[string]Node {
+	out := maps.Clone(nodes)
+	for host, l := range sets {
+		if l.Boot == nil || out[l.Boot.MAC].LastSeen.After(l.Boot.Told) {
+			continue
+		}
+		if out == nil {
+			out = map[string]Node{}
+		}
+		out[l.Boot.MAC] = l.Node(open[host], now)
+	}
+	return out
 }
 
 // A LUNDisk is a disk that one host writes to.
@@ -157,7 +217,7 @@ const (
 // A Build is the building of one recipe.
 type Build struct {
 	Recipe   images.RecipeID `json:"recipe"`
-	Kind     string          `json:"kind"` // "base" or "delta"
+	Kind     string          `json:"kind"` // "base", "delta" or "disk"
 	Name     string          `json:"name"` // of the image or the role that asked first, for people
 	Phase    BuildPhase      `json:"phase"`
 	Step     string          `json:"step,omitempty"` // under way, or failed
@@ -180,7 +240,7 @@ type Build struct {
 type Release struct {
 	ID    digest.Digest   `json:"id"`
 	Base  images.RecipeID `json:"baseRecipe"`
-	Delta images.RecipeID `json:"deltaRecipe"`
+	Delta images.RecipeID `json:"deltaRecipe"` // "" for a disk image, whose recipe is Base
 	images.Release
 	Created time.Time `json:"created"`
 	Roles   []string  `json:"roles"` // whose release it was when it was made; the first hundred

@@ -254,6 +254,7 @@ var (
 	Builds      = Kind[Build]{"builds/"}
 	Bases       = Kind[images.Base]{"bases/"}
 	Deltas      = Kind[images.Delta]{"deltas/"}
+	Disks       = Kind[images.Disk]{"disks/"}
 	Releases    = Kind[Release]{"releases/"}
 	Machines    = Kind[Machine]{"machines/"}
 	Nodes       = Kind[Node]{"nodes/"}

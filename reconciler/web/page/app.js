@@ -338,7 +338,7 @@ function imageRow(i) {
   const took = i.started && i.finished && i.phase !== "running" ? Math.abs(Date.parse(i.finished) - Date.parse(i.started)) / 1000 : NaN;
   const log = "/api/v1/builds/" + encodeURIComponent(i.recipe) + "/log";
   return el("tr", { "data-key": "image " + i.recipe },
-    el("td", { class: "name" }, el("b", null, i.name), el("span", { class: "small dim" }, i.kind === "base" ? "OS base" : "role delta", " ", mono(short(i.recipe), i.recipe))),
+    el("td", { class: "name" }, el("b", null, i.name), el("span", { class: "small dim" }, { base: "OS base", delta: "role delta", disk: "disk image" }[i.kind] ?? i.kind, " ", mono(short(i.recipe), i.recipe))),
     el("td", { class: "wide" }, pill(i.phase, PHASES), " ", i.phase === "queued" ? null : el("a", { href: log, class: "small" }, "log"),
       i.step && i.phase !== "done" ? el("span", { class: "detail" + (i.phase === "failed" ? " bad" : "") }, i.step + (i.error ? ": " + i.error : "")) : null,
       i.phase === "failed" && i.retry ? el("span", { class: "detail" }, "tried " + i.attempts + " times; again at " + new Date(i.retry).toLocaleTimeString()) : null,
