@@ -69,6 +69,10 @@ func newBitset(n int64) bitset { return make(bitset, (n+63)/64) }
 
 func (b bitset) set(i int64) { b[i/64].Or(1 << (i % 64)) }
 
+func (b bitset) clear(i int64) { b[i/64].And(^(uint64(1) << (i % 64))) }
+
+func (b bitset) has(i int64) bool { return b[i/64].Load()>>(i%64)&1 == 1 }
+
 // take appends what is set to dst, in order, and clears it.
 func (b bitset) take(dst []int64) []int64 {
 	for w := range b {

@@ -38,6 +38,9 @@ type Delta struct {
 
 	m     clusterMap
 	dirty bitset // sectors that the map in the file lags behind
+	// torn are sectors of the live map whose writing failed, so that nobody knows what they say. They are written before
+	// anything else of theirs is.
+	torn bitset
 
 	// Who writes holds, in this order: the stripe of each cluster; epoch, shared, from the look at held to the last change
 	// of the map; the lock of one sector after the other. Sync takes epoch alone when it decides what it will make last.

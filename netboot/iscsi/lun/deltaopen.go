@@ -10,6 +10,7 @@ import (
 func newDelta(path string, f file, h *header, base below, boot string) (*Delta, error) {
 	d := &Delta{
 		path: path, f: f, base: base, h: h, m: newClusterMap(h.clusters(), h.sectors()), dirty: newBitset(h.sectors()),
+		torn: newBitset(h.sectors()),
 		held: held{runs: map[int64][]run{}},
 	}
 	page := make([]byte, sectorSize)

@@ -78,18 +78,56 @@ func (d *Delta) lockStripes(first, end int64) (unlock func()) {
 func (d *Delta) begin(first, end int64) error {
 	for {
 		d.epoch.RLock()
+		held := d.held.overlaps(first, end)
 		err := d.lost.err()
-		if err == nil && !d.held.overlaps(first, end) {
+		if err == nil && !held {
+			err = d.mend(first, end)
+		}
+		if err == nil && !held {
 			return nil
 		}
 		d.epoch.RUnlock()
+		if err == nil {
+			err = d.release()
+		}
 		if err != nil {
 			return err
 		}
-		if err := d.release(); err != nil {
+	}
+}
+
+// mend writes the torn sectors of the live map that have the clusters from first up to end.
+func (d *Delta) mend(first, end int64) error {
+	for i := first / perSector; i <= (end-1)/perSector; i++ {
+		if !d.torn.has(i) {
+			continue
+		}
+		if err := d.changeLive(i, func(*sector) bool { return true }); err != nil {
 			return err
 		}
 	}
+	return nil
+}
+
+// changeLive has change change sector i, or say no, and writes it to the live map before anybody reads by it.
+func (d *Delta) changeLive(i int64, change func(s *sector) bool) error {
+	lock := &d.maps[i%int64(len(d.maps))]
+	lock.Lock()
+	defer lock.Unlock()
+	var s sector
+	d.m.load(i, &s)
+	if !change(&s) {
+		return nil
+	}
+	var buf [sectorSize]byte
+	if _, err := d.f.WriteAt(d.h.encodeSector(buf[:0], i, &s), d.h.liveOff()+i*sectorSize); err != nil {
+		d.torn.set(i)
+		return err
+	}
+	d.torn.clear(i)
+	d.m.store(i, &s)
+	d.dirty.set(i)
+	return nil
 }
 
 // A piece is some of what is written, whole clusters where they were not in the delta yet.
@@ -153,28 +191,16 @@ func (d *Delta) turn(first, end int64, state uint64) error {
 // turnSector is turn within one sector of the map.
 func (d *Delta) turnSector(first, end int64, state uint64) error {
 	i := first / perSector
-	lock := &d.maps[i%int64(len(d.maps))]
-	lock.Lock()
-	defer lock.Unlock()
-	var s sector
-	d.m.load(i, &s)
-	changed := false
-	for c := int(first % perSector); c <= int((end-1)%perSector); c++ {
-		if d.turns(i*perSector+int64(c), s.state(c), state) {
-			s.set(c, state)
-			changed = true
+	return d.changeLive(i, func(s *sector) bool {
+		changed := false
+		for c := int(first % perSector); c <= int((end-1)%perSector); c++ {
+			if d.turns(i*perSector+int64(c), s.state(c), state) {
+				s.set(c, state)
+				changed = true
+			}
 		}
-	}
-	if !changed {
-		return nil
-	}
-	var buf [sectorSize]byte
-	if _, err := d.f.WriteAt(d.h.encodeSector(buf[:0], i, &s), d.h.liveOff()+i*sectorSize); err != nil {
-		return err
-	}
-	d.m.store(i, &s)
-	d.dirty.set(i)
-	return nil
+		return changed
+	})
 }
 
 // turns says whether a cluster changes when it is to be what to is: what is in the delta stays so when it is written,
@@ -230,7 +256,8 @@ func (d *Delta) zeroPart(off, n int64) error {
 	if n == 0 {
 		return nil
 	}
-	if state := d.m.state(off / clusterSize); state == stateBase || state == stateZero {
+	c := off / clusterSize
+	if state := d.m.state(c); (state == stateBase || state == stateZero) && !d.torn.has(c/perSector) {
 		var buf [clusterSize]byte
 		if err := d.readRun(buf[:n], off, state); err != nil {
 			return err
