@@ -147,6 +147,26 @@ func KeepSession(ctx context.Context) error {
 	return err
 }
 
+// keeperLook is how often the second life looks whether the session has its keeper.
+const keeperLook = 5 * time.Second
+
+// initGroup is where systemd has what was there before it: no unit of its own ends that.
+const initGroup = "/sys/fs/cgroup/init.scope"
+
+// watchKeeper gives the session a new keeper where its own was killed, until ctx is done.
+func (s *service) watchKeeper(ctx context.Context) {
+	for backoff.Sleep(ctx, keeperLook) == nil {
+		kept, err := iscsi.IsKept(runDir)
+		if err == nil && !kept {
+			s.log.Error("the keeper of the iSCSI session is gone, starting another")
+			err = iscsi.Resume(agentFile, runDir, initGroup)
+		}
+		if err != nil {
+			s.log.Error("the keeper of the iSCSI session cannot be looked after", "error", err)
+		}
+	}
+}
+
 // sessionStatus is what is reported of a session.
 func sessionStatus() *agentapi.Session {
 	st, err := iscsi.ReadStatus(runDir)

@@ -117,6 +117,9 @@ func (s *service) run(ctx context.Context) error {
 	wg.Go(func() { s.rep.run(ctx) })
 	wg.Go(func() { s.fol.run(ctx) })
 	wg.Go(s.trimDeltas)
+	if s.rep.session != nil {
+		wg.Go(func() { s.watchKeeper(ctx) })
+	}
 	if l := s.state.get().Lease; l != nil {
 		k := netup.Keeper{Log: s.log, Save: s.saveLease, Moving: moveSession(s.log)}
 		wg.Go(func() { _ = k.Keep(ctx, l) }) // ends with its context, and with nothing else

@@ -85,6 +85,14 @@ func (k *keeper) run(ctx context.Context) error {
 	}
 }
 
+// adopt goes on with a session whose keeper is gone. How its connection is, nobody knows: it begins anew.
+func (k *keeper) adopt(st Status) error {
+	k.status, k.exists = st, true
+	k.status.Up, k.status.Error = false, "its keeper was gone"
+	k.tell(k.status)
+	return k.stop()
+}
+
 // down notes why the session is not up, and ends the connection.
 func (k *keeper) down(why error) {
 	if k.status.Up || k.status.Error != why.Error() {

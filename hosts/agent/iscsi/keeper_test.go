@@ -43,6 +43,12 @@ type run struct {
 // keep runs a keeper until the test ends.
 func keep(t *testing.T, cfg Config) *run {
 	t.Helper()
+	return keepAfter(t, cfg, func(*keeper, *fakeDriver) {})
+}
+
+// keepAfter is keep, after something was done to the keeper and the kernel.
+func keepAfter(t *testing.T, cfg Config, first func(*keeper, *fakeDriver)) *run {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &run{t: t, driver: newFakeDriver(), cfg: cfg, told: make(chan Status, 1000), done: make(chan error, 1), stop: cancel}
 	r.k = &keeper{
@@ -54,6 +60,7 @@ func keep(t *testing.T, cfg Config) *run {
 		},
 		tell: func(st Status) { r.told <- st }, online: func(Status) {},
 	}
+	first(r.k, r.driver)
 	go func() { r.done <- r.k.run(ctx) }()
 	t.Cleanup(func() {
 		cancel()
@@ -291,4 +298,24 @@ func TestKeeperLogsInAgainAfterLostEvents(t *testing.T) {
 	r.until("it is up", up(1))
 	r.driver.incoming <- event{}
 	r.until("it is up again", up(2))
+}
+
+// A keeper that was killed has left a session whose connection may be as it was, or not.
+func TestKeeperAdoptsASession(t *testing.T) {
+	f := &fakeTarget{secret: testSecret, mutual: testMutual}
+	r := keepAfter(t, testConfig(f.start(t, "127.0.0.1:0")), func(k *keeper, d *fakeDriver) {
+		d.live, d.sessions = true, 7
+		if err := k.adopt(Status{Up: true, Logins: 3, Session: 7, Host: 2}); err != nil {
+			t.Fatal(err)
+		}
+	})
+	r.until("it is known to be down", func(st Status) bool { return !st.Up && st.Error == "its keeper was gone" })
+	if st := r.until("it is up again", up(4)); st.Session != 7 {
+		t.Errorf("status %+v, want session 7", st)
+	}
+	r.driver.mu.Lock()
+	defer r.driver.mu.Unlock()
+	if diff := cmp.Diff([]uint32{stopRecover}, r.driver.stops); diff != "" || r.driver.sessions != 7 {
+		t.Errorf("%d sessions, stops (-want +got):\n%s", r.driver.sessions, diff)
+	}
 }

@@ -39,6 +39,11 @@ func testKeeper() error {
 	if err != nil {
 		return err
 	}
+	lock, err := p.lock()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	stayResident(p.proc, log)
 	d := newFakeDriver()
 	defer d.close()

@@ -34,6 +34,7 @@ const processName = "@troupe-iscsi"
 const (
 	configFile = "iscsi-config.json"
 	statusFile = "iscsi-status.json"
+	lockFile   = "iscsi-lock" // held by the keeper: there is one at most, and whoever gets it knows that there is none
 )
 
 // Descriptors that a keeper inherits: from the first one it reads what its session is to come to, to the second one it
@@ -71,6 +72,11 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	lock, err := p.lock()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	d, err := openDriver(p.sys, log)
 	if err != nil {
 		return err
@@ -103,6 +109,12 @@ func serve(ctx context.Context, p places, d driver, log *slog.Logger) error {
 				log.Warn("a disk of the iSCSI session is not back", "error", err)
 			}
 		},
+	}
+	if st, err := p.status(); err == nil && st.Logins > 0 && p.hasSession(st) {
+		log.Warn("taking over an iSCSI session that nobody keeps", "session", st.Session)
+		if err := k.adopt(st); err != nil {
+			return err
+		}
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
@@ -152,20 +164,63 @@ func (p places) setStatus(st Status) error {
 	return p.run.Rename(tmp, statusFile)
 }
 
-func (p places) isUp() bool {
+func (p places) status() (Status, error) {
+	var st Status
 	b, err := p.run.ReadFile(statusFile)
-	var st Status
-	return err == nil && json.Unmarshal(b, &st) == nil && st.Up
-}
-
-// ReadStatus is how the session is that a keeper with dir holds.
-func ReadStatus(dir string) (Status, error) {
-	var st Status
-	b, err := os.ReadFile(filepath.Join(dir, statusFile))
 	if err != nil {
 		return st, err
 	}
 	return st, json.Unmarshal(b, &st)
+}
+
+func (p places) isUp() bool {
+	st, err := p.status()
+	return err == nil && st.Up
+}
+
+// hasSession says whether the session is still in the kernel.
+func (p places) hasSession(st Status) bool {
+	_, err := p.sys.Stat(fmt.Sprintf("class/iscsi_session/session%d", st.Session))
+	return err == nil
+}
+
+// lock makes this process the one keeper, for as long as the file is open.
+func (p places) lock() (*os.File, error) {
+	f, err := p.run.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("the iSCSI session has a keeper: %w", err), f.Close())
+	}
+	return f, nil
+}
+
+// IsKept says whether there is a keeper with dir.
+func IsKept(dir string) (bool, error) {
+	run, err := os.OpenRoot(dir)
+	if err != nil {
+		return false, err
+	}
+	defer run.Close()
+	f, err := places{run: run}.lock()
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return false, f.Close()
+}
+
+// ReadStatus is how the session is that a keeper with dir holds.
+func ReadStatus(dir string) (Status, error) {
+	run, err := os.OpenRoot(dir)
+	if err != nil {
+		return Status{}, err
+	}
+	defer run.Close()
+	return places{run: run}.status()
 }
 
 // WriteConfig changes what a keeper with dir logs in to the next time.
@@ -198,7 +253,7 @@ func ChangeConfig(dir string, change func(*Config)) error {
 // Forget removes what a keeper that has ended left in dir.
 func Forget(dir string) error {
 	var errs []error
-	for _, name := range []string{configFile, statusFile} {
+	for _, name := range []string{configFile, statusFile, lockFile} {
 		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}

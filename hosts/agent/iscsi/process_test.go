@@ -106,6 +106,9 @@ func TestSessionIsKept(t *testing.T) {
 	if line := content(t, "/proc/"+strconv.Itoa(pid)+"/cmdline"); line != processName+"\x00"+Argument+"\x00" {
 		t.Errorf("its command line is %q", line)
 	}
+	if kept, err := IsKept(s.dir); !kept || err != nil {
+		t.Errorf("IsKept: %v, %v", kept, err)
+	}
 	f.kill()
 	f.start(t, portal.String())
 	for st := (Status{}); !st.Up || st.Logins != 2; {
@@ -122,6 +125,9 @@ func TestSessionIsKept(t *testing.T) {
 	}
 	if err := s.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 		t.Error(err)
+	}
+	if kept, err := IsKept(s.dir); kept || err != nil {
+		t.Errorf("IsKept after it was killed: %v, %v", kept, err)
 	}
 }
 

@@ -31,6 +31,15 @@ func Start(program, dir string, c Config) (*Session, error) {
 	if err := os.Remove(dir + "/" + statusFile); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("starting the keeper of the iSCSI session: %w", err)
 	}
+	s, err := start(program, dir, &unix.SysProcAttr{Setsid: true})
+	if err != nil {
+		return nil, fmt.Errorf("starting the keeper of the iSCSI session: %w", err)
+	}
+	s.wg.Go(s.listen)
+	return s, nil
+}
+
+func start(program, dir string, attr *unix.SysProcAttr) (*Session, error) {
 	theirs, control, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -41,16 +50,28 @@ func Start(program, dir string, c Config) (*Session, error) {
 		return nil, errors.Join(err, theirs.Close(), control.Close())
 	}
 	p, err := os.StartProcess(program, []string{processName, Argument}, &os.ProcAttr{
-		Dir: "/", Files: []*os.File{null, null, null, theirs, theirs2},
-		Env: []string{}, Sys: &unix.SysProcAttr{Setsid: true},
+		Dir: "/", Files: []*os.File{null, null, null, theirs, theirs2}, Env: []string{}, Sys: attr,
 	})
 	err = errors.Join(err, theirs.Close(), theirs2.Close(), null.Close())
 	if p == nil {
-		return nil, errors.Join(fmt.Errorf("starting the keeper of the iSCSI session: %w", err), control.Close(), notice.Close())
+		return nil, errors.Join(err, control.Close(), notice.Close())
 	}
-	s := &Session{dir: dir, process: p, control: control, notice: notice, changed: make(chan struct{}, 1)}
-	s.wg.Go(s.listen)
-	return s, nil
+	return &Session{dir: dir, process: p, control: control, notice: notice, changed: make(chan struct{}, 1)}, nil
+}
+
+// Resume starts a keeper for a session whose own was killed. Cgroup is the directory of the control group that it is to
+// be in: the one of the caller, a service, may end before the session.
+func Resume(program, dir, cgroup string) error {
+	group, err := os.Open(cgroup)
+	if err != nil {
+		return fmt.Errorf("starting a keeper for the iSCSI session: %w", err)
+	}
+	defer group.Close()
+	s, err := start(program, dir, &unix.SysProcAttr{Setsid: true, UseCgroupFD: true, CgroupFD: int(group.Fd())})
+	if err != nil {
+		return fmt.Errorf("starting a keeper for the iSCSI session: %w", err)
+	}
+	return errors.Join(s.Keep(), s.control.Close(), s.notice.Close(), s.process.Release())
 }
 
 // listen wakes who waits, until the keeper ends.
