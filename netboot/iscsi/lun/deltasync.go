@@ -35,8 +35,8 @@ type plan struct {
 	quick    bool     // with sums
 }
 
-// maxQuick is how many clusters are read again, to have their sums, instead of being synced before the map: 1 MiB, which
-// takes a tenth of the time of a sync on the fastest of disks.
+// maxQuick is how many clusters are read again, to have their sums, instead of being synced before the map: 1 MiB. That takes
+// some 0.25 ms (measured), which is what the shortest sync takes; one that writes as much takes longer.
 const maxQuick = 256
 
 // maxQuickSectors bounds what a quick commit reads of the map.
