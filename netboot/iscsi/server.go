@@ -48,12 +48,13 @@ const (
 // (task.go). Whoever has an answer puts it into the connection's batch, and whoever finds nobody writing writes it
 // (output.go). Serve waits for all of them.
 type Server struct {
-	cfg     Config
-	log     *slog.Logger
-	buffers buffers
-	memory  *semaphore.Weighted
-	share   int64         // of memory, for one connection
-	workers chan struct{} // has an element for each that works
+	cfg       Config
+	log       *slog.Logger
+	buffers   buffers
+	memory    *semaphore.Weighted
+	share     int64         // of memory, for one connection
+	workers   chan struct{} // has an element for each that works
+	residency residency
 
 	mu       sync.Mutex
 	conns    map[*conn]struct{}
@@ -83,13 +84,14 @@ func NewServer(cfg Config) (*Server, error) {
 		return nil, errors.New("negative timeout")
 	}
 	return &Server{
-		cfg:      cfg,
-		log:      quiet.New(cfg.Log),
-		memory:   semaphore.NewWeighted(cfg.MaxMemory),
-		share:    max(cfg.MaxMemory/memoryShare, scsi.MaxTransfer),
-		workers:  make(chan struct{}, maxWorkers),
-		conns:    map[*conn]struct{}{},
-		sessions: map[uint16]*session{},
+		cfg:       cfg,
+		log:       quiet.New(cfg.Log),
+		memory:    semaphore.NewWeighted(cfg.MaxMemory),
+		share:     max(cfg.MaxMemory/memoryShare, scsi.MaxTransfer),
+		workers:   make(chan struct{}, maxWorkers),
+		residency: residency{start: time.Now()},
+		conns:     map[*conn]struct{}{},
+		sessions:  map[uint16]*session{},
 	}, nil
 }
 

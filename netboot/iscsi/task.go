@@ -241,7 +241,7 @@ func (c *conn) gather(t *task) (fromMedium bool) {
 // sending it waits for no disk.
 func (c *conn) inMemory(t *task) bool {
 	t.mapped = c.segments(t)
-	return t.mapped && resident(t.parts)
+	return t.mapped && c.srv.residency.holds(t.parts)
 }
 
 // segments finds the mapped memory of a read. With data digests there is none: they would have to look at it.
