@@ -39,18 +39,35 @@ func (r *report) printf(format string, args ...any) {
 	r.lines = append(r.lines, strings.TrimRight("│ "+fmt.Sprintf(format, args...), " "))
 }
 
-// table prints a line for each measure, with the contestants' medians and the first one's share of the second.
+// ratio is the median, over the rounds, of what one contestant came to as a multiple of another, maybe in another measure. A
+// round's two samples are of the same minute, so what else the machine does weighs on both.
+func ratio(a *measure, whoA string, b *measure, whoB string) float64 {
+	var all []float64
+	for i := range min(len(a.samples[whoA]), len(b.samples[whoB])) {
+		all = append(all, a.samples[whoA][i]/b.samples[whoB][i])
+	}
+	return medianOf(all)
+}
+
+// table prints a line for each measure, with the contestants' medians and the first one as a multiple of the second.
 func (r *report) table(title, first, second string) {
 	r.printf("")
-	r.printf("%-58s %11s %11s %8s  %s", title, first, second, "ratio", "goal")
+	r.printf("%-64s %9s %9s %7s  %s", title, first, second, "ratio", "goal")
 	for _, m := range r.rows {
-		a, b := m.median(first), m.median(second)
-		ratio := "-"
-		if a != 0 && b != 0 {
-			ratio = fmt.Sprintf("%.2f", a/b)
+		if len(m.samples[first]) == 0 {
+			continue
 		}
-		r.printf("%-58s %11s %11s %8s  %s", m.title, m.number(a), m.number(b), ratio, m.goal)
+		of := "-"
+		if v := ratio(m, first, m, second); v != 0 {
+			of = fmt.Sprintf("%.2f", v)
+		}
+		r.printf("%-64s %9s %9s %7s  %s", m.title, m.number(m.median(first)), m.number(m.median(second)), of, m.goal)
 	}
+}
+
+// share prints one measure of a contestant as a multiple of another of its own.
+func (r *report) share(what string, value float64, goal string) {
+	r.printf("%-64s %9s %9s %7.2f  %s", what, "", "", value, goal)
 }
 
 // rounds prints what the medians are of.
@@ -66,7 +83,7 @@ func (r *report) rounds(contestants ...string) {
 			for _, v := range m.samples[who] {
 				fmt.Fprintf(&line, " %9s", m.number(v))
 			}
-			r.printf("%-58s %-6s%s", m.title, who, line.String())
+			r.printf("%-56s %-6s%s", m.title, who, line.String())
 		}
 	}
 }

@@ -239,20 +239,22 @@ func anonymous(b *testing.B, pid int) int {
 // print prints the tables and what they come to.
 func (n *bench) print() {
 	r := &n.report
-	r.table(fmt.Sprintf("iSCSI target, 1 GiB in the page cache, loopback; medians of %d rounds", rounds), "ours", "tgt")
-	ours := func(title string) float64 { return r.row(title, "").median("ours") }
-	share := ours(sequential.title) / r.row(pipe, "").median("iperf3")
+	r.table(fmt.Sprintf("iSCSI target, 1 GiB in the page cache, loopback; medians of %d", rounds), "ours", "tgt")
+	row := func(title string) *measure { return r.row(title, "") }
+	beside := ratio(row(sequential.title), "ours", row(pipe), "iperf3")
+	r.printf("%-64s %9s", pipe, row(pipe).number(row(pipe).median("iperf3")))
 	r.printf("")
-	r.printf("%-58s %11.2f  >= 0.75", "reads in sequence as a share of iperf3", share)
+	r.share("in sequence: ours to iperf3", beside, ">= 0.75")
 	for _, read := range []reading{sequential, random} {
-		r.printf("%-58s %11.2f  >= 0.85", strings.TrimSuffix(read.none, ": /s")+", as a share", ours(read.none)/ours(read.title))
-		r.printf("%-58s %11.2f  >= 0.85", strings.TrimSuffix(read.half, ": /s")+", as a share", ours(read.half)/ours(read.title))
+		for _, title := range []string{read.none, read.half} {
+			r.share(strings.TrimSpace(strings.TrimSuffix(title, ": /s"))+", to read-only", ratio(row(title), "ours", row(read.title), "ours"), ">= 0.85")
+		}
 	}
-	r.printf("%-58s %11.2f  >= 1", "64 sessions as a share of one", ours(manySession)/ours(oneSession))
+	r.share("64 sessions to one", ratio(row(manySession), "ours", row(oneSession), "ours"), ">= 1")
 	r.rounds("ours", "tgt", "iperf3")
 	fmt.Print(r.String())
 	n.ReportMetric(0, "ns/op") // it says nothing here
-	n.ReportMetric(ours(sequential.title)/r.row(sequential.title, "").median("tgt"), "sequential/tgt")
-	n.ReportMetric(ours(random.title)/r.row(random.title, "").median("tgt"), "random/tgt")
-	n.ReportMetric(share, "sequential/iperf3")
+	n.ReportMetric(ratio(row(sequential.title), "ours", row(sequential.title), "tgt"), "sequential/tgt")
+	n.ReportMetric(ratio(row(random.title), "ours", row(random.title), "tgt"), "random/tgt")
+	n.ReportMetric(beside, "sequential/iperf3")
 }
