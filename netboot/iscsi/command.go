@@ -11,7 +11,7 @@ import (
 const maxImmediate = 16
 
 // tasks are those that nobody uses.
-var tasks = sync.Pool{New: func() any { return new(task) }}
+var tasks sync.Pool
 
 // command takes a SCSI Command (section 11.3), whose data is not read yet. It counts as received when its data has come,
 // too.
@@ -66,7 +66,10 @@ func (c *conn) newTask(h *bhs) (t *task, reason byte) {
 	if reason := c.full(h); reason != 0 {
 		return nil, reason
 	}
-	t = tasks.Get().(*task)
+	t, ok := tasks.Get().(*task)
+	if !ok {
+		t = &task{}
+	}
 	t.cmd.CDB = append(t.cdb[:0], cdb...)
 	t.itt, t.cmdSN, t.lun = h.itt(), h.cmdSN(), h.lun()
 	t.attr, t.immediate = h.flags()&maskAttr, h.immediate()

@@ -34,7 +34,7 @@ type conn struct {
 	srv    *Server
 	wire   *wire
 	peer   string
-	ctx    context.Context // ends with the connection; for waits that have no other end
+	ctx    context.Context //nolint:containedctx // it is the connection's life, for waits that have no other end
 	cancel context.CancelFunc
 	quota  quota
 	done   chan struct{} // closed when no task of it runs any more
@@ -432,7 +432,7 @@ func (c *conn) requestLogout(within time.Duration) {
 	p.bhs[0], p.bhs[1] = opAsync, flagFinal
 	p.setITT(noTag)
 	p.bhs[36] = asyncLogout
-	binary.BigEndian.PutUint16(p.bhs[42:], uint16(within/time.Second))
+	binary.BigEndian.PutUint16(p.bhs[42:], uint16(within/time.Second&0xffff))
 	c.send(p)
 	c.flush()
 }

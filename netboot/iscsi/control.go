@@ -134,8 +134,8 @@ func (c *conn) logout(p *pdu) error {
 	r := &pdu{}
 	r.bhs[0], r.bhs[1] = opLogoutResp, flagFinal
 	r.setITT(p.itt())
-	binary.BigEndian.PutUint16(r.bhs[40:], uint16(c.params.time2Wait))
-	binary.BigEndian.PutUint16(r.bhs[42:], uint16(c.params.time2Retain))
+	binary.BigEndian.PutUint16(r.bhs[40:], uint16(c.params.time2Wait&0xffff))
+	binary.BigEndian.PutUint16(r.bhs[42:], uint16(c.params.time2Retain&0xffff))
 	switch reason := p.function(); {
 	case reason == logoutRecovery:
 		r.bhs[2] = logoutNoRecovery

@@ -53,8 +53,8 @@ func (c *conn) putR2T(t *task, r r2t) {
 	p.setITT(t.itt)
 	p.setTTT(r.ttt)
 	p.setDataSN(t.r2tSN)
-	p.setBufferOff(uint32(r.off))
-	p.setResidual(uint32(r.end - r.off))
+	p.setBufferOff(uint32(r.off & 0xffffffff))
+	p.setResidual(uint32((r.end - r.off) & 0xffffffff))
 	t.r2tSN++
 	c.put(&p, false)
 }

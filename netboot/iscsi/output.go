@@ -37,7 +37,8 @@ type batch struct {
 	iovs    []unix.Iovec
 }
 
-var batches = sync.Pool{New: func() any { return &batch{arena: make([]byte, 0, arenaSize)} }}
+// batches are those that nobody uses.
+var batches sync.Pool
 
 // grow appends n bytes, zero, to what is to be written.
 func (b *batch) grow(n int) []byte {
@@ -86,7 +87,10 @@ func (b *batch) reset() {
 // batch is the one that gathers. It needs s.mu.
 func (c *conn) batch() *batch {
 	if c.out == nil {
-		c.out = batches.Get().(*batch)
+		var ok bool
+		if c.out, ok = batches.Get().(*batch); !ok {
+			c.out = &batch{arena: make([]byte, 0, arenaSize)}
+		}
 	}
 	return c.out
 }
@@ -177,7 +181,7 @@ func (c *conn) response(b *batch, t *task, flags byte, residual uint32) {
 		return
 	}
 	sense := t.cmd.Sense.Append(make([]byte, 2, 64))
-	binary.BigEndian.PutUint16(sense, uint16(len(sense)-2))
+	binary.BigEndian.PutUint16(sense, uint16((len(sense)-2)&0xffff))
 	h.setDataLength(len(sense))
 	c.sealHeader(b, h)
 	b.refer(sense)
@@ -192,7 +196,7 @@ func (c *conn) dataIn(b *batch, t *task, flags byte, residual uint32) {
 	for _, p := range t.parts {
 		end += len(p)
 	}
-	c.s.bytesOut.Add(uint64(end - t.sent))
+	c.s.bytesOut.Add(uint64(end - t.sent)) //nolint:gosec // parts have no negative length
 	for t.sent < end {
 		burstLeft := c.params.maxBurst - t.sent%c.params.maxBurst
 		n := min(c.params.maxSend, burstLeft, end-t.sent)
@@ -202,7 +206,7 @@ func (c *conn) dataIn(b *batch, t *task, flags byte, residual uint32) {
 		h.setITT(t.itt)
 		h.setTTT(noTag)
 		h.setDataSN(t.inSN)
-		h.setBufferOff(uint32(t.sent))
+		h.setBufferOff(uint32(t.sent & 0xffffffff))
 		t.inSN++
 		t.sent += n
 		if n == burstLeft || t.sent == t.sending {

@@ -217,7 +217,6 @@ func (h *bhs) lun() uint64         { return binary.BigEndian.Uint64(h[8:]) }
 func (h *bhs) itt() uint32         { return binary.BigEndian.Uint32(h[16:]) }
 func (h *bhs) ttt() uint32         { return binary.BigEndian.Uint32(h[20:]) }
 func (h *bhs) cmdSN() uint32       { return binary.BigEndian.Uint32(h[24:]) }
-func (h *bhs) expStatSN() uint32   { return binary.BigEndian.Uint32(h[28:]) }
 func (h *bhs) dataSN() uint32      { return binary.BigEndian.Uint32(h[36:]) }
 func (h *bhs) bufferOff() uint32   { return binary.BigEndian.Uint32(h[40:]) }
 func (h *bhs) edtl() uint32        { return binary.BigEndian.Uint32(h[20:]) } // SCSI Command: Expected Data Transfer Length
@@ -242,7 +241,9 @@ func (h *bhs) expCmdSN() uint32 { return binary.BigEndian.Uint32(h[28:]) }
 func (h *bhs) maxCmdSN() uint32 { return binary.BigEndian.Uint32(h[32:]) }
 func (h *bhs) residual() uint32 { return binary.BigEndian.Uint32(h[44:]) }
 
-func (h *bhs) setDataLength(n int)     { h[5], h[6], h[7] = byte(n>>16), byte(n>>8), byte(n) }
+func (h *bhs) setDataLength(n int) {
+	h[5], h[6], h[7] = byte(n>>16&0xff), byte(n>>8&0xff), byte(n&0xff)
+}
 func (h *bhs) setLUN(v uint64)         { binary.BigEndian.PutUint64(h[8:], v) }
 func (h *bhs) setITT(v uint32)         { binary.BigEndian.PutUint32(h[16:], v) }
 func (h *bhs) setTTT(v uint32)         { binary.BigEndian.PutUint32(h[20:], v) }

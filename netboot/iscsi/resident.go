@@ -36,7 +36,7 @@ type residency struct {
 
 // holds says whether all of these pieces are in the page cache.
 func (r *residency) holds(parts [][]byte) bool {
-	now := uint64(uint32(time.Since(r.start)/time.Second) + 1)
+	now := uint64(time.Since(r.start)/time.Second+1) & 0xffffffff //nolint:gosec // since a start in the past
 	for _, p := range parts {
 		at := uintptr(unsafe.Pointer(&p[0])) >> pageShift
 		end := (uintptr(unsafe.Pointer(&p[0])) + uintptr(len(p)) - 1) >> pageShift
@@ -75,8 +75,8 @@ func mincore(chunk, wanted uint64) (pages uint64, ok bool) {
 	var in [chunkPages]byte
 	first := bits.TrailingZeros64(wanted)
 	n := bits.Len64(wanted) - first
-	start := uintptr(chunk)<<chunkShift + uintptr(first)<<pageShift
-	_, _, errno := unix.Syscall(unix.SYS_MINCORE, start, uintptr(n)<<pageShift, uintptr(unsafe.Pointer(&in[0])))
+	start := uintptr(chunk)<<chunkShift + uintptr(first<<pageShift&0xffffffff)
+	_, _, errno := unix.Syscall(unix.SYS_MINCORE, start, uintptr(n<<pageShift&0xffffffff), uintptr(unsafe.Pointer(&in[0])))
 	if errno != 0 {
 		return 0, false
 	}

@@ -62,8 +62,12 @@ func TestDataInSequences(t *testing.T) {
 		data = append(data, p.data...)
 	}
 	want := []dataIn{
-		{0, 1024, false, false}, {1024, 1024, false, false}, {2048, 512, true, false},
-		{2560, 1024, false, false}, {3584, 1024, false, false}, {4608, 512, true, false},
+		{0, 1024, false, false},
+		{1024, 1024, false, false},
+		{2048, 512, true, false},
+		{2560, 1024, false, false},
+		{3584, 1024, false, false},
+		{4608, 512, true, false},
 		{5120, 1024, true, true},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {

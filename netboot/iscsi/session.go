@@ -201,10 +201,10 @@ func (s *session) end() {
 	s.srv.mu.Lock()
 	delete(s.srv.sessions, s.tsih)
 	s.srv.mu.Unlock()
-	close(s.ended)
 	if s.target != nil {
 		s.srv.changed()
 	}
+	close(s.ended)
 }
 
 // nexus is the one with the unit of that number, made when it is asked for first; nil where there is no such unit. Only
@@ -285,7 +285,7 @@ func (n *nexus) unuse() {
 }
 
 // before says that sequence number a comes before b (RFC 1982).
-func before(a, b uint32) bool { return int32(a-b) < 0 }
+func before(a, b uint32) bool { return (a-b)>>31 != 0 }
 
 // inWindow says whether a command may have this number. It needs s.mu.
 func (s *session) inWindow(cmdSN uint32) bool {
@@ -295,7 +295,7 @@ func (s *session) inWindow(cmdSN uint32) bool {
 // openWindow lets as many commands in as have room beside those that are under way. The window never shrinks. It needs
 // s.mu.
 func (s *session) openWindow(underWay int) {
-	if last := s.expCmdSN + uint32(window-underWay) - 1; before(s.maxCmdSN, last) {
+	if last := s.expCmdSN + uint32((window-underWay)&0xffffffff) - 1; before(s.maxCmdSN, last) {
 		s.maxCmdSN = last
 	}
 }

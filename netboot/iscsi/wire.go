@@ -275,7 +275,7 @@ func (w *wire) tryWrite(fd uintptr) bool {
 		n, _, errno := unix.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&w.iov[0])), uintptr(len(w.iov)))
 		switch errno {
 		case 0:
-			w.wrote(int(n))
+			w.wrote(int(n)) //nolint:gosec // of what was written, which an int counted
 		case unix.EINTR:
 		case unix.EAGAIN:
 			w.bePatient()
@@ -308,7 +308,7 @@ func (w *wire) wrote(n int) {
 			v.Len -= uint64(n)
 			return
 		}
-		n -= int(v.Len)
+		n -= int(v.Len) //nolint:gosec // as above
 		w.iov = w.iov[1:]
 	}
 }
