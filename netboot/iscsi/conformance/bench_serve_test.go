@@ -126,7 +126,7 @@ func startOurs(b *testing.B, args ...string) *server {
 	if err := cmd.Start(); err != nil {
 		b.Fatal(err)
 	}
-	endWith(b, cmd, &stderr)
+	endWith(b, cmd, syscall.SIGTERM, &stderr)
 	addr, err := bufio.NewReader(stdout).ReadString('\n')
 	if err != nil {
 		b.Fatalf("starting the server: %v", errors.Join(err, errors.New(stderr.String())))
@@ -136,10 +136,10 @@ func startOurs(b *testing.B, args ...string) *server {
 	return s
 }
 
-// endWith ends a process with the benchmark.
-func endWith(b *testing.B, cmd *exec.Cmd, stderr *bytes.Buffer) {
+// endWith ends a process with the benchmark, by a signal.
+func endWith(b *testing.B, cmd *exec.Cmd, by syscall.Signal, stderr *bytes.Buffer) {
 	b.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM) // it may have ended already, and Wait says so
+		_ = cmd.Process.Signal(by) // it may have ended already, and Wait says so
 		if err := cmd.Wait(); err != nil && !endedBySignal(err) {
 			b.Errorf("%s: %v\n%s", cmd.Path, err, stderr)
 		}

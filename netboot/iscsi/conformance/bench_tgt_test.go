@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -57,7 +58,7 @@ func startTgt(b *testing.B, args ...string) *server {
 	if err := cmd.Start(); err != nil {
 		b.Fatal(err)
 	}
-	endWith(b, cmd, &stderr)
+	endWith(b, cmd, syscall.SIGKILL, &stderr) // it does not end by SIGTERM for as long as it has targets
 	g.awaitReady()
 	for i, arg := range args {
 		name, file, _ := strings.Cut(arg, "=")
