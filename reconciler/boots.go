@@ -228,6 +228,8 @@ func beginsBoot(cur *state.Boot, stage string, now time.Time) bool {
 	}
 	last := cur.Marks[len(cur.Marks)-1]
 	switch {
+	case stage == string(netboot.StageDisk) || stage == string(netboot.StageBooted):
+		return false // what it was told in this boot leads there
 	case isAgentStage(last.Stage):
 		return true // the machine had left the firmware: it is back in it
 	case stage == string(netboot.StageOffer):

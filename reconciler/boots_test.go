@@ -141,6 +141,8 @@ func TestBeginsBoot(t *testing.T) {
 		{"a reset while the kernel was loading", after("kernel", 4*time.Second), netboot.StageOffer, true},
 		{"a reset of a node that runs", after("healthy", time.Hour), netboot.StageOffer, true},
 		{"a script after the agent: DHCP was a foreign server's", after("service", time.Minute), netboot.StageScript, true},
+		{"its system logs in after its boot loader", after("disk", time.Minute), netboot.StageBooted, false},
+		{"a reset of a system that is booted as it is", after("booted", time.Hour), netboot.StageOffer, true},
 		{"a machine that waits asks for its script again", after("script", 30*time.Second), netboot.StageScript, false},
 	} {
 		if got := beginsBoot(tt.cur, string(tt.stage), testStart); got != tt.want {

@@ -366,6 +366,10 @@ func TestImageThatIsBootedAsItIs(t *testing.T) {
 	if got := r.Targets()[0]; got.Resetting || len(got.Sessions) > 0 || got.LUNs[0].Kind != "cow" || got.LUNs[0].Image != two.Digest {
 		t.Errorf("after a reset that was forced: %+v", got)
 	}
+	rec := r.record(t, "n1")
+	if n := rec.Node(false, r.now()); n.Running != nil || n.Stage != string(agentapi.StageFailed) {
+		t.Errorf("after a reset that was forced it still runs: %+v", n)
+	}
 	stop()
 	if d := cmp.Diff([]string{"disk", "booted", "disk", "booted"}, marks); d != "" {
 		t.Errorf("stages:\n%s", d)

@@ -22,7 +22,7 @@ import (
 
 // TestOperatorScripts runs the scripts in testdata/operator. They have the commands
 //
-//	server mixed|healthy|sick|empty|namesakes  serves such a fleet, from a store of its own, to the commands that follow
+//	server mixed|healthy|sick|empty|namesakes|diskless  serves such a fleet, from a store of its own, to the commands that follow
 //	heal                                       makes the sick host of that fleet healthy
 //	push good|bad                              pushes a commit, which the server sees only when it looks at the repo
 func TestOperatorScripts(t *testing.T) {
@@ -54,6 +54,13 @@ func fleetOf(name string) (*apitest.Fleet, *apitest.Controllers) {
 	}
 	f := apitest.New(now)
 	delete(f.Schema.Roles, "db")
+	if name == "diskless" {
+		f.Diskless(1, false)
+		f.Diskless(2, true)
+		f.Declare(3, "idle")
+		f.Run(3)
+		return f, ctl
+	}
 	if name == "empty" {
 		f.Unclaimed(99)
 		hostile := f.Machines[apitest.MAC(99)]
@@ -112,7 +119,7 @@ func plannedSwitch() plan.Plan {
 
 func serveFleet(ts *testscript.TestScript, _ bool, args []string) {
 	if len(args) != 1 {
-		ts.Fatalf("usage: server mixed|healthy|sick|empty|namesakes")
+		ts.Fatalf("usage: server mixed|healthy|sick|empty|namesakes|diskless")
 	}
 	f, ctl := fleetOf(args[0])
 	ctx := context.Background()                      // the store outlives the script's commands, until Defer

@@ -136,7 +136,10 @@ func (l *LUNs) Node(open bool, now time.Time) Node {
 	if !b.Login.IsZero() {
 		n.Stage = string(netboot.StageDisk)
 	}
-	if !b.Booted.IsZero() {
+	switch {
+	case !b.Login.IsZero() && b.Disk != l.Current:
+		n.Stage, n.Error = string(agentapi.StageFailed), "its disk was reset, or changed, under what it runs: boot it again"
+	case !b.Booted.IsZero():
 		n.Stage = string(netboot.StageBooted)
 		n.Running = &agentapi.Running{Host: l.Host, Role: b.Role, Generation: b.Generation, Release: b.Release, Node: b.Node}
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -30,6 +31,9 @@ type Fleet struct {
 	Builds      map[string]state.Build
 	Bases       map[string]images.Base
 	Deltas      map[string]images.Delta
+	Disks       map[string]images.Disk
+	LUNSets     map[string]state.LUNs
+	Targets     []api.Target // of LUNSets, and of hosts with agents
 	Releases    map[string]state.Release
 	Machines    map[string]state.Machine
 	Nodes       map[string]state.Node
@@ -65,7 +69,7 @@ func New(now time.Time) *Fleet {
 		Assignments: map[string]state.Assignment{}, Builds: map[string]state.Build{}, Bases: map[string]images.Base{},
 		Deltas: map[string]images.Delta{}, Releases: map[string]state.Release{}, Machines: map[string]state.Machine{},
 		Nodes: map[string]state.Node{}, Boots: map[string]state.Boot{}, Leases: map[string]state.Lease{},
-		Events: map[string]state.Event{},
+		Events: map[string]state.Event{}, Disks: map[string]images.Disk{}, LUNSets: map[string]state.LUNs{},
 	}
 	f.Source = state.Source{
 		Repo: "https://git.example.com/fleet.git", Branch: "main", Path: ".",
@@ -313,11 +317,51 @@ func (f *Fleet) event(ago time.Duration, kind, subject, message string, warning 
 	f.Events[fmt.Sprintf("%019d-%06d", e.Time.UnixNano(), len(f.Events))] = e
 }
 
+// Diskless has host number n run from the server: an image of kind "disk", which it booted as it is, or with an agent.
+func (f *Fleet) Diskless(n int, agent bool) {
+	name, mac := fmt.Sprintf("n%d", n), MAC(n)
+	img := blob("cloud", 4<<30)
+	f.Schema.Images["cloud"] = schema.Image{Name: "cloud", Kind: "disk", From: schema.From{Disk: &schema.DiskFile{URL: "https://example.com/cloud.qcow2", SHA256: strings.Repeat("0", 64)}}}
+	f.Schema.Roles["vm"] = schema.Role{Name: "vm", OS: "cloud", Boot: "iscsi"}
+	id := images.DiskRecipeOf(f.Schema.Images["cloud"]).ID()
+	f.Disks[string(id)] = images.Disk{Recipe: id, Image: img, Format: "qcow2", File: 600 << 20}
+	f.Builds[string(id)] = state.Build{
+		Recipe: id, Kind: "disk", Name: "cloud", Phase: state.BuildDone, Attempts: 1, Started: f.ago(26 * time.Hour),
+		Finished: f.ago(26*time.Hour - 40*time.Second), Result: img.Digest, Size: img.Size,
+	}
+	rel := images.Release{Disk: img}
+	f.Releases[string(rel.ID())] = state.Release{ID: rel.ID(), Base: id, Release: rel, Created: f.ago(25 * time.Hour), Roles: []string{"vm"}}
+	t := api.Target{
+		Host: name, Name: "iqn.2026-11.dev.troupe:" + name, Initiator: "iqn.2026-11.dev.troupe:" + name + ":initiator", Disk: fmt.Sprintf("%016x", n),
+		Made:     f.ago(20 * time.Hour),
+		Sessions: []api.Session{{Peer: fmt.Sprintf("10.77.0.%d:40001", 10+n), Since: f.ago(3 * time.Hour), Commands: 1234, BytesIn: 5 << 20, BytesOut: 300 << 20}},
+	}
+	disk := api.LUN{Host: name, Kind: api.LUNDelta, Image: img.Digest, Size: 16 << 30, Delta: 120 << 20, Sessions: 1}
+	if agent {
+		f.Declare(n, "web")
+		f.Run(n)
+		base := f.Assignments[name].Spec.Release.Base
+		disk.Kind, disk.Image, disk.Size, disk.Delta = api.LUNDisk, "", 16<<30, 33<<20
+		t.LUNs = []api.LUN{disk, {Host: name, LUN: 1, Kind: api.LUNImage, Image: base.Digest, Size: base.Size, Sessions: 1}}
+	} else {
+		f.Declare(n, "vm")
+		a := f.Assignments[name]
+		a.ISCSI = &state.ISCSI{Size: disk.Size, Image: &img}
+		f.Assignments[name] = a
+		t.LUNs = []api.LUN{disk}
+		f.LUNSets[name] = state.LUNs{Host: name, Current: t.Disk, Boot: &state.LUNBoot{
+			MAC: mac, ID: "b1", Role: "vm", Generation: 1, Release: a.Release, Node: a.Node, Disk: t.Disk,
+			Told: f.ago(3*time.Hour + time.Minute), Login: f.ago(3*time.Hour + 50*time.Second), Booted: f.ago(3 * time.Hour),
+		}}
+	}
+	f.Targets = append(f.Targets, t)
+}
+
 // Records are what a view is made of, without a store.
 func (f *Fleet) Records() *api.Records {
 	r := &api.Records{
 		Now: f.Now, Version: "test", Planned: f.Source.Applied.Hash, Fleet: f.Schema, Source: f.Source, Assignments: f.Assignments,
-		Builds: f.Builds, Bases: f.Bases, Deltas: f.Deltas, Releases: f.Releases, Machines: f.Machines, Nodes: f.Nodes,
+		Builds: f.Builds, Bases: f.Bases, Deltas: f.Deltas, Disks: f.Disks, Releases: f.Releases, Machines: f.Machines, Nodes: f.Nodes,
 		Boots: map[string]state.Boot{}, Events: f.Events,
 	}
 	for _, b := range f.Boots {
@@ -335,6 +379,8 @@ func (f *Fleet) Put(ctx context.Context, s *state.Store) error {
 	put(ctx, s, state.Builds, f.Builds, &err)
 	put(ctx, s, state.Bases, f.Bases, &err)
 	put(ctx, s, state.Deltas, f.Deltas, &err)
+	put(ctx, s, state.Disks, f.Disks, &err)
+	put(ctx, s, state.LUNSets, f.LUNSets, &err)
 	put(ctx, s, state.Releases, f.Releases, &err)
 	put(ctx, s, state.Machines, f.Machines, &err)
 	put(ctx, s, state.Nodes, f.Nodes, &err)
@@ -460,10 +506,65 @@ func (i imagesOf) Log(_ context.Context, recipe digest.Digest, follow bool) (io.
 	return io.NopCloser(strings.NewReader(i.LogText)), nil
 }
 
+// lunsOf implements api.LUNs for the fleet.
+type lunsOf struct {
+	*Controllers
+	fleet *Fleet
+}
+
+// A conflict is an error about how things are.
+type conflict string
+
+func (c conflict) Error() string { return string(c) }
+func (conflict) Conflict() bool  { return true }
+
+// Targets are the fleet's. A reset is over when it was told once.
+func (l lunsOf) Targets() []api.Target {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	all := slices.Clone(l.fleet.Targets)
+	for i := range l.fleet.Targets {
+		if t := &l.fleet.Targets[i]; t.Resetting {
+			t.Resetting, t.Disk = false, "00000000000000ff"
+		}
+	}
+	return all
+}
+
+// InUse implements api.LUNs.
+func (l lunsOf) InUse() map[string]bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	open := map[string]bool{}
+	for _, t := range l.fleet.Targets {
+		open[t.Host] = len(t.Sessions) > 0
+	}
+	return open
+}
+
+// Reset notes that it was called. A system without an agent is reset by force alone.
+func (l lunsOf) Reset(_ context.Context, host string, force bool) error {
+	l.note("reset %s force %t", host, force)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := range l.fleet.Targets {
+		t := &l.fleet.Targets[i]
+		switch {
+		case t.Host != host:
+		case t.LUNs[0].Kind == api.LUNDelta && !force:
+			return conflict("host " + host + " is logged in to its disk")
+		default:
+			t.Resetting = true
+			return nil
+		}
+	}
+	return conflict("host " + host + " has no disk on the server")
+}
+
 // Server is an api.Server over s that serves f and asks c.
 func Server(s *state.Store, f *Fleet, c *Controllers) *api.Server {
 	return &api.Server{
-		Store: s, Fleet: func() *schema.Fleet { return f.Schema }, Poke: c.Poke, Look: c.Look, Agents: c, Planner: c, Images: imagesOf{c, f},
+		Store: s, Fleet: func() *schema.Fleet { return f.Schema }, Poke: c.Poke, Look: c.Look, Agents: c, Planner: c, Images: imagesOf{c, f}, LUNs: lunsOf{c, f},
 		Started: f.ago(time.Hour),
 	}
 }
