@@ -50,10 +50,12 @@ func (l *life) replay(ways int) {
 	l.t.Helper()
 	p := newPlayer(l.begin)
 	for at := 0; ; at++ {
-		l.check(crash{at, l.d.lost.err() != nil}, p.kill(), l.boot, 0)
+		if at == 0 || !l.f.ops[at-1].failed { // the moment that a Delta says is not looked after
+			l.check(crash{at, l.d.lost.err() != nil}, p.kill(), l.boot, 0)
+		}
 		withNext := p
 		if at < len(l.f.ops) && !l.f.ops[at].isSync() { // on its way
-			withNext = &player{p.stable, maps.Clone(p.pending)}
+			withNext = p.clone()
 			withNext.play(l.f.ops[at])
 		}
 		for way := range ways {
@@ -68,9 +70,30 @@ func (l *life) replay(ways int) {
 }
 
 // check opens what a crash left. again is how many more times the power is lost while that is done.
-func (l *life) check(c crash, left blocks, boot string, again int) {
+func (l *life) check(c crash, left disk, boot string, again int) {
 	l.t.Helper()
-	f := &recorder{now: maps.Clone(left), size: l.h.fileSize()}
+	f := recorded(left, l.h.fileSize())
+	d := l.reopened(c, f, boot)
+	if err := l.history.check(d, hot(l.h.size), c); err != nil {
+		l.t.Fatal(err)
+	}
+	if boot == l.boot && (l.d.lost.err() != nil || rand.IntN(8) == 0) {
+		l.checkLasting(c, f, d)
+	}
+	if again == 0 || rand.IntN(4) > 0 {
+		return
+	}
+	p := newPlayer(left.stable)
+	for range rand.IntN(len(f.ops) + 1) {
+		p.play(f.ops[0])
+		f.ops = f.ops[1:]
+	}
+	l.check(c, p.lose(rand.Float64()), boot+" again", again-1)
+}
+
+// reopened is the delta in f, which a crash left.
+func (l *life) reopened(c crash, f *recorder, boot string) *Delta {
+	l.t.Helper()
 	page := make([]byte, pageSize)
 	if _, err := f.ReadAt(page, 0); err != nil {
 		l.t.Fatal(err)
@@ -83,18 +106,27 @@ func (l *life) check(c crash, left blocks, boot string, again int) {
 	if err != nil {
 		l.t.Fatalf("%+v: %v", c, err)
 	}
-	if err := l.history.check(d, hot(h.size), c); err != nil {
-		l.t.Fatal(err)
+	return d
+}
+
+// checkLasting has what is read of d, which was just opened and so was synced, be what storage has.
+func (l *life) checkLasting(c crash, f *recorder, d *Delta) {
+	l.t.Helper()
+	later := l.reopened(c, recorded(onDisk(f.stable), l.h.fileSize()), "after a loss of power")
+	read, kept := make([]byte, clusterSize), make([]byte, clusterSize)
+	for _, cluster := range hot(l.h.size) {
+		n := min(clusterSize, l.h.size-cluster*clusterSize)
+		_, err := d.ReadAt(read[:n], cluster*clusterSize)
+		if err == nil {
+			_, err = later.ReadAt(kept[:n], cluster*clusterSize)
+		}
+		if err != nil {
+			l.t.Fatal(err)
+		}
+		if at, same := firstDifference(kept, read); !same {
+			l.t.Fatalf("%+v: cluster %d, opened and synced, is another after a loss of power from byte %d on", c, cluster, at)
+		}
 	}
-	if again == 0 || rand.IntN(4) > 0 {
-		return
-	}
-	p := newPlayer(left)
-	for range rand.IntN(len(f.ops) + 1) {
-		p.play(f.ops[0])
-		f.ops = f.ops[1:]
-	}
-	l.check(c, p.lose(rand.Float64()), boot+" again", again-1)
 }
 
 // TestCrashAnywhere has one writer, killed now and then, and a crash at every operation.

@@ -28,6 +28,8 @@ var _ scsi.Mapper = (*Delta)(nil)
 // A Sync costs one fdatasync(2), or two where more than 1 MiB of the base was written over since the last. Two things
 // are taken for granted of the storage: what was synced stays, and 512 bytes are written whole or not at all; and one of
 // the kernel: it drops no page that it was given as long as it runs, but for one whose fdatasync(2) it says has failed.
+// After that only what storage has is believed, also by whoever opens the delta next, unless this process is killed in
+// the moment between the kernel's answer and the write to the file that says so.
 type Delta struct {
 	path string
 	f    file

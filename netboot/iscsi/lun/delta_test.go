@@ -258,8 +258,9 @@ func TestDamage(t *testing.T) {
 		noticed := int64(0)
 		for i := range (l.h.liveOff() + l.h.mapLen()) / sectorSize {
 			for kind, damage := range damages(left[i]) {
-				f := &recorder{now: maps.Clone(left), size: l.h.fileSize()}
+				f := recorded(onDisk(left), l.h.fileSize())
 				f.now.set(i, damage)
+				f.stable.set(i, damage)
 				switch err := l.reopen(f, boot); {
 				case errors.Is(err, errDamaged) || err != nil && strings.Contains(err.Error(), "it is no delta"):
 					noticed++
@@ -377,7 +378,7 @@ func TestFaults(t *testing.T) {
 				}
 				// After a failed sync only what was synced before it is believed, as after a loss of power.
 				c.power = l.d.lost.err() != nil
-				l.check(c, l.f.now, l.boot, 0)
+				l.check(c, l.f.disk, l.boot, 0)
 				l.replay(1)
 			})
 		}
@@ -412,6 +413,89 @@ func TestFailedSyncIsFinal(t *testing.T) {
 	l.open()
 	if err := errors.Join(l.history.write(l.d, 0, 8), l.d.Sync()); err != nil {
 		t.Errorf("opened anew: %v", err)
+	}
+}
+
+// TestFailedSyncDropsPages has a sync fail after which the kernel has pages that storage has not, and takes them for clean.
+// Whoever opens the delta next, with the kernel running on, finds what storage has.
+func TestFailedSyncDropsPages(t *testing.T) {
+	for name, tt := range map[string]struct{ before, n int64 }{ // blocks
+		"of what is new":             {0, 64},
+		"of what was written before": {64, 64},
+		"of more than is summed":     {0, 8 * (maxQuick + 1)},
+		"beside what has a sum":      {8, 64},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for fail := range 3 {
+				l := newLife(t)
+				if err := errors.Join(l.history.write(l.d, 16, tt.before), l.history.sync(l.d)); err != nil {
+					t.Fatal(err)
+				}
+				if err := l.history.write(l.d, 16, tt.n); err != nil {
+					t.Fatal(err)
+				}
+				left := fail
+				l.f.fault = func(o op) error {
+					if o.isSync() {
+						left--
+					}
+					if o.isSync() && left < 0 {
+						return syscall.EIO
+					}
+					return nil
+				}
+				err := l.history.sync(l.d)
+				l.check(crash{l.f.done(), err != nil}, l.f.disk, l.boot, 0)
+			}
+		})
+	}
+}
+
+// TestFailedSyncIsNoticedWhenOpened has the kernel fail to write something when nobody has the delta open: whoever opens
+// it is told, and from then on only what storage has is believed.
+func TestFailedSyncIsNoticedWhenOpened(t *testing.T) {
+	l := newLife(t)
+	if err := l.history.write(l.d, 0, 8); err != nil {
+		t.Fatal(err)
+	}
+	failed := false
+	l.f.fault = func(o op) error {
+		if o.isSync() && !failed {
+			failed = true
+			return syscall.EIO
+		}
+		return nil
+	}
+	if _, err := newDelta("recorded", l.f, l.h, l.base, l.boot); !errors.Is(err, syscall.EIO) {
+		t.Errorf("opened with %v, want %v", err, syscall.EIO)
+	}
+	l.d.lost.note(syscall.EIO)
+	l.check(crash{l.f.done(), true}, l.f.disk, l.boot, 0)
+}
+
+// TestForget has pages of a file no longer be in memory, so that what is read comes from storage.
+func TestForget(t *testing.T) {
+	f := osFile{must(os.Create(filepath.Join(t.TempDir(), "file")))(t)}
+	defer f.Close()
+	if f.onTmpfs() {
+		return // there is no storage
+	}
+	b := randomBytes(1 << 20)
+	if _, err := f.WriteAt(b, 0); err != nil {
+		t.Fatal(err)
+	}
+	cached := func() bool {
+		_, err := unix.Preadv2(f.fd(), [][]byte{b[:pageSize]}, 512<<10, unix.RWF_NOWAIT)
+		return !errors.Is(err, unix.EAGAIN)
+	}
+	if !cached() {
+		t.Fatal("what was just written is not in memory")
+	}
+	if err := errors.Join(f.Sync(), f.Forget()); err != nil {
+		t.Fatal(err)
+	}
+	if cached() {
+		t.Error("it is in memory still")
 	}
 }
 

@@ -13,21 +13,11 @@ func newDelta(path string, f file, h *header, base below, boot string) (*Delta, 
 		torn: newBitset(h.sectors()),
 		held: held{runs: map[int64][]run{}},
 	}
-	page := make([]byte, sectorSize)
-	if _, err := f.ReadAt(page, sessionOff); err != nil {
-		return nil, cutShort(err)
+	// What the kernel failed to write since the last sync, of another process perhaps, it says now.
+	if err := d.flush(nil, nil); err != nil {
+		return nil, fmt.Errorf("bringing what was written last to its storage: %w", err)
 	}
-	same := h.sessionIs(page, boot)
-	if err := d.loadMap(!same); err != nil {
-		return nil, err
-	}
-	var err error
-	if same {
-		err = d.loadLive()
-	} else {
-		err = d.beginLive(boot)
-	}
-	if err != nil {
+	if err := d.load(boot); err != nil {
 		return nil, err
 	}
 	// What was found out is settled before anybody writes over data that a run's sum is of; and with it what a process
@@ -38,6 +28,29 @@ func newDelta(path string, f file, h *header, base below, boot string) (*Delta, 
 		return nil, err
 	}
 	return d, nil
+}
+
+// load reads the map, and the live map where that is of this run of the kernel and no sync failed in it.
+func (d *Delta) load(boot string) error {
+	page := make([]byte, sectorSize)
+	if _, err := d.f.ReadAt(page, sessionOff); err != nil {
+		return cutShort(err)
+	}
+	if d.h.sessionIs(page, boot) {
+		if err := d.loadMap(false); err != nil {
+			return err
+		}
+		return d.loadLive()
+	}
+	// After a failed sync the kernel may have pages that storage has not, and takes them for clean (fsync(2)). What is
+	// found in them would be gone after the next loss of power, whatever is synced before that.
+	if err := d.f.Forget(); err != nil {
+		return err
+	}
+	if err := d.loadMap(true); err != nil {
+		return err
+	}
+	return d.beginLive(boot)
 }
 
 // cutShort says what the end of a file, found too early, means.

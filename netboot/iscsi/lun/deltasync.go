@@ -91,14 +91,21 @@ func (d *Delta) undecide(p *plan) {
 	d.wrote.Store(true)
 }
 
-// flush is fdatasync(2). When it fails nobody knows what the kernel dropped, so no live map is believed any more: the next
-// start goes by the map, as after a loss of power.
-func (d *Delta) flush() error {
+// flush is fdatasync(2), also of versions of sectors. When it fails nobody knows what the kernel dropped, so no live map
+// is believed any more: the next start goes by the map, as after a loss of power, and by what storage has. The sectors are
+// written again without the runs of this sync, which nobody was told of: what else they say was so before it.
+func (d *Delta) flush(sectors []int64, versions []sector) error {
 	err := d.f.Sync()
-	if err != nil {
-		_ = d.lost.note(err)
-		_, _ = d.f.WriteAt(make([]byte, sectorSize), sessionOff) // all that can be tried
+	if err == nil {
+		return nil
 	}
+	_ = d.lost.note(err)
+	_, _ = d.f.WriteAt(make([]byte, sectorSize), sessionOff) // all that can be tried
+	safe := slices.Clone(versions)
+	for at := range safe {
+		safe[at].runs = nil
+	}
+	_ = d.writeSectors(sectors, safe) // as above
 	return err
 }
 
@@ -107,13 +114,13 @@ func (d *Delta) commitSlow(p *plan) error {
 	if !p.wrote && len(p.sectors) == 0 {
 		return nil
 	}
-	if err := d.flush(); err != nil || len(p.sectors) == 0 {
+	if err := d.flush(nil, nil); err != nil || len(p.sectors) == 0 {
 		return err
 	}
 	if err := d.writeSectors(p.sectors, p.versions); err != nil {
 		return err
 	}
-	if err := d.flush(); err != nil {
+	if err := d.flush(p.sectors, p.versions); err != nil {
 		return err
 	}
 	for at, i := range p.sectors {
@@ -127,7 +134,7 @@ func (d *Delta) commitQuick(p *plan, versions []sector) error {
 	if err := d.writeSectors(p.sectors, versions); err != nil {
 		return err
 	}
-	if err := d.flush(); err != nil {
+	if err := d.flush(p.sectors, versions); err != nil {
 		return err
 	}
 	for at, i := range p.sectors {

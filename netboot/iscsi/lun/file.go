@@ -18,6 +18,9 @@ type file interface {
 	Sync() error
 	// Punch makes [off, off+n) a hole, which reads as zeros and takes no space.
 	Punch(off, n int64) error
+	// Forget has what is read next come from stable storage, but for what was written since the last Sync. It must not be
+	// mapped by anybody.
+	Forget() error
 	Close() error
 }
 
@@ -44,6 +47,14 @@ func (f osFile) Punch(off, n int64) error {
 		return err
 	}
 	return writeZeros(f, off, min(n, size-off))
+}
+
+// Forget implements file. After fdatasync(2) no page is dirty, and posix_fadvise(2) drops all that are not.
+func (f osFile) Forget() error {
+	if err := unix.Fadvise(f.fd(), 0, 0, unix.FADV_DONTNEED); err != nil {
+		return fmt.Errorf("dropping it from the page cache: %w", err)
+	}
+	return nil
 }
 
 // allocated is how many bytes the file takes of its file system.

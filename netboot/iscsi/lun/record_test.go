@@ -13,13 +13,30 @@ import (
 
 // A recorder is a file in memory that knows all that was done to it, so that any crash can be played.
 type recorder struct {
-	mu   sync.Mutex
-	now  blocks
+	mu sync.Mutex
+	disk
 	ops  []op
 	size int64
 	// fault, where it is not nil, may have an op fail, after some of its blocks.
 	fault func(op) error
 }
+
+// A disk is what the kernel has of a file, and what storage has. A failed sync makes all clean, as Linux does: what storage
+// does not have of it is still read, but written by no later sync.
+type disk struct {
+	now, stable blocks
+	dirty       map[int64]bool
+}
+
+// onDisk is a file that the kernel has no more of than storage.
+func onDisk(b blocks) disk { return disk{maps.Clone(b), maps.Clone(b), map[int64]bool{}} }
+
+func (d disk) clone() disk {
+	return disk{maps.Clone(d.now), maps.Clone(d.stable), maps.Clone(d.dirty)}
+}
+
+// recorded is a file that begins as d and is size bytes long.
+func recorded(d disk, size int64) *recorder { return &recorder{disk: d.clone(), size: size} }
 
 // blocks are the blocks of a file that are not all zeros. No block is changed, only replaced.
 type blocks map[int64][]byte
@@ -28,6 +45,8 @@ type blocks map[int64][]byte
 type op struct {
 	off, n int64
 	data   []byte
+	failed bool           // of a sync
+	kept   map[int64]bool // of a sync that failed: the blocks that it wrote
 }
 
 func (o op) isSync() bool { return o.n == 0 }
@@ -61,15 +80,44 @@ func (r *recorder) do(o op) error {
 	if r.fault != nil {
 		err = r.fault(o)
 	}
+	if o.isSync() {
+		r.sync(err != nil)
+		return err
+	}
 	if err != nil {
 		o.n = int64(rand.IntN(int(o.n/sectorSize)+1)) * sectorSize
-		if o.isSync() {
-			return err
-		}
 	}
-	o.eachBlock(r.now.set)
+	o.eachBlock(func(i int64, b []byte) {
+		r.now.set(i, b)
+		r.dirty[i] = true
+	})
 	r.ops = append(r.ops, o)
 	return err
+}
+
+// sync writes all that is dirty, or some of it where it fails.
+func (r *recorder) sync(fails bool) {
+	o := op{failed: fails, kept: map[int64]bool{}}
+	for i := range r.dirty {
+		if !fails || rand.IntN(2) == 0 {
+			o.kept[i] = true
+			r.stable.set(i, r.now[i])
+		}
+	}
+	clear(r.dirty)
+	r.ops = append(r.ops, o)
+}
+
+// Forget implements file.
+func (r *recorder) Forget() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := maps.Clone(r.stable)
+	for i := range r.dirty {
+		now.set(i, r.now[i])
+	}
+	r.now = now
+	return nil
 }
 
 func (r *recorder) done() int {
@@ -98,7 +146,7 @@ func (r *recorder) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (r *recorder) WriteAt(p []byte, off int64) (int, error) {
-	if err := r.do(op{off, int64(len(p)), bytes.Clone(p)}); err != nil {
+	if err := r.do(op{off: off, n: int64(len(p)), data: bytes.Clone(p)}); err != nil {
 		return 0, err
 	}
 	return len(p), nil
@@ -111,22 +159,26 @@ func (r *recorder) Close() error             { return nil }
 // newRecorder is a file with a new delta.
 func newRecorder(t *testing.T, h *header) *recorder {
 	t.Helper()
-	r := &recorder{now: blocks{}, size: h.fileSize()}
+	r := recorded(onDisk(blocks{}), h.fileSize())
 	if err := h.writeNew(r); err != nil {
 		t.Fatal(err)
 	}
-	r.ops = nil // it gets its name only when that is synced
-	return r
+	return recorded(onDisk(r.now), r.size) // it gets its name only when that is synced
 }
 
 // A player goes through what a recorder has recorded and says what is on the disk after each op.
 type player struct {
 	stable  blocks
 	pending map[int64][][]byte // what was not synced, by block, oldest first; nil is zeros
+	dropped blocks             // what a sync failed to write and the kernel still has; nil is zeros
 }
 
 func newPlayer(begin blocks) *player {
-	return &player{maps.Clone(begin), map[int64][][]byte{}}
+	return &player{maps.Clone(begin), map[int64][][]byte{}, blocks{}}
+}
+
+func (p *player) clone() *player {
+	return &player{maps.Clone(p.stable), maps.Clone(p.pending), maps.Clone(p.dropped)}
 }
 
 // play adds an op.
@@ -136,14 +188,20 @@ func (p *player) play(o op) {
 		return
 	}
 	for i, versions := range p.pending {
-		p.stable.set(i, versions[len(versions)-1])
+		last := versions[len(versions)-1]
+		if o.failed && !o.kept[i] {
+			p.dropped[i] = last
+			continue
+		}
+		delete(p.dropped, i)
+		p.stable.set(i, last)
 	}
 	clear(p.pending)
 }
 
 // lose is a loss of power: of each block that was not synced some version is there, a newer one the more likely the
 // larger share is, from 0 to 1.
-func (p *player) lose(share float64) blocks {
+func (p *player) lose(share float64) disk {
 	left := maps.Clone(p.stable)
 	for _, i := range slices.Sorted(maps.Keys(p.pending)) {
 		if rand.Float64() < share {
@@ -155,14 +213,18 @@ func (p *player) lose(share float64) blocks {
 			left.set(i, versions[n])
 		}
 	}
-	return left
+	return onDisk(left)
 }
 
 // kill is the end of the process: the kernel has all.
-func (p *player) kill() blocks {
-	left := maps.Clone(p.stable)
+func (p *player) kill() disk {
+	left := onDisk(p.stable)
+	for i, b := range p.dropped {
+		left.now.set(i, b)
+	}
 	for i, versions := range p.pending {
-		left.set(i, versions[len(versions)-1])
+		left.now.set(i, versions[len(versions)-1])
+		left.dirty[i] = true
 	}
 	return left
 }
