@@ -13,10 +13,6 @@ func newDelta(path string, f file, h *header, base below, boot string) (*Delta, 
 		torn: newBitset(h.sectors()),
 		held: held{runs: map[int64][]run{}},
 	}
-	// What the kernel failed to write since the last sync, of another process perhaps, it says now.
-	if err := d.flush(nil, nil); err != nil {
-		return nil, fmt.Errorf("bringing what was written last to its storage: %w", err)
-	}
 	if err := d.load(boot); err != nil {
 		return nil, err
 	}
@@ -43,7 +39,11 @@ func (d *Delta) load(boot string) error {
 		return d.loadLive()
 	}
 	// After a failed sync the kernel may have pages that storage has not, and takes them for clean (fsync(2)). What is
-	// found in them would be gone after the next loss of power, whatever is synced before that.
+	// found in them would be gone after the next loss of power, whatever is synced before that. What is dirty is not
+	// dropped, so it goes to storage first.
+	if err := d.flush(nil, nil); err != nil {
+		return fmt.Errorf("bringing what was written last to its storage: %w", err)
+	}
 	if err := d.f.Forget(); err != nil {
 		return err
 	}
