@@ -342,7 +342,7 @@ func (d *Delta) readRun(p []byte, off int64, state uint64) error {
 		return nil
 	}
 	if errors.Is(err, io.EOF) {
-		return fmt.Errorf("the file was cut short, it had %d bytes", d.h.fileSize())
+		return d.lost.cutShort(d.h.fileSize())
 	}
 	return withoutPath(err)
 }
@@ -403,6 +403,7 @@ func appendZeros(dst [][]byte, n int64) [][]byte {
 // Unmapped implements scsi.Mapper. Nobody can tell whether it was the base or the delta.
 func (d *Delta) Unmapped() {
 	d.mem.fail()
+	_ = d.lost.check(d.f, d.h.fileSize()) // who writes is told
 	d.base.Unmapped()
 }
 

@@ -44,7 +44,7 @@ const maxQuickSectors = 64
 
 // commit makes what was written before it began outlive a loss of power. One runs at a time.
 func (d *Delta) commit() error {
-	if err := d.lost.err(); err != nil {
+	if err := d.lost.check(d.f, d.h.fileSize()); err != nil {
 		return err
 	}
 	p := d.decide()

@@ -112,7 +112,7 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 	n, err := d.f.ReadAt(p, off)
 	if n < len(p) {
 		if errors.Is(err, io.EOF) {
-			err = fmt.Errorf("the file was cut short, it had %d bytes", d.size)
+			err = d.lost.cutShort(d.size)
 		}
 		return n, mediumError("reading disk", d.path, off, int64(len(p)), withoutPath(err))
 	}
@@ -128,7 +128,10 @@ func (d *Disk) Segments(dst [][]byte, off int64, n int) ([][]byte, bool) {
 }
 
 // Unmapped implements scsi.Mapper.
-func (d *Disk) Unmapped() { d.mem.fail() }
+func (d *Disk) Unmapped() {
+	d.mem.fail()
+	_ = d.lost.check(d.f, d.size) // who writes is told
+}
 
 // WriteAt implements scsi.Medium.
 func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
@@ -190,7 +193,7 @@ func (d *Disk) Mapped(off int64) (int64, bool) {
 // Sync implements scsi.Medium. Who calls it at the same time as others shares one fdatasync(2) with them.
 func (d *Disk) Sync() error {
 	err := d.syncs.do(func() error {
-		if err := d.lost.err(); err != nil {
+		if err := d.lost.check(d.f, d.size); err != nil {
 			return err
 		}
 		if !d.dirty.Swap(false) {
@@ -221,23 +224,54 @@ func (d *Disk) Close() error {
 	return nil
 }
 
-// lostWrites remembers that a sync failed. The kernel may have dropped the pages that it could not write, and the next
-// fdatasync(2) would report success; so no later one is believed, until the file is opened anew.
+// lostWrites remembers why what was written may be lost. A sync failed: the kernel may have dropped the pages that it could
+// not write, and the next fdatasync(2) would report success; so no later one is believed, until the file is opened anew.
+// Or the file was cut short: what is written behind its end would make it long again, with zeros before.
 type lostWrites struct {
 	mu    sync.Mutex
 	cause error
 	seen  atomic.Bool
 }
 
+// note takes note of the error of a sync, if there is one, and returns it.
 func (l *lostWrites) note(err error) error {
-	if err == nil {
-		return nil
+	if err != nil {
+		// Without err in its chain: what that says, "no space" perhaps, is not what will help later.
+		l.set(fmt.Errorf("an earlier sync failed, what was written before it may be lost; open it anew once its storage works: %v", err)) //nolint:errorlint // see above
 	}
+	return err
+}
+
+// cutShort takes note that a file of want bytes has less, and says so.
+func (l *lostWrites) cutShort(want int64) error {
+	err := fmt.Errorf("the file was cut short, it had %d bytes", want)
+	l.set(err)
+	return err
+}
+
+// check says what may be lost, also where a file of want bytes has less now.
+func (l *lostWrites) check(f interface{ Length() (int64, error) }, want int64) error {
+	if err := l.err(); err != nil {
+		return err
+	}
+	n, err := f.Length()
+	switch {
+	case err != nil:
+		return withoutPath(err)
+	case n < want:
+		return l.cutShort(want)
+	}
+	return nil
+}
+
+// set keeps the first cause.
+func (l *lostWrites) set(cause error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.cause = err
+	if l.cause == nil {
+		l.cause = cause
+	}
 	l.seen.Store(true)
-	return err
 }
 
 func (l *lostWrites) err() error {
@@ -246,5 +280,5 @@ func (l *lostWrites) err() error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return fmt.Errorf("an earlier sync failed, what was written before it may be lost; open it anew once its storage works: %w", l.cause)
+	return l.cause
 }

@@ -21,6 +21,8 @@ type file interface {
 	// Forget has what is read next come from stable storage, but for what was written since the last Sync. It must not be
 	// mapped by anybody.
 	Forget() error
+	// Length is how many bytes the file has now.
+	Length() (int64, error)
 	Close() error
 }
 
@@ -56,6 +58,9 @@ func (f osFile) Forget() error {
 	}
 	return nil
 }
+
+// Length implements file.
+func (f osFile) Length() (int64, error) { return plainSize(f) }
 
 // allocated is how many bytes the file takes of its file system.
 func (f osFile) allocated() (int64, error) {

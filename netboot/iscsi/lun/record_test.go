@@ -156,6 +156,9 @@ func (r *recorder) Punch(off, n int64) error { return r.do(op{off: off, n: n}) }
 func (r *recorder) Sync() error              { return r.do(op{}) }
 func (r *recorder) Close() error             { return nil }
 
+// Length implements file.
+func (r *recorder) Length() (int64, error) { return r.size, nil }
+
 // newRecorder is a file with a new delta.
 func newRecorder(t *testing.T, h *header) *recorder {
 	t.Helper()
