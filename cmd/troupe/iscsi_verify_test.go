@@ -45,7 +45,7 @@ func TestISCSIServerKilledUnderVerify(t *testing.T) {
 	}
 
 	srv.kill()
-	srv = startISCSI(t, srv.addr, "cow:"+base+","+delta)
+	startISCSI(t, srv.addr, "cow:"+base+","+delta)
 	check := startFio(t, socket, "--verify_only")
 	if err := <-check.ended; err != nil {
 		t.Fatalf("fio, of all that was written: %v\n%s", err, check.output.String())

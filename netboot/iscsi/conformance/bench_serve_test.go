@@ -47,13 +47,19 @@ func serve(args []string, out io.Writer) error {
 		defer pprof.StopCPUProfile()
 	}
 	dir := &directory{targets: make(map[string]offer)}
+	var open []io.Closer
+	defer func() {
+		for _, c := range open {
+			_ = c.Close() // the process ends, and what was acknowledged is safe without
+		}
+	}()
 	for _, arg := range args {
 		name, spec, _ := strings.Cut(arg, "=")
 		target, closer, err := openTarget(name, spec)
 		if err != nil {
 			return fmt.Errorf("opening %s: %w", arg, err)
 		}
-		defer closer.Close()
+		open = append(open, closer)
 		dir.targets[iqn(name)] = offer{target: target}
 	}
 	srv, err := iscsi.NewServer(iscsi.Config{Directory: dir})
@@ -138,6 +144,7 @@ func startOurs(b *testing.B, args ...string) *server {
 
 // endWith ends a process with the benchmark, by a signal.
 func endWith(b *testing.B, cmd *exec.Cmd, by syscall.Signal, stderr *bytes.Buffer) {
+	b.Helper()
 	b.Cleanup(func() {
 		_ = cmd.Process.Signal(by) // it may have ended already, and Wait says so
 		if err := cmd.Wait(); err != nil && !endedBySignal(err) {

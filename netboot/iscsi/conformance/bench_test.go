@@ -80,6 +80,7 @@ func BenchmarkTarget(b *testing.B) {
 }
 
 func newBench(b *testing.B) *bench {
+	b.Helper()
 	dir := b.TempDir()
 	file := func(name string) string { return filepath.Join(dir, name) }
 	writePattern(b, file("base"), lunSize)
@@ -103,6 +104,7 @@ func newBench(b *testing.B) *bench {
 
 // writeHalf makes a copy-on-write disk of which every second cluster is written.
 func writeHalf(b *testing.B, base, delta string) {
+	b.Helper()
 	image, err := lun.OpenImage(base)
 	if err != nil {
 		b.Fatal(err)
@@ -205,7 +207,7 @@ func (n *bench) memory() {
 			if err != nil {
 				n.Fatal(err)
 			}
-			defer i.conn.Close()
+			n.Cleanup(func() { i.conn.Close() })
 			if err := i.read(uint32(k), 64<<10/512); err != nil {
 				n.Fatal(err)
 			}

@@ -25,8 +25,18 @@ type medium struct {
 }
 
 var media = [2]medium{
-	{"file", 512, func(t testing.TB, _ *lun.Image) scsi.Medium { return openDisk(t) }},
-	{"cow", 4096, func(t testing.TB, base *lun.Image) scsi.Medium { return openDelta(t, base) }},
+	{"file", 512, openFile},
+	{"cow", 4096, openCopyOnWrite},
+}
+
+func openFile(t testing.TB, _ *lun.Image) scsi.Medium {
+	t.Helper()
+	return openDisk(t)
+}
+
+func openCopyOnWrite(t testing.TB, base *lun.Image) scsi.Medium {
+	t.Helper()
+	return openDelta(t, base)
 }
 
 // openDisk opens a new file of zeros.
