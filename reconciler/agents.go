@@ -158,7 +158,7 @@ func (a *agents) Report(ctx context.Context, _ netip.Addr, r agentapi.Report) (a
 func nodeOf(before state.Node, r agentapi.Report, now time.Time) state.Node {
 	n := state.Node{
 		MAC: r.MAC, BootID: r.BootID, LastSeen: now, Booted: now.Add(-r.Uptime),
-		Stage: string(agentapi.StageAgent), Running: r.Running, Staged: r.Staged, Fetch: r.Fetch, Cached: r.Cached, Error: r.Error,
+		Stage: string(agentapi.StageAgent), Running: r.Running, Staged: r.Staged, Fetch: r.Fetch, Cached: r.Cached, Error: r.Error, Session: r.Session,
 	}
 	if before.BootID == r.BootID {
 		n.Stage, n.Kernel = before.Stage, before.Kernel
@@ -288,6 +288,11 @@ func clean(r agentapi.Report) agentapi.Report {
 		r.Marks[i].Detail, r.Marks[i].Stage = cut(r.Marks[i].Detail), agentapi.Stage(cutTo(string(r.Marks[i].Stage), maxStage))
 	}
 	r.Cached = r.Cached[:min(len(r.Cached), maxItems)]
+	if r.Session != nil {
+		s := *r.Session
+		s.Error = cut(s.Error)
+		r.Session = &s
+	}
 	if r.Running != nil {
 		run := *r.Running
 		run.Host, run.Role = cut(run.Host), cut(run.Role)

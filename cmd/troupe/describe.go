@@ -102,7 +102,8 @@ func writeHost(w io.Writer, h api.HostDetail, boots int, now time.Time) error {
 		f.set("First seen", ago(now, h.Machine.FirstSeen))
 	}
 	if h.ISCSI != nil {
-		targetFields(&f, *h.ISCSI, now)
+		targetFields(&f, *h.ISCSI)
+		f.set("Its session", sessionText(h.Node))
 	}
 	if h.Entry != "" {
 		f.set("Host entry", "troupe get hosts "+h.MAC+" -o cue")
@@ -155,7 +156,7 @@ func hostFields(f *fields, h api.HostDetail, now time.Time) {
 }
 
 // targetFields are those about what the host has on the server's iSCSI target.
-func targetFields(f *fields, t api.Target, now time.Time) {
+func targetFields(f *fields, t api.Target) {
 	f.set("iSCSI target", t.Name)
 	f.set("Initiator", t.Initiator)
 	if t.Resetting {
@@ -176,6 +177,25 @@ func targetFields(f *fields, t api.Target, now time.Time) {
 			s.Peer, s.Since.Local().Format(time.DateTime), api.Bytes(clamp(s.BytesOut)), api.Bytes(clamp(s.BytesIn)), s.Commands))
 	}
 	f.list("Sessions", sessions)
+}
+
+// sessionText is how a node's agent sees its session; "" where it runs from no LUNs.
+func sessionText(n *state.Node) string {
+	if n == nil || n.Session == nil {
+		return ""
+	}
+	s := n.Session
+	text := "down"
+	if s.Up {
+		text = "up"
+	}
+	if again := s.Logins - 1; again > 0 {
+		text += ", logged in again " + count(again, "time")
+	}
+	if s.Error != "" {
+		text += ": " + s.Error
+	}
+	return text
 }
 
 // lunText says what a LUN is.

@@ -68,17 +68,23 @@ type Session struct {
 }
 
 func (s *Server) getLUNs(w http.ResponseWriter, r *http.Request) error {
+	recs, err := s.records(r.Context())
+	if err != nil {
+		return err
+	}
 	all := []LUN{}
-	if s.LUNs != nil {
-		recs, err := s.records(r.Context())
-		if err != nil {
-			return err
-		}
-		for _, t := range s.LUNs.Targets() {
-			all = append(all, recs.named(t).LUNs...)
-		}
+	for _, t := range s.targets() {
+		all = append(all, recs.named(t).LUNs...)
 	}
 	return writeJSON(w, http.StatusOK, all)
+}
+
+// targets are those of all hosts; none where there is no iSCSI target.
+func (s *Server) targets() []Target {
+	if s.LUNs == nil {
+		return nil
+	}
+	return s.LUNs.Targets()
 }
 
 // named is t with the names of the images that are in it.
@@ -99,11 +105,8 @@ func (r *Records) named(t Target) Target {
 
 // target finds the target of a host; nil if it has none.
 func (s *Server) target(recs *Records, host string) *Target {
-	if s.LUNs == nil || host == "" {
-		return nil
-	}
-	for _, t := range s.LUNs.Targets() {
-		if t.Host == host {
+	for _, t := range s.targets() {
+		if t.Host == host && host != "" {
 			t = recs.named(t)
 			return &t
 		}

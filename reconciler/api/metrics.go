@@ -35,7 +35,7 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) error {
 	}
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-		&gauges{recs: recs, leases: countLeases(leases, recs.Now), requests: &s.shared.requests})
+		&gauges{recs: recs, leases: countLeases(leases, recs.Now), requests: &s.shared.requests, targets: s.targets()})
 	gathered := prometheus.GathererFunc(just(reg.Gather())) // so that the records are not kept while the client takes its time
 	promhttp.HandlerFor(gathered, promhttp.HandlerOpts{}).ServeHTTP(w, r)
 	return nil
@@ -60,6 +60,7 @@ type gauges struct {
 	recs     *Records
 	leases   int
 	requests *requests
+	targets  []Target
 }
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -77,6 +78,8 @@ var (
 	descBootTook  = desc("host_boot_seconds", "From its first sign to healthy, of each host's last boot that got there.", "host")
 	descBootBytes = desc("host_boot_fetched_bytes", "Image bytes fetched for each host's last boot.", "host")
 	descLastSeen  = desc("host_last_seen_timestamp_seconds", "When each host was last heard of.", "host")
+	descSessions  = desc("iscsi_sessions", "Sessions of each host with the server's iSCSI target.", "host")
+	descDelta     = desc("iscsi_delta_bytes", "What each host wrote to its disk on the server takes there.", "host")
 	descRequests  = desc("http_requests_total", "Answers of the API by class of status.", "class")
 )
 
@@ -105,6 +108,12 @@ func (g *gauges) Collect(ch chan<- prometheus.Metric) {
 	set(descLeases, float64(g.leases))
 	for _, h := range hosts {
 		g.collectHost(h, set)
+	}
+	for _, t := range g.targets {
+		set(descSessions, float64(len(t.Sessions)), t.Host)
+		if len(t.LUNs) > 0 {
+			set(descDelta, float64(t.LUNs[0].Delta), t.Host)
+		}
 	}
 	for class := 1; class < len(g.requests); class++ {
 		n := float64(g.requests[class].Load())

@@ -271,6 +271,7 @@ type Node struct {
 	Fetch    *agentapi.Progress `json:"fetch,omitempty"`
 	Cached   []digest.Digest    `json:"cached,omitempty"`
 	Error    string             `json:"error,omitempty"`
+	Session  *agentapi.Session  `json:"session,omitempty"` // with its LUNs; nil where it runs from none
 }
 
 // A Boot is the timeline of one boot of one machine.

@@ -7,15 +7,15 @@ const MOST_ROWS = 1000; // of hosts in the document; the filter finds the others
 const DENSE = 30; // from how many hosts on they get less room each, and a frame to scroll in
 
 const LOOKS = { // of a host's state: colour class, sign
-  healthy: ["good", "✔"], unhealthy: ["bad", "✖"], failed: ["bad", "✖"], lost: ["bad", "?"], booting: ["busy", "▲"],
+  healthy: ["good", "✔"], booted: ["good", "✔"], unhealthy: ["bad", "✖"], failed: ["bad", "✖"], lost: ["bad", "?"], booting: ["busy", "▲"],
   staging: ["busy", "▼"], rebooting: ["busy", "↻"], waiting: ["wait", "…"], absent: ["none", "○"], unclaimed: ["new", "+"],
 };
-const ORDER = ["healthy", "unhealthy", "failed", "lost", "waiting", "booting", "staging", "rebooting", "absent", "unclaimed"];
+const ORDER = ["healthy", "booted", "unhealthy", "failed", "lost", "waiting", "booting", "staging", "rebooting", "absent", "unclaimed"];
 const PHASES = { done: ["good", "✔"], running: ["busy", "▲"], queued: ["wait", "…"], failed: ["bad", "✖"] };
 
 const STAGE_LOOK = { // of a boot's stage: whose time it took to get there
   "dhcp-offer": "s1", "tftp": "s1", "script": "s1", "kernel": "s2", "agent-up": "s2", "wait": "s3", "cache": "s3", "fetch": "s4",
-  "mount": "s3", "switch-root": "s3", "service": "s5", "healthy": "s6", "stage": "s4", "reboot": "s3", "stay": "s6", "failed": "fail",
+  "mount": "s3", "switch-root": "s3", "service": "s5", "disk": "s2", "booted": "s6", "healthy": "s6", "stage": "s4", "reboot": "s3", "stay": "s6", "failed": "fail",
 };
 const LEGEND = [["s1", "firmware and boot loader"], ["s2", "kernel"], ["s3", "agent"], ["s4", "fetching images"], ["s5", "operating system"], ["s6", "checks"]];
 
@@ -279,7 +279,7 @@ function hostRow(h) {
     el("td", { class: "num nowrap", "data-label": "last seen" }, h.lastSeen ? ago(h.lastSeen) : el("span", { class: "dim" }, "never")));
 }
 
-const servesOld = (h) => h.healthy && h.running && h.name && !["healthy", "lost"].includes(h.state) && h.stage !== "reboot";
+const servesOld = (h) => h.healthy && h.running && h.name && !["healthy", "booted", "lost"].includes(h.state) && h.stage !== "reboot";
 const stateOf = (h) => pill(h.state, LOOKS);
 const roleOf = (h) => (h.runningRole && h.runningRole !== h.role ? [h.runningRole, arrow(), h.role] : h.role || h.runningRole || "");
 const arrow = () => el("span", { class: "arrow", title: "shall become" }, "→");
