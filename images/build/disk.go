@@ -205,11 +205,12 @@ var zeros [page]byte
 
 func (s *sparse) writeAt(data []byte, off int64) error {
 	for len(data) > 0 {
-		zero, run := 0, 0
+		zero := 0
 		for zero < len(data) && isZero(data[zero:]) {
 			zero = min(zero+page, len(data))
 		}
-		for run = zero; run < len(data) && !isZero(data[run:]); {
+		run := zero
+		for run < len(data) && !isZero(data[run:]) {
 			run = min(run+page, len(data))
 		}
 		if run > zero {

@@ -72,7 +72,7 @@ func Is(head []byte) bool { return len(head) >= len(magic) && string(head[:len(m
 // An Image is an open disk image.
 type Image struct {
 	r    io.ReaderAt
-	len  int64 // of the file
+	len  uint64 // of the file
 	size int64
 
 	version     uint32
@@ -93,7 +93,7 @@ func Open(r io.ReaderAt, length int64) (*Image, error) {
 	if !Is(h[:n]) || n < headerV2 {
 		return nil, badf("there is no header")
 	}
-	img := &Image{r: r, len: length}
+	img := &Image{r: r, len: uint64(max(length, 0))}
 	if err := img.header(h[:n]); err != nil {
 		return nil, err
 	}
@@ -187,7 +187,7 @@ func (img *Image) readL1(entries uint32, offset uint64) error {
 
 // read fills b from offset of the file.
 func (img *Image) read(b []byte, offset uint64, what string) error {
-	if offset > uint64(img.len) || uint64(len(b)) > uint64(img.len)-offset {
+	if offset > img.len || uint64(len(b)) > img.len-offset {
 		return badf("%s: %d bytes at %d, and the file has %d", what, len(b), offset, img.len)
 	}
 	if _, err := img.r.ReadAt(b, int64(offset)); err != nil { //nolint:gosec // within the file, whose length is an int64
@@ -248,7 +248,7 @@ func (img *Image) unpack(entry uint64) ([]byte, error) {
 	shift := 62 - (img.bits - 8)
 	at := entry & (1<<shift - 1)
 	sectors := entry >> shift & (1<<(img.bits-8) - 1)
-	length := min((sectors+1)*sector-at%sector, uint64(max(img.len, 0))-min(at, uint64(max(img.len, 0)))) // the last one may end with the file
+	length := min((sectors+1)*sector-at%sector, img.len-min(at, img.len)) // the last one may end with the file
 	if length == 0 {
 		return nil, badf("compressed data at %d, and the file has %d bytes", at, img.len)
 	}

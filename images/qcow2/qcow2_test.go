@@ -15,7 +15,7 @@ import (
 
 // disk is the content of a disk: data that compresses and data that does not, zeros, and an end within a cluster.
 func disk() []byte {
-	rng := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // the same disk each time
+	rng := rand.New(rand.NewPCG(1, 2)) // the same disk each time
 	b := make([]byte, 9<<20+1024)
 	for i := 1 << 20; i < 3<<20; i++ {
 		b[i] = byte(rng.Uint32())
@@ -174,8 +174,8 @@ func small(tb testing.TB) []byte {
 func TestDamagedImages(t *testing.T) {
 	good := small(t)
 	be := binary.BigEndian
-	l1 := int64(be.Uint64(good[40:]))              //nolint:gosec // of our own image
-	l2 := int64(be.Uint64(good[l1:]) & offsetMask) //nolint:gosec // as above
+	l1 := int64(be.Uint64(good[40:]))
+	l2 := int64(be.Uint64(good[l1:]) & offsetMask)
 	for name, tt := range map[string]struct {
 		damage func([]byte) []byte
 		want   string

@@ -116,8 +116,11 @@ func (d *Disk) boot(b *strings.Builder) error {
 	}
 	b.WriteString("imgfree\n")
 	for _, set := range [...][2]string{
-		{"initiator-iqn", d.Initiator}, {"username", d.User}, {"password", d.Secret},
-		{"reverse-username", d.MutualUser}, {"reverse-password", d.MutualSecret},
+		{"initiator-iqn", d.Initiator},
+		{"username", d.User},
+		{"password", d.Secret},
+		{"reverse-username", d.MutualUser},
+		{"reverse-password", d.MutualSecret},
 	} {
 		if err := word(set[1]); err != nil {
 			return fmt.Errorf("setting %s: %w", set[0], err) // without its value, which may be a secret
