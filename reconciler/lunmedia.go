@@ -54,13 +54,28 @@ func (m lunMedia) path(host string, d state.LUNDisk, ext string) string {
 // disk opens what a host writes to, and makes its file where it is not there yet. base is the image that it begins as; nil:
 // it begins blank.
 func (m lunMedia) disk(host string, d state.LUNDisk, base *lun.Image) (medium, error) {
-	if err := os.MkdirAll(filepath.Join(m.dir, host), 0o700); err != nil {
-		return nil, fmt.Errorf("making the directory of a host's disks: %w", err)
+	if err := m.prepare(host, d); err != nil {
+		return nil, err
 	}
 	if d.Image == nil {
 		return lun.OpenDisk(m.file(host, d), d.Size)
 	}
 	return lun.OpenDelta(base, m.file(host, d), d.Size, d.Image.Digest.String())
+}
+
+// prepare makes the directory that a disk's file is made in. The file of a disk that was used before is not made: what the
+// host wrote would be gone, and nobody would hear of it.
+func (m lunMedia) prepare(host string, d state.LUNDisk) error {
+	if !d.Opened.IsZero() {
+		if _, err := os.Stat(m.file(host, d)); err != nil {
+			return fmt.Errorf("what the host wrote is not there (troupe reset %s begins anew): %w", host, err)
+		}
+		return nil
+	}
+	if err := os.MkdirAll(filepath.Join(m.dir, host), 0o700); err != nil {
+		return fmt.Errorf("making the directory of a host's disks: %w", err)
+	}
+	return atomicfile.SyncDir(m.dir)
 }
 
 // file is the name of the file with what a host wrote.

@@ -96,6 +96,11 @@ func (l *luns) run(ctx context.Context) error {
 	defer tick.Stop()
 	for {
 		var soon <-chan time.Time
+		select {
+		case <-time.After(settle): // a thousand machines that boot are a few looks
+		case <-ctx.Done():
+			return nil
+		}
 		next, err := l.step(ctx)
 		if err != nil && ctx.Err() == nil {
 			l.log.Error("keeping the LUNs of hosts", "error", err)
@@ -239,9 +244,8 @@ func (l *luns) host(ctx context.Context, host string, f lunFacts) (next time.Tim
 		return next, err
 	}
 	l.tellBoot(before.Boot, rec)
-	if f.assigned == nil && len(f.sessions) > 0 && f.now.Sub(rec.Unused) >= leaveGrace {
-		l.events.note(ctx, state.Event{Kind: "disk", Subject: host, Message: "it left the fleet: its machine is cut off from its disk", Warning: true})
-		l.target.Drop(initiatorName(host))
+	if f.assigned == nil && f.now.Sub(rec.Unused) >= leaveGrace {
+		return next, l.shut(ctx, host, len(f.sessions) > 0)
 	}
 	err = l.serve(ctx, rec, f.wants(), f.boot)
 	l.tell(ctx, host, err)
@@ -254,7 +258,22 @@ func (l *luns) host(ctx context.Context, host string, f lunFacts) (next time.Tim
 	if b := rec.Boot; b != nil && !b.Login.IsZero() && b.Booted.IsZero() && len(f.sessions) > 0 {
 		next = f.now.Add(loaderGone)
 	}
-	return next, l.media.clear(host, rec)
+	if lost := slices.ContainsFunc(before.Disks, func(d state.LUNDisk) bool { _, has := rec.Disk(d.ID); return !has }); lost {
+		return next, errors.Join(err, l.media.clear(host, rec))
+	}
+	return next, nil
+}
+
+// shut closes the disk of a host that left the fleet a while ago, and keeps it.
+func (l *luns) shut(ctx context.Context, host string, inUse bool) error {
+	if l.hosts[host] == nil {
+		return nil
+	}
+	if inUse {
+		l.events.note(ctx, state.Event{Kind: "disk", Subject: host, Message: "it left the fleet: its machine is cut off from its disk", Warning: true})
+	}
+	l.unpublish(host)
+	return l.closeHost(host)
 }
 
 // tellBoot notes in the machine's timeline how far it came with its disk.

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -447,6 +448,56 @@ func TestResetOfAHostThatHasNothingHere(t *testing.T) {
 	if !errors.As(err, &conflict) {
 		t.Errorf("got %v, want a conflict", err)
 	}
+}
+
+// A host that left the fleet may go on for a while, then it is cut off; its disk is there when it comes back. What is not
+// there is not made anew as if nothing were.
+func TestDiskOfAHostThatLeft(t *testing.T) {
+	r := newLUNRig(t)
+	var now atomic.Int64
+	r.now = func() time.Time { return testStart.Add(time.Duration(now.Load())) }
+	a := r.assign(t, "n1", r.delta)
+	stop := r.start(t)
+	r.await(t, ready("n1", a))
+	r.login(t, "n1", 1)
+	r.until(t, func() bool { return !r.record(t, "n1").Disks[0].Opened.IsZero() })
+	disk := r.record(t, "n1").Current
+	if err := state.Assignments.Delete(t.Context(), r.store, "n1"); err != nil {
+		t.Fatal(err)
+	}
+	r.until(t, func() bool { return !r.record(t, "n1").Unused.IsZero() })
+	now.Store(int64(leaveGrace - time.Second))
+	r.poke()
+	_ = r.Reset(t.Context(), "nobody", false)
+	if len(r.target.Sessions()) != 1 {
+		t.Error("it was cut off at once")
+	}
+	now.Store(int64(leaveGrace))
+	r.until(t, func() bool { return len(r.target.Sessions()) == 0 })
+	if err := r.target.login(r.luns, "n1", 2); !errors.Is(err, iscsi.ErrNoTarget) {
+		t.Errorf("a login after that: %v", err)
+	}
+	a = r.assign(t, "n1", r.delta)
+	r.await(t, ready("n1", a))
+	if got := r.record(t, "n1").Current; got != disk || len(r.files(t)) != 1 {
+		t.Errorf("it came back, and has disk %s of %v, not %s", got, r.files(t), disk)
+	}
+	stop()
+
+	if err := os.RemoveAll(filepath.Join(r.dir, "n1")); err != nil {
+		t.Fatal(err)
+	}
+	r.again(r.store)
+	stop = r.start(t)
+	defer stop()
+	r.await(t, func(v lunViews) bool {
+		at, why := v.iscsi("n1", a)
+		return at == nil && strings.Contains(why, "what the host wrote is not there (troupe reset n1")
+	})
+	if err := r.Reset(t.Context(), "n1", false); err != nil {
+		t.Fatal(err)
+	}
+	r.await(t, ready("n1", a))
 }
 
 // An image that the store has lost keeps a host waiting, with the reason, and no other one.

@@ -160,7 +160,7 @@ func (r *Records) ReleaseViews(hosts []Host) []Release {
 	all := make([]Release, 0, len(r.Releases))
 	for _, rel := range r.newestReleases() {
 		all = append(all, Release{
-			ID: rel.ID, Roles: rel.Roles, Created: rel.Created, Size: rel.Release.Base.Size + rel.Release.Delta.Size + rel.Release.Disk.Size,
+			ID: rel.ID, Roles: rel.Roles, Created: rel.Created, Size: rel.Release.Base.Size + rel.Release.Delta.Size + rel.Disk.Size,
 			Content: rel.Release, BaseRecipe: rel.Base, DeltaRecipe: rel.Delta,
 			Assigned: orEmpty(assigned[rel.ID]), Running: orEmpty(running[rel.ID]),
 		})

@@ -163,7 +163,7 @@ type HostDetail struct {
 	Lease      *state.Lease      `json:"lease,omitempty"`
 	// ISCSI is what the host has on the server's iSCSI target; nil for nothing.
 	ISCSI *Target `json:"iscsi,omitempty"`
-	Boots  []Boot  `json:"boots"` // newest first
+	Boots []Boot  `json:"boots"` // newest first
 }
 
 // A Boot is the timeline of one boot.

@@ -10,6 +10,7 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/reconciler/state"
 	"github.com/troupe-dev/troupe/schema"
 )
@@ -120,8 +121,11 @@ func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
 	if len(out.Why) == 0 {
 		out.Why = []string{fmt.Sprintf("generation %d is not active yet: %s", out.Generation, why)}
 	}
-	if !seen {
+	switch {
+	case !seen:
 		out.Why = append(out.Why, neverSeen)
+	case node.Stage == string(netboot.StageBooted):
+		out.Why = append(out.Why, noAgent)
 	}
 }
 

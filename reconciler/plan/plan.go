@@ -126,13 +126,16 @@ type Host struct {
 	iscsi *state.ISCSI // nil for a host that runs from a disk of its own
 }
 
-// neverSeen is a reason of today, not one of the change.
-const neverSeen = "its machine has never been seen"
+// Reasons of today, not of the change.
+const (
+	neverSeen = "its machine has never been seen"
+	noAgent   = "no agent is there to reboot it: it waits for its next boot"
+)
 
 // Assignment is the record that carries h out, for a host with a Spec. Since is when.
 func (h Host) Assignment(commit string, since time.Time) state.Assignment {
 	return state.Assignment{
-		Host: h.Name, Generation: h.Generation, Commit: commit, Why: join(slices.DeleteFunc(slices.Clone(h.Why), func(why string) bool { return why == neverSeen })), Since: since,
+		Host: h.Name, Generation: h.Generation, Commit: commit, Why: join(slices.DeleteFunc(slices.Clone(h.Why), func(why string) bool { return why == neverSeen || why == noAgent })), Since: since,
 		Role: h.ToRole, Release: h.To, Node: h.Spec.Node.Digest, Spec: *h.Spec,
 		Address: h.host.Address, BaseRecipe: h.Base, DeltaRecipe: h.Delta, ISCSI: h.iscsi,
 	}

@@ -392,6 +392,21 @@ var changes = map[string]struct {
 		host:  "n1",
 		want:  Host{Action: Reboot, Changed: true, Reboot: true, FromRole: "vm", ToRole: "vm", Generation: 3, Why: []string{"SHA-256 of image cloud changed"}},
 	},
+	"another image, of a system without an agent": {
+		change: func(w *world) {
+			w.vm("one")
+			w.settle()
+			n := w.obs.Nodes[mac(1)]
+			n.Stage = "booted"
+			w.obs.Nodes[mac(1)] = n
+			w.vm("two")
+		},
+		built: true,
+		host:  "n1",
+		want: Host{Action: Reboot, Changed: true, Reboot: true, FromRole: "vm", ToRole: "vm", Generation: 3, Why: []string{
+			"SHA-256 of image cloud changed", "no agent is there to reboot it: it waits for its next boot",
+		}},
+	},
 	"another place of the same image": { // which is fetched from there, and found to be the same
 		change: func(w *world) {
 			w.vm("one")
