@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -61,11 +62,13 @@ func newISCSIServeCommand() *cobra.Command {
 
   ro:FILE           an image that is only read
   cow:BASE,DELTA    a disk that begins as the image BASE, which is only read; what is
-                    written to it goes to DELTA, which is made where it is not there
+                    written to it goes to DELTA, which is made where it is not there.
+                    BASE must stay as it is: DELTA cannot be used over another
   rw:FILE           a file that is read and written
 
 With ,size=10GiB behind DELTA or FILE, one that is not there is made of that size (a
-DELTA has BASE's without); it takes space only for what is written.
+DELTA has BASE's without); it takes space only for what is written. Making a DELTA
+reads all of BASE once, to know it again; its digest is kept in DELTA.base.
 
 Whoever reaches the address may use the disks, unless --chap-user says who may. What
 initiators reserve for good is kept beside DELTA and FILE, as *.reservations, or in
@@ -114,9 +117,11 @@ func (o *iscsiOptions) run(cmd *cobra.Command) (err error) {
 		}
 	}
 	shelf := &diskShelf{target: iscsi.NewTarget(diskTarget), chap: chap}
+	reading := &readingProgress{w: cmd.ErrOrStderr(), now: time.Now}
+	shelf.bases.Progress = reading.report
 	defer func() { err = errors.Join(err, shelf.close()) }()
 	for i, s := range specs {
-		if err := shelf.add(iscsi.LUN(i), s, o.state); err != nil {
+		if err := shelf.add(cmd.Context(), iscsi.LUN(i), s, o.state); err != nil {
 			return fmt.Errorf("--lun %s: %w", s.text, err)
 		}
 	}
@@ -271,6 +276,7 @@ type diskShelf struct {
 	chap   *iscsi.CHAP
 	disks  []disk
 	open   []io.Closer // in the order in which they were opened
+	bases  lun.Bases
 }
 
 // A disk is a LUN as it is told of. It is a contract with scripts.
@@ -300,8 +306,8 @@ func (s *diskShelf) Open(_, target string) (*iscsi.Target, *iscsi.CHAP, error) {
 }
 
 // add opens a disk and makes it a LUN of the target. Its reservations are kept in state, or beside it.
-func (s *diskShelf) add(n iscsi.LUN, spec diskSpec, state string) error {
-	m, err := s.medium(spec)
+func (s *diskShelf) add(ctx context.Context, n iscsi.LUN, spec diskSpec, state string) error {
+	m, err := s.medium(ctx, spec)
 	if err != nil {
 		return err
 	}
@@ -318,12 +324,12 @@ func (s *diskShelf) add(n iscsi.LUN, spec diskSpec, state string) error {
 }
 
 // medium opens what a disk keeps its blocks on.
-func (s *diskShelf) medium(spec diskSpec) (scsi.Medium, error) {
+func (s *diskShelf) medium(ctx context.Context, spec diskSpec) (scsi.Medium, error) {
 	switch spec.kind {
 	case "ro":
 		return keepOpen(s, lun.OpenImage)(spec.file)
 	case "cow":
-		return s.delta(spec)
+		return s.delta(ctx, spec)
 	}
 	if _, err := os.Stat(spec.file); spec.size == 0 && errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("there is no such file: say how large it shall be to have it made, as in rw:%s,size=10GiB", spec.file)
@@ -331,16 +337,35 @@ func (s *diskShelf) medium(spec diskSpec) (scsi.Medium, error) {
 	return keepOpen(s, func(path string) (*lun.Disk, error) { return lun.OpenDisk(path, spec.size) })(spec.file)
 }
 
-func (s *diskShelf) delta(spec diskSpec) (scsi.Medium, error) {
+func (s *diskShelf) delta(ctx context.Context, spec diskSpec) (scsi.Medium, error) {
 	base, err := keepOpen(s, lun.OpenImage)(spec.base)
 	if err != nil {
 		return nil, err
 	}
-	id, err := base.Fingerprint()
-	if err != nil {
-		return nil, err
+	return keepOpen(s, func(path string) (*lun.Delta, error) { return s.bases.OpenDelta(ctx, base, path, spec.size) })(spec.file)
+}
+
+// A readingProgress says how far an image was read, where that takes long.
+type readingProgress struct {
+	w     io.Writer
+	now   func() time.Time
+	image string
+	said  time.Time // the last time, or when the image was begun
+}
+
+// sayEvery is how often a readingProgress says something.
+const sayEvery = 5 * time.Second
+
+func (p *readingProgress) report(image string, done, of int64) {
+	now := p.now()
+	if p.image != image || p.said.IsZero() {
+		p.image, p.said = image, now
 	}
-	return keepOpen(s, func(path string) (*lun.Delta, error) { return lun.OpenDelta(base, path, spec.size, id) })(spec.file)
+	if now.Sub(p.said) < sayEvery {
+		return
+	}
+	p.said = now
+	fmt.Fprintf(p.w, "reading %s once, to know it again: %s of %s\n", image, api.Bytes(done), api.Bytes(of))
 }
 
 // keepOpen has s close what open opens.
