@@ -1,6 +1,7 @@
 package lun
 
 import (
+	"bytes"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -10,9 +11,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"golang.org/x/sys/unix"
-
-	"github.com/troupe-dev/troupe/internal/atomicfile"
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 )
 
@@ -110,9 +108,9 @@ func (w wanted) newHeader() (*header, error) {
 		h.size = h.baseSize
 	}
 	switch {
-	case h.size <= 0:
+	case h.size == 0:
 		return nil, errors.New("it is not there, and without a base its size must be given")
-	case h.size > maxSize || h.size%BlockSize != 0:
+	case h.size < 0 || h.size > maxSize || h.size%BlockSize != 0:
 		return nil, fmt.Errorf("size %d: want a multiple of %d, %d at most", h.size, BlockSize, int64(maxSize))
 	case h.size < h.baseSize:
 		return nil, fmt.Errorf("size %d: the base has %d", h.size, h.baseSize)
@@ -162,88 +160,72 @@ func openDelta(path string, want wanted) (*Delta, error) {
 
 // lockDelta opens and locks the file at path, and makes a delta of it where it is not there or empty.
 func lockDelta(path string, want wanted) (osFile, error) {
-	f, err := openLocked(path)
+	f, created, err := openLocked(path, true)
 	if err != nil {
 		return osFile{}, err
 	}
-	size, err := plainSize(f)
-	if err == nil && size > 0 {
+	made, err := isMade(f)
+	if err != nil {
+		return osFile{}, errors.Join(withoutPath(err), f.Close())
+	}
+	if made {
 		return f, nil
 	}
-	// The file that is made replaces the one that is locked, which stays locked until the other is: of several who do
-	// this at once one makes the delta, and the others find it locked.
-	var made osFile
-	if err == nil {
-		made, err = makeDelta(path, want)
+	if err := makeDelta(f, path, want); err != nil {
+		return osFile{}, errors.Join(withoutPath(err), unmake(f, path, created), f.Close())
 	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return osFile{}, err
-	}
-	return made, nil
+	return f, nil
 }
 
-// openLocked opens path, and makes it if need be, until it has the lock of the file that is there under that name.
-func openLocked(path string) (osFile, error) {
-	for {
-		file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NONBLOCK, 0o600) // a pipe would be waited for
-		if err != nil {
-			return osFile{}, err
-		}
-		f := osFile{file}
-		if err := f.lock(true); err != nil {
-			return osFile{}, errors.Join(err, file.Close())
-		}
-		mine, err := file.Stat()
-		if err != nil {
-			return osFile{}, errors.Join(err, file.Close())
-		}
-		if there, err := os.Stat(path); err == nil && os.SameFile(mine, there) {
-			return f, nil
-		}
-		if err := file.Close(); err != nil { // replaced or removed in between
-			return osFile{}, err
-		}
+// isMade says whether anything is in the file but what a process left that was killed while it made a delta.
+func isMade(f osFile) (bool, error) {
+	size, err := plainSize(f)
+	if err != nil || size == 0 {
+		return false, err
 	}
+	begin := make([]byte, pageSize)
+	if _, err := f.ReadAt(begin, 0); err != nil && !errors.Is(err, io.EOF) {
+		return false, err
+	}
+	return !bytes.Equal(begin, unfinished()), nil
 }
 
-// makeDelta puts a new delta at path and opens it, locked.
-func makeDelta(path string, want wanted) (osFile, error) {
+// makeDelta makes a delta of the file at path, which is empty or unfinished, in place: path may be a link. Up to the end
+// it says that it is unfinished.
+func makeDelta(f osFile, path string, want wanted) error {
 	h, err := want.newHeader()
 	if err != nil {
-		return osFile{}, errors.Join(err, removeEmpty(path))
-	}
-	w, err := atomicfile.Create(path, 0o600)
-	if err != nil {
-		return osFile{}, err
-	}
-	if err := errors.Join(h.writeNew(w), w.Truncate(h.fileSize())); err != nil {
-		return osFile{}, errors.Join(err, w.Abort())
-	}
-	if err := w.Commit(); err != nil {
-		return osFile{}, err
-	}
-	return openLocked(path)
-}
-
-// removeEmpty removes what openLocked made.
-func removeEmpty(path string) error {
-	if fi, err := os.Stat(path); err != nil || fi.Size() > 0 {
-		return nil //nolint:nilerr // what is not there need not be removed
-	}
-	return os.Remove(path)
-}
-
-// writeNew writes what a delta to which nothing was written begins with. The maps are written in full, so that later
-// syncs of them allocate nothing.
-func (h *header) writeNew(w io.WriterAt) error {
-	if _, err := w.WriteAt(h.encode(), 0); err != nil {
 		return err
 	}
+	for _, step := range []func() error{
+		func() error { return f.Truncate(0) },
+		func() error { _, err := f.WriteAt(unfinished(), 0); return err },
+		f.Sync,
+		func() error { return f.Truncate(h.fileSize()) }, // what is too large for the file system is found out now
+		func() error { return h.writeMaps(f) },
+		f.File.Sync,
+		func() error { _, err := f.WriteAt(h.encode(), 0); return err },
+		f.Sync,
+		func() error { return syncName(path) },
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeMaps writes what is behind the header of a delta to which nothing was written. The maps are written in full, so
+// that later syncs of them allocate nothing.
+func (h *header) writeMaps(w io.WriterAt) error {
 	if _, err := w.WriteAt(make([]byte, pageSize), sessionOff); err != nil {
 		return err
 	}
 	empty := newClusterMap(h.clusters(), h.sectors())
-	return errors.Join(h.writeMap(w, mapOff, &empty), h.writeMap(w, h.liveOff(), &empty))
+	if err := h.writeMap(w, mapOff, &empty); err != nil {
+		return err
+	}
+	return h.writeMap(w, h.liveOff(), &empty)
 }
 
 // writeMap writes the whole of m at off, with no runs.

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -140,6 +141,117 @@ func TestOneMaker(t *testing.T) {
 		if err := d.Close(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// TestMadeThroughLink makes media at a link: the link stays one.
+func TestMadeThroughLink(t *testing.T) {
+	for name, open := range makers {
+		for _, there := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, a file is there %v", name, there), func(t *testing.T) {
+				file, link := filepath.Join(t.TempDir(), "file"), filepath.Join(t.TempDir(), "link")
+				if there {
+					write(t, file, nil)
+				}
+				if err := os.Symlink(file, link); err != nil {
+					t.Fatal(err)
+				}
+				want := randomBytes(4096)
+				m := must(open(link, 1<<20))(t)
+				if _, err := m.WriteAt(want, 0); err != nil {
+					t.Fatal(err)
+				}
+				if err := m.Close(); err != nil {
+					t.Fatal(err)
+				}
+				m = must(open(file, 1<<20))(t)
+				checkRange(t, m, 0, want)
+				if err := m.Close(); err != nil {
+					t.Fatal(err)
+				}
+				if to, err := os.Readlink(link); to != file {
+					t.Errorf("the link leads to %q (%v), want %q", to, err, file)
+				}
+			})
+		}
+	}
+}
+
+// makers open media without a base, and make them.
+var makers = map[string]func(path string, size int64) (closer, error){
+	"disk":  func(path string, size int64) (closer, error) { return OpenDisk(path, size) },
+	"delta": func(path string, size int64) (closer, error) { return OpenDelta(nil, path, size, "") },
+}
+
+// TestNotMade has media that cannot be made leave what was there before.
+func TestNotMade(t *testing.T) {
+	signal.Ignore(syscall.SIGXFSZ)
+	defer signal.Reset(syscall.SIGXFSZ)
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_FSIZE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: 1 << 20, Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &limit); err != nil {
+			t.Error(err)
+		}
+	}()
+	for name, open := range makers {
+		for _, tt := range []struct {
+			size int64
+			want string
+		}{{4 << 40, ": file too large"}, {1000, "size 1000: want a multiple of 512"}, {-512, "size -512: want a multiple of 512"}} {
+			t.Run(fmt.Sprintf("%s of %d", name, tt.size), func(t *testing.T) {
+				dir := t.TempDir()
+				empty, none, link := filepath.Join(dir, "empty"), filepath.Join(dir, "none"), filepath.Join(dir, "link")
+				write(t, empty, nil)
+				if err := os.Symlink(none, link); err != nil {
+					t.Fatal(err)
+				}
+				for _, path := range []string{empty, none, link} {
+					_, err := open(path, tt.size)
+					if err == nil || !strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "\n") {
+						t.Errorf("%v, want %q", err, tt.want)
+					}
+				}
+				left, err := os.ReadDir(dir)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if fi, err := os.Stat(empty); err != nil || fi.Size() > 0 || len(left) != 2 {
+					t.Errorf("left: %v", left)
+				}
+			})
+		}
+	}
+}
+
+// TestMakingIsKilled makes a delta of what a process left that was killed while it made one.
+func TestMakingIsKilled(t *testing.T) {
+	for name, left := range map[string][]byte{
+		"at first":     unfinished(),
+		"later":        append(unfinished(), make([]byte, 1<<20)...),
+		"with a map":   append(unfinished(), randomBytes(1<<20)...),
+		"with no size": nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, "delta")
+			write(t, path, left)
+			for range 2 {
+				d := must(OpenDelta(nil, path, 8<<20, ""))(t)
+				checkAll(t, d, make([]byte, 8<<20))
+				if err := d.Close(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if files, err := os.ReadDir(dir); len(files) != 1 {
+				t.Errorf("in the directory: %v (%v)", files, err)
+			}
+		})
 	}
 }
 

@@ -4,14 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/troupe-dev/troupe/internal/atomicfile"
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 )
 
@@ -41,37 +38,31 @@ func OpenDisk(path string, size int64) (*Disk, error) {
 }
 
 func openDisk(path string, size int64) (*Disk, error) {
-	flags := os.O_RDWR | unix.O_NONBLOCK // a pipe would be waited for
-	if size != 0 {
-		flags |= os.O_CREATE
+	if size < 0 || size%BlockSize != 0 {
+		return nil, fmt.Errorf("size %d: want a multiple of %d", size, BlockSize)
 	}
-	file, err := os.OpenFile(path, flags, 0o600)
+	f, created, err := openLocked(path, size != 0)
 	if err != nil {
 		return nil, err
 	}
-	d := &Disk{path: path, f: osFile{file}}
-	if err := d.begin(size); err != nil {
-		return nil, errors.Join(err, file.Close())
+	d := &Disk{path: path, f: f}
+	if err := d.begin(size, created); err != nil {
+		return nil, errors.Join(withoutPath(err), f.Close())
 	}
 	return d, nil
 }
 
-func (d *Disk) begin(size int64) error {
-	if err := d.f.lock(true); err != nil {
-		return err
-	}
+func (d *Disk) begin(size int64, created bool) error {
 	n, err := plainSize(d.f)
 	if err != nil {
 		return err
 	}
 	switch {
-	case size < 0 || size%BlockSize != 0:
-		return fmt.Errorf("size %d: want a multiple of %d", size, BlockSize)
 	case n == 0 && size == 0:
 		return errors.New("it is empty: say how large it is to be")
 	case n == 0:
 		if err := d.make(size); err != nil {
-			return err
+			return errors.Join(withoutPath(err), unmake(d.f, d.path, created))
 		}
 		n = size
 	case n%BlockSize != 0:
@@ -95,7 +86,7 @@ func (d *Disk) make(size int64) error {
 	if err := d.f.File.Sync(); err != nil {
 		return err
 	}
-	return atomicfile.SyncDir(filepath.Dir(d.path))
+	return syncName(d.path)
 }
 
 // Size implements scsi.Medium.

@@ -6,8 +6,11 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/troupe-dev/troupe/internal/atomicfile"
 )
 
 // A file is what a medium that is written asks of the file that it lies on.
@@ -95,6 +98,59 @@ func (f osFile) lock(alone bool) error {
 		return fmt.Errorf("locking it: %w", err)
 	}
 	return nil
+}
+
+// openLocked opens path to read and write it, and makes it if need be and create says so, until it has the lock of the file
+// that is there under that name.
+func openLocked(path string, create bool) (f osFile, created bool, err error) {
+	flags := os.O_RDWR | unix.O_NONBLOCK // a pipe would be waited for
+	if create {
+		flags |= os.O_CREATE
+	}
+	for {
+		_, err := os.Stat(path)
+		created := errors.Is(err, fs.ErrNotExist)
+		file, err := os.OpenFile(path, flags, 0o600)
+		if err != nil {
+			return osFile{}, false, err
+		}
+		f := osFile{file}
+		if err := f.lock(true); err != nil {
+			return osFile{}, false, errors.Join(err, file.Close())
+		}
+		mine, err := file.Stat()
+		if err != nil {
+			return osFile{}, false, errors.Join(err, file.Close())
+		}
+		if there, err := os.Stat(path); err == nil && os.SameFile(mine, there) {
+			return f, created, nil
+		}
+		if err := file.Close(); err != nil { // replaced or removed in between
+			return osFile{}, false, err
+		}
+	}
+}
+
+// unmake leaves of a file, which is locked and of which nothing could be made, what was there before: nothing where it was
+// created, and else an empty file.
+func unmake(f osFile, path string, created bool) error {
+	if !created {
+		return f.Truncate(0)
+	}
+	path, err := filepath.EvalSymlinks(path) // a link is somebody else's
+	if err != nil {
+		return err
+	}
+	return os.Remove(path)
+}
+
+// syncName has the name of a file that was made outlive a loss of power.
+func syncName(path string) error {
+	path, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return err
+	}
+	return atomicfile.SyncDir(filepath.Dir(path))
 }
 
 // plainSize is the length of a plain file, in bytes, as it is.

@@ -28,6 +28,8 @@ import (
 //	  50       the base's id, then zeros
 //	4092    4  CRC-32C of the 4092 before
 //
+// A file that begins with a page of "TRPBEGUN" and zeros is a delta that nobody has finished making: it may be made anew.
+//
 // A session:
 //
 //	 0    4  CRC-32C of the seed and the 508 after this
@@ -105,6 +107,9 @@ func (h *header) encode() []byte {
 	b = append(b, h.id...)
 	return sealHeader(b[:pageSize])
 }
+
+// unfinished is the first page of a delta that is being made.
+func unfinished() []byte { return append([]byte("TRPBEGUN"), make([]byte, pageSize-8)...) }
 
 func sealHeader(b []byte) []byte {
 	binary.LittleEndian.PutUint32(b[pageSize-4:], crc32.Checksum(b[:pageSize-4], castagnoli))

@@ -163,7 +163,10 @@ func (r *recorder) Length() (int64, error) { return r.size, nil }
 func newRecorder(t *testing.T, h *header) *recorder {
 	t.Helper()
 	r := recorded(onDisk(blocks{}), h.fileSize())
-	if err := h.writeNew(r); err != nil {
+	if _, err := r.WriteAt(h.encode(), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.writeMaps(r); err != nil {
 		t.Fatal(err)
 	}
 	return recorded(onDisk(r.now), r.size) // it gets its name only when that is synced
