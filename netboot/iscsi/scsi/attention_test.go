@@ -23,6 +23,26 @@ func TestUnitAttentionIsReportedOnceAndInOrder(t *testing.T) {
 	b.good(opTestUnitReady6(), nil)
 }
 
+// TestResetComesBeforeConflict has two things bar a command: that the unit was reset is said first, all else after that it
+// is reserved (SAM-5 5.3.3).
+func TestResetComesBeforeConflict(t *testing.T) {
+	c := newCluster(t)
+	c.register(c.a, 1)
+	c.reserve(c.a, 1, exclusiveAccess)
+	read := func(n *Nexus) *Command { return do(n, cdb10(opRead10, 0, 0, 1), nil) }
+
+	c.unit.Reset()
+	c.unit.LUNsChanged()
+	wantSense(t, read(c.b), attentionReset)
+	wantStatus(t, read(c.b), ReservationConflict)
+	wantStatus(t, read(c.b), ReservationConflict)
+	wantSense(t, do(c.b, opTestUnitReady6(), nil), attentionLUNs)
+
+	late := c.unit.Attach(Port{Name: portName("d"), Target: targetName, RelativeID: 1}, func() {})
+	wantSense(t, read(late), attentionPowerOn)
+	wantStatus(t, read(late), ReservationConflict)
+}
+
 func TestRequestSenseTakesUnitAttention(t *testing.T) {
 	b := newBench(t)
 	b.unit.Reset()

@@ -115,22 +115,21 @@ func (n *Nexus) Prepare(c *Command) {
 	}
 }
 
-// bars completes a command that something bars, and says whether anything does. A reservation conflict comes before a
-// unit attention (SAM-5 5.3.3).
+// bars completes a command that something bars, and says whether anything does. That the unit was reset comes before a
+// reservation conflict, and that before all other unit attentions (SAM-5 5.3.3).
 func (n *Nexus) bars(c *Command) bool {
 	b := n.barred.Load() & c.row.flags
-	if b&^attention != 0 {
+	conflict := b&^attention != 0
+	if b&attention != 0 {
+		if s, ok := n.attention(conflict); ok {
+			n.refuse(c, s)
+			return true
+		}
+	}
+	if conflict {
 		c.end(ReservationConflict)
-		return true
 	}
-	if b&attention == 0 {
-		return false
-	}
-	s, ok := n.attention()
-	if ok {
-		n.refuse(c, s)
-	}
-	return ok
+	return conflict
 }
 
 // Execute completes a command that Prepare left open, with c.Out. It may block on the Medium.

@@ -69,7 +69,7 @@ func Absent(c *Command) {
 
 // prepareRequestSense is REQUEST SENSE (SPC-4 6.39): the oldest unit attention, which it takes, or no sense.
 func prepareRequestSense(n *Nexus, c *Command) {
-	s, _ := n.attention()
+	s, _ := n.attention(false)
 	s.Descriptor = c.CDB[1]&1 != 0
 	c.reply(s.Append(nil), uint64(c.CDB[4]))
 }

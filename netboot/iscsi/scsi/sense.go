@@ -169,3 +169,6 @@ var (
 	attentionUnregister  = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x05}
 	attentionLUNs        = Sense{Key: UnitAttention, ASC: 0x3f, ASCQ: 0x0e}
 )
+
+// ofReset says that a unit attention is one of power on, reset, and the like.
+func (s Sense) ofReset() bool { return s.ASC == 0x29 }

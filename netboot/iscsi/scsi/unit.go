@@ -187,7 +187,7 @@ func (n *Nexus) attend(s Sense) {
 		return
 	}
 	// A reset says more than all that was before it (SAM-5 5.14.2).
-	if s.ASC == 0x29 {
+	if s.ofReset() {
 		n.attentions = n.attentions[:0]
 	}
 	if len(n.attentions) < maxAttentions {
@@ -196,12 +196,12 @@ func (n *Nexus) attend(s Sense) {
 	n.barred.Store(n.barred.Load() | attention)
 }
 
-// attention takes the oldest unit attention out of the queue.
-func (n *Nexus) attention() (Sense, bool) {
+// attention takes the oldest unit attention out of the queue; with reset only one of a reset, which is the oldest always.
+func (n *Nexus) attention(reset bool) (Sense, bool) {
 	u := n.unit
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if len(n.attentions) == 0 {
+	if len(n.attentions) == 0 || reset && !n.attentions[0].ofReset() {
 		return Sense{}, false
 	}
 	s := n.attentions[0]
