@@ -18,7 +18,7 @@ func TestEachCommandTellsErrorsOfTheMedium(t *testing.T) {
 		want Sense
 	}{
 		{"WRITE", cdb10(opWrite10, 0, 5, 1), block, senseWriteError.information(5)},
-		{"READ with FUA", cdb10(opRead10, 0x08, 5, 1), nil, senseWriteError},
+		{"READ with FUA", cdb10(opRead10, 0x08, 5, 1), nil, senseReadError.information(5)},
 		{"SYNCHRONIZE CACHE", cdb10(opSyncCache10, 0, 0, 0), nil, senseWriteError},
 		{"START STOP UNIT", []byte{opStartStop, 0, 0, 0, 0, 0}, nil, senseWriteError},
 		{"VERIFY", cdb10(opVerify10, 0, 5, 1), nil, senseReadError.information(5)},
@@ -65,6 +65,7 @@ func TestWhatFailsAfterReading(t *testing.T) {
 		{"COMPARE AND WRITE without space", stubborn{writes: syscall.ENOSPC}, compareAndWrite(0, 5, 1), fill(0, 1024), senseNoSpace.information(5)},
 		{"ORWRITE without space", stubborn{writes: syscall.EDQUOT}, cdb16(opOrWrite16, 0, 5, 1), fill(1, 512), senseNoSpace.information(5)},
 		{"WRITE with FUA", stubborn{syncs: ErrMedium}, cdb10(opWrite10, 0x08, 5, 1), fill(1, 512), senseWriteError.information(5)},
+		{"READ with FUA without space", stubborn{syncs: errors.Join(ErrMedium, syscall.ENOSPC)}, cdb10(opRead10, 0x08, 5, 1), nil, senseReadError.information(5)},
 		{"COMPARE AND WRITE with FUA", stubborn{syncs: ErrMedium}, compareAndWrite(0x08, 5, 1), fill(0, 1024), senseWriteError.information(5)},
 		{"WRITE AND VERIFY without space", stubborn{writes: syscall.ENOSPC}, cdb16(opWriteVerify16, 0, 5, 1), fill(1, 512), senseNoSpace.information(5)},
 	} {

@@ -98,7 +98,8 @@ func (c *Command) readBlocks() {
 
 func executeRead(n *Nexus, c *Command) {
 	if err := n.unit.medium.Sync(); err != nil {
-		c.fail(mediumSense(err, senseWriteError))
+		// What is there for good cannot be told any more: the read failed, also where space is what is missing.
+		c.fail(readSense(err).information(c.lba))
 		return
 	}
 	c.readBlocks()
@@ -200,6 +201,14 @@ func executeSync(n *Nexus, c *Command) {
 
 // offset is where a block begins, in bytes. The address was checked against the capacity, which an int64 holds.
 func offset(block uint64) int64 { return int64(block * blockSize) } //nolint:gosec // see above
+
+// readSense is the sense of an error of the Medium under a command that only reads.
+func readSense(err error) Sense {
+	if errors.Is(err, ErrMedium) {
+		return senseReadError
+	}
+	return mediumSense(err, senseReadError)
+}
 
 // mediumSense is the sense of an error of the Medium; medium is that of one in a part of itself.
 func mediumSense(err error, medium Sense) Sense {
