@@ -71,8 +71,8 @@ DELTA has BASE's without); it takes space only for what is written. Making a DEL
 reads all of BASE once, to know it again; its digest is kept in DELTA.base.
 
 Whoever reaches the address may use the disks, unless --chap-user says who may. What
-initiators reserve for good is kept beside DELTA and FILE, as *.reservations, or in
---state.
+initiators reserve for good is kept beside DELTA and FILE, as DELTA.reservations, or in
+--state; it ends with the DELTA or FILE that it is of.
 
 It may be killed at any time: initiators come back to the next one, and what they
 wrote is there.`,
@@ -116,8 +116,8 @@ func (o *iscsiOptions) run(cmd *cobra.Command) (err error) {
 			return fmt.Errorf("making the directory of --state: %w", err)
 		}
 	}
-	shelf := &diskShelf{target: iscsi.NewTarget(diskTarget), chap: chap}
-	reading := &readingProgress{w: cmd.ErrOrStderr(), now: time.Now}
+	shelf := &diskShelf{target: iscsi.NewTarget(diskTarget), chap: chap, errOut: cmd.ErrOrStderr()}
+	reading := &readingProgress{w: shelf.errOut, now: time.Now}
 	shelf.bases.Progress = reading.report
 	defer func() { err = errors.Join(err, shelf.close()) }()
 	for i, s := range specs {
@@ -277,6 +277,7 @@ type diskShelf struct {
 	disks  []disk
 	open   []io.Closer // in the order in which they were opened
 	bases  lun.Bases
+	errOut io.Writer
 }
 
 // A disk is a LUN as it is told of. It is a contract with scripts.
@@ -315,7 +316,11 @@ func (s *diskShelf) add(ctx context.Context, n iscsi.LUN, spec diskSpec, state s
 		LUN: n, Kind: spec.kind, Size: m.Size(), File: spec.file, Base: spec.base, ReadOnly: m.ReadOnly(),
 		Serial: diskSerial(n, spec),
 	}
-	u, err := scsi.NewUnit(m, scsi.Config{Serial: d.Serial, Keep: keeper(d, state)})
+	keep, err := s.keeper(d, m, state)
+	if err != nil {
+		return err
+	}
+	u, err := scsi.NewUnit(m, scsi.Config{Serial: d.Serial, Keep: keep})
 	if err != nil {
 		return err
 	}
@@ -406,14 +411,25 @@ func diskSerial(n iscsi.LUN, spec diskSpec) string {
 
 // keeper is where the reservations of a disk are kept. Those of an image are not, without a directory for them: who only
 // reads it may not be allowed to write beside it.
-func keeper(d disk, state string) scsi.Keeper {
-	switch {
-	case state != "":
-		return lun.KeepFile(filepath.Join(state, d.Serial+".reservations"))
-	case d.ReadOnly:
-		return nil
+func (s *diskShelf) keeper(d disk, m scsi.Medium, state string) (scsi.Keeper, error) {
+	path := d.File + ".reservations"
+	if state != "" {
+		path = filepath.Join(state, d.Serial+".reservations")
 	}
-	return lun.KeepFile(d.File + ".reservations")
+	made, ok := m.(interface{ Making() (string, error) })
+	switch {
+	case !ok && state == "":
+		return nil, nil //nolint:nilnil // that nothing is kept is no error
+	case !ok:
+		return lun.KeepFile(path), nil
+	}
+	making, err := made.Making()
+	if err != nil {
+		return nil, err
+	}
+	return lun.KeepFileOf(path, making, func(path string) {
+		fmt.Fprintf(s.errOut, "the reservations in %s are not of this %s, but of one that was there before: they are not used\n", path, d.File)
+	}), nil
 }
 
 // print says what is served, once it is.

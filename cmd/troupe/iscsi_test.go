@@ -1,6 +1,9 @@
 package main
 
 import (
+	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -20,5 +23,56 @@ func TestReadingProgress(t *testing.T) {
 	want := "reading a.img once, to know it again: 5 GiB of 40 GiB\nreading a.img once, to know it again: 10 GiB of 40 GiB\n"
 	if diff := cmp.Diff(want, said.String()); diff != "" {
 		t.Error(diff)
+	}
+}
+
+// TestReservationsEndWithTheirDisk removes the file of a disk and has it made anew: what was reserved of the first is not
+// reserved of the second.
+func TestReservationsEndWithTheirDisk(t *testing.T) {
+	dir := t.TempDir()
+	base, state := filepath.Join(dir, "base"), filepath.Join(dir, "state")
+	if err := errors.Join(os.WriteFile(base, make([]byte, 1<<20), 0o600), os.Mkdir(state, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	for kind, text := range map[string]string{"cow": "cow:" + base + ",", "rw": "rw:"} {
+		for _, state := range []string{"", state} {
+			t.Run(kind+", state "+filepath.Base(state), func(t *testing.T) {
+				file := filepath.Join(t.TempDir(), "disk")
+				spec, err := parseDisk(text + file + ",size=1M")
+				if err != nil {
+					t.Fatal(err)
+				}
+				start := func(save string, want string) (said string) {
+					t.Helper()
+					var out strings.Builder
+					s := &diskShelf{errOut: &out}
+					m, err := s.medium(t.Context(), spec)
+					if err != nil {
+						t.Fatal(err)
+					}
+					k, err := s.keeper(disk{File: file, Serial: "1" + kind}, m, state)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if got, err := k.Load(); string(got) != want || err != nil {
+						t.Errorf("kept %q, %v, want %q", got, err, want)
+					}
+					if err := errors.Join(k.Save([]byte(save)), s.close()); err != nil {
+						t.Fatal(err)
+					}
+					return out.String()
+				}
+				if said := start("{1}", "") + start("{1}", "{1}"); said != "" {
+					t.Errorf("said %q", said)
+				}
+				if err := os.Remove(file); err != nil {
+					t.Fatal(err)
+				}
+				if said := start("{2}", ""); !strings.Contains(said, ".reservations are not of this "+file) {
+					t.Errorf("said %q", said)
+				}
+				start("", "{2}")
+			})
+		}
 	}
 }

@@ -3,6 +3,7 @@ package lun
 import (
 	"bytes"
 	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -283,6 +284,9 @@ func bootID() string {
 
 // Size implements scsi.Medium.
 func (d *Delta) Size() int64 { return d.h.size }
+
+// Making names the making of this delta: none that is made anew has the same.
+func (d *Delta) Making() (string, error) { return "delta " + hex.EncodeToString(d.h.seed[:]), nil }
 
 // ReadOnly implements scsi.Medium.
 func (d *Delta) ReadOnly() bool { return false }

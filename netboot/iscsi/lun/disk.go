@@ -92,6 +92,16 @@ func (d *Disk) make(size int64) error {
 // Size implements scsi.Medium.
 func (d *Disk) Size() int64 { return d.size }
 
+// Making names the making of this file: no other that is there under the same name, before or after, has the same, where the
+// file system keeps when a file was made, and else few have.
+func (d *Disk) Making() (string, error) {
+	var st unix.Statx_t
+	if err := unix.Statx(d.f.fd(), "", unix.AT_EMPTY_PATH, unix.STATX_INO|unix.STATX_BTIME, &st); err != nil {
+		return "", fmt.Errorf("asking when disk %q was made: %w", d.path, err)
+	}
+	return fmt.Sprintf("file %d of %d.%09d", st.Ino, st.Btime.Sec, st.Btime.Nsec), nil
+}
+
 // ReadOnly implements scsi.Medium.
 func (d *Disk) ReadOnly() bool { return false }
 
