@@ -61,7 +61,7 @@ func TestDeltaRefused(t *testing.T) {
 		"an empty disk":                {func() error { _, err := OpenDisk(path("empty"), 0); return err }, "it is empty: say how large it is to be"},
 		"an odd disk":                  {func() error { _, err := OpenDisk(path("text"), 0); return err }, "lengthen it to 512"},
 		"a disk of a size":             {func() error { _, err := OpenDisk(path("blank"), 512); return err }, "it has 1048576 bytes, not 512"},
-		"a disk that is read as image": {func() error { _, err := OpenDisk(path("base"), 0); return err }, "in use by another process"},
+		"a disk that is read as image": {func() error { _, err := OpenDisk(path("base"), 0); return err }, "in use by this or another process"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			err := tt.open()

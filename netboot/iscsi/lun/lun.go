@@ -20,7 +20,7 @@ import (
 const BlockSize = 512
 
 // ErrInUse says that somebody else has the file open who cannot share it.
-var ErrInUse = errors.New("in use by another process")
+var ErrInUse = errors.New("in use by this or another process")
 
 // errRange says that a call left [0, Size).
 var errRange = errors.New("out of range")
