@@ -11,8 +11,10 @@ import (
 	"io"
 )
 
-// A Medium is what a Unit keeps its blocks on. Its methods may be called from several goroutines at once; what two
-// overlapping calls at the same time do to each other is as with a disk: each 512 bytes are of one of them.
+// A Medium is what a Unit keeps its blocks on. Its methods may be called from several goroutines at once. Where two of
+// them that overlap write at the same time, each 512 bytes are of one of them. What reads beside one that writes, and what
+// the kernel sends of Segments then, may have bytes of before and of after it within one block, as the page cache gives
+// them: an initiator that wants one of the two waits for one before it sends the other.
 type Medium interface {
 	// Size in bytes, a multiple of 512. It never changes.
 	Size() int64
