@@ -8,6 +8,12 @@ import (
 
 const keySendTargets = "SendTargets"
 
+// A negotiation in Text Requests has at most so many rows, and so many bytes in all, as a login has.
+const (
+	maxTextRows  = 32
+	maxTextBytes = 64 << 10
+)
+
 // A textPhase answers the Text Requests of one connection in its full feature phase (RFC 7143 sections 11.10 and 11.11).
 // Of the keys that are allowed there it knows SendTargets (appendix C) and the declarations of section 13. A row of the
 // initiator or of ours that does not fit one PDU goes on in the next, held together by the target transfer tag:
@@ -27,6 +33,7 @@ type textPhase struct {
 	tag  uint32 // of the last response that wants a request
 	open bool   // there is such a response
 	itt  uint32 // of the requests that belong together
+	size int    // of their text
 	in   []byte
 	out  []byte
 	keys *negotiation
@@ -61,7 +68,7 @@ func (t *textPhase) step(req *pdu) (resp *pdu, reject bool) {
 }
 
 func (t *textPhase) reset() {
-	t.open, t.in, t.out, t.keys = false, nil, nil, nil
+	t.open, t.size, t.in, t.out, t.keys = false, 0, nil, nil, nil
 }
 
 func (t *textPhase) advance(req, resp *pdu) error {
@@ -82,6 +89,9 @@ func (t *textPhase) advance(req, resp *pdu) error {
 		}
 		t.send(req, resp)
 		return nil
+	}
+	if t.size += len(req.data); t.size > maxTextBytes || t.keys.rows >= maxTextRows {
+		return fmt.Errorf("%w: more than %d rows or %d bytes", errText, maxTextRows, maxTextBytes)
 	}
 	if t.in = append(t.in, req.data...); len(t.in) > maxText {
 		return fmt.Errorf("%w: row of more than %d bytes", errText, maxText)

@@ -175,7 +175,7 @@ type negotiation struct {
 	names   names
 	leading bool
 	rows    int               // taken so far
-	said    map[string]string // what the initiator said so far, by key
+	said    map[string]string // the keys that the initiator said so far; of those of turnNames what it said
 	out     []byte            // the answers
 }
 
@@ -233,7 +233,10 @@ func (n *negotiation) admit(stage byte, p pair) error {
 	case known && r.leading && !n.leading:
 		return fmt.Errorf("%w: key %s in a login that begins no session", errText, p.key)
 	}
-	n.said[p.key] = p.value
+	n.said[p.key] = ""
+	if known && r.turn == turnNames {
+		n.said[p.key] = p.value
+	}
 	return nil
 }
 
