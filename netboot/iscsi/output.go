@@ -69,6 +69,11 @@ func (b *batch) refer(p []byte) {
 		copy(b.grow(len(p)), p)
 		return
 	}
+	b.attach(p)
+}
+
+// attach is refer for mapped memory, however little: whoever copied it would look at it.
+func (b *batch) attach(p []byte) {
 	b.parts = append(b.parts, p)
 	b.open = false
 	b.bytes += int64(len(p))
@@ -221,16 +226,20 @@ func (c *conn) dataIn(b *batch, t *task, flags byte, residual uint32) {
 			c.windowInto(h)
 		}
 		c.sealHeader(b, h)
-		c.dataSegment(b, &from, n)
+		c.dataSegment(b, &from, n, t.mapped)
 	}
 }
 
-func (c *conn) dataSegment(b *batch, from *cursor, n int) {
+func (c *conn) dataSegment(b *batch, from *cursor, n int, mapped bool) {
 	var sum uint32
 	for left := n; left > 0; {
 		p := from.take(left)
 		left -= len(p)
-		b.refer(p)
+		if mapped {
+			b.attach(p)
+		} else {
+			b.refer(p)
+		}
 		if c.params.dataDigest {
 			sum = crc32.Update(sum, castagnoli, p)
 		}
