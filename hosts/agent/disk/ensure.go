@@ -167,7 +167,7 @@ func (m Maker) fill(ctx context.Context, path string) error {
 	if err := unmark(path); err != nil {
 		return err
 	}
-	if err := m.format(ctx, path); err != nil {
+	if err := m.format(ctx, path, 0); err != nil {
 		return err
 	}
 	return m.mark(path)

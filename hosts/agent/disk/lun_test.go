@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -41,13 +42,90 @@ func TestEnsureLUNMakesANodeDiskOnceAndKeepsIt(t *testing.T) {
 	})
 }
 
-// mkfs leaves the superblock to the end: what was broken off before has no name, and is made again.
+// mkfs leaves the superblock to the end: what was broken off before has no name, but says that it was to be made.
 func TestEnsureLUNFinishesWhatAPowerCutLeft(t *testing.T) {
+	for _, script := range []string{
+		"exit 1", // the cut came before it wrote anything
+		`for a; do case $a in /dev/*) dev=$a;; esac; done; mke2fs "$@" && dd if=/dev/zero of="$dev" bs=4096 count=1 conv=notrunc status=none
+		for n in 8193 24577 40961 57345; do dd if=/dev/zero of="$dev" bs=1024 seek=$n count=1 conv=notrunc status=none; done; exit 1`,
+	} {
+		d := newLoopDisk(t, lunSize)
+		m := d.maker()
+		m.Mke2fs = tool(t, script)
+		if _, err := m.EnsureLUN(t.Context(), d.dev, lunSize); err == nil {
+			t.Fatal("the tool failed, and the disk is made")
+		}
+		m.Mke2fs = d.maker().Mke2fs
+		found, err := m.EnsureLUN(t.Context(), d.dev, lunSize)
+		if err != nil || found != (Found{Path: d.dev, Made: true, Note: "which was not made to the end"}) {
+			t.Errorf("EnsureLUN: %+v, %v", found, err)
+		}
+		put(t, d.dev, 0, strings.Repeat("\xa5", 128<<10))
+		for n := int64(8193); n < lunSize>>10; n += 8192 {
+			put(t, d.dev, n<<10, strings.Repeat("\xa5", 1024))
+		}
+		if found, err := m.EnsureLUN(t.Context(), d.dev, lunSize); !errors.Is(err, ErrHolds) {
+			t.Errorf("EnsureLUN of a disk that was whole once, and has no superblock left: %+v, %v", found, err)
+		}
+	}
+}
+
+// What programs wrote outlives the loss of the first superblock, which leaves data without a name.
+func TestEnsureLUNRepairsALostSuperblock(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		lost []int64 // bytes at which 4 KiB of backups are gone, too
+		args string
+	}{
+		{"blocks of 1 KiB", nil, "-b 1024"},
+		{"and the first backup", []int64{8193 << 10}, "-b 1024"},
+		{"blocks of 4 KiB", nil, "-b 4096"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := newLoopDisk(t, 512<<20)
+			m := d.maker()
+			m.E2fsck = "e2fsck"
+			m.Mke2fs = tool(t, "exec mke2fs "+tt.args+` "$@"`)
+			if _, err := m.EnsureLUN(t.Context(), d.dev, 512<<20); err != nil {
+				t.Fatal(err)
+			}
+			mounted(t, d.dev, func(dir string) {
+				if err := os.WriteFile(filepath.Join(dir, "x"), []byte("kept"), 0o600); err != nil {
+					t.Error(err)
+				}
+			})
+			for _, off := range append(tt.lost, 0) {
+				put(t, d.dev, off, strings.Repeat("\x00", 4096))
+			}
+			if holds := identify(t, d.file); holds != Unknown {
+				t.Fatalf("it holds %s, this tests nothing", holds)
+			}
+			found, err := m.EnsureLUN(t.Context(), d.dev, 512<<20)
+			if err != nil || found.Made || !found.Repaired {
+				t.Fatalf("EnsureLUN: %+v, %v", found, err)
+			}
+			if got, x, err := mount(t, m, found); err != nil || got.Made || x != "kept" {
+				t.Errorf("Mount: %+v, %q, %v", got, x, err)
+			}
+		})
+	}
+}
+
+// An e2fsck that cannot do its work leaves everything as it is, and says so.
+func TestEnsureLUNMakesNothingAnewWhereNothingRepairs(t *testing.T) {
 	d := newLoopDisk(t, lunSize)
-	put(t, d.dev, 4096, "inode tables and the like")
-	found, err := d.maker().EnsureLUN(t.Context(), d.dev, lunSize)
-	if err != nil || found != (Found{Path: d.dev, Made: true, Note: "which held unknown data"}) {
+	m := d.maker()
+	if _, err := m.EnsureLUN(t.Context(), d.dev, lunSize); err != nil {
+		t.Fatal(err)
+	}
+	put(t, d.dev, 0, strings.Repeat("\x00", 4096))
+	m.E2fsck = tool(t, "echo no memory; exit 8")
+	if found, err := m.EnsureLUN(t.Context(), d.dev, lunSize); !errors.Is(err, ErrHolds) || !strings.Contains(err.Error(), "no memory") {
 		t.Errorf("EnsureLUN: %+v, %v", found, err)
+	}
+	m.E2fsck = "e2fsck"
+	if found, err := m.EnsureLUN(t.Context(), d.dev, lunSize); err != nil || !found.Repaired {
+		t.Errorf("EnsureLUN with one that can: %+v, %v", found, err)
 	}
 }
 
@@ -57,6 +135,12 @@ func TestEnsureLUNOverwritesNothingWithAName(t *testing.T) {
 	before := identify(t, d.dev)
 	if found, err := d.maker().EnsureLUN(t.Context(), d.dev, lunSize); !errors.Is(err, ErrHolds) {
 		t.Errorf("EnsureLUN of a partition table: %+v, %v", found, err)
+	}
+	put(t, d.dev, 0, strings.Repeat("\x00", 1<<20))
+	put(t, d.dev, -(1 << 20), strings.Repeat("\x00", 1<<20))
+	put(t, d.dev, 4096, "what nobody knows")
+	if found, err := d.maker().EnsureLUN(t.Context(), d.dev, lunSize); !errors.Is(err, ErrHolds) {
+		t.Errorf("EnsureLUN of unknown data: %+v, %v", found, err)
 	}
 	run(t, "mkfs.ext4", "-q", "-F", d.dev) // another one's, without our label
 	if found, err := d.maker().EnsureLUN(t.Context(), d.dev, lunSize); !errors.Is(err, ErrHolds) {

@@ -131,15 +131,18 @@ func fitrim(f *os.File) error {
 }
 
 // format makes ext4 with our label. mke2fs clears the place of the superblock first and writes the superblock last,
-// after a flush of all the rest: where it is found, the file system is whole.
-func (m Maker) format(ctx context.Context, path string) error {
+// after a flush of all the rest: where it is found, the file system is whole. Size is in bytes; 0 means all of the device.
+func (m Maker) format(ctx context.Context, path string, size int64) error {
 	tool := m.Mke2fs
 	if tool == "" {
 		tool = "/sbin/mke2fs"
 	}
 	// No space is kept back for root, which is who uses it; what a new file system need not write now is written later.
-	cmd := exec.CommandContext(ctx, tool, "-q", "-F", "-t", "ext4", "-L", Label, "-m", "0",
-		"-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", path)
+	args := []string{"-q", "-F", "-t", "ext4", "-L", Label, "-m", "0", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", path}
+	if size > 0 {
+		args = append(args, fmt.Sprintf("%dk", size>>10))
+	}
+	cmd := exec.CommandContext(ctx, tool, args...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil {

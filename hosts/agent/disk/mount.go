@@ -124,12 +124,12 @@ type checked struct {
 func (c checked) isFinished() bool { return c.status&fsckFailed == 0 || c.status&fsckUncorrected != 0 }
 
 // fsck checks the cache, and notes whether it changed something. An error says that it did not run.
-func (m Maker) fsck(ctx context.Context, found *Found, mode string) (checked, error) {
+func (m Maker) fsck(ctx context.Context, found *Found, mode ...string) (checked, error) {
 	tool := m.E2fsck
 	if tool == "" {
 		tool = "/sbin/e2fsck"
 	}
-	cmd := exec.CommandContext(ctx, tool, mode, found.Path)
+	cmd := exec.CommandContext(ctx, tool, append(mode, found.Path)...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	var exit *exec.ExitError
