@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,6 +26,7 @@ import (
 //	HOST/ID.disk          a disk that began blank
 //	HOST/ID.delta         what was written to a disk that began as an image
 //	HOST/ID.reservations  its persistent reservations (SPC-4 5.13)
+//	HOST/ID.unknown       says by its time of modification since when no record knows the disk
 type lunMedia struct {
 	blobs interface {
 		Stat(ctx context.Context, d digest.Digest) (images.Blob, error)
@@ -91,53 +93,178 @@ func (m lunMedia) keeper(host string, d state.LUNDisk) scsi.Keeper {
 	return lun.KeepFile(m.path(host, d, ".reservations"))
 }
 
-// clear deletes those files of a host that belong to none of its disks. None of them may be open.
-func (m lunMedia) clear(host string, rec state.LUNs) error {
-	dir := filepath.Join(m.dir, host)
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("reading the directory of a host's disks: %w", err)
-	}
-	gone := 0
-	for _, e := range entries {
-		id, _, _ := strings.Cut(e.Name(), ".")
-		if _, known := rec.Disk(id); known {
+// clear deletes the files of the disks that a host had before and has no more. None of them may be open.
+func (m lunMedia) clear(host string, before, rec state.LUNs) error {
+	gone := false
+	for _, d := range before.Disks {
+		if _, has := rec.Disk(d.ID); has {
 			continue
 		}
-		if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+		gone = true
+		if err := m.delete(host, d.ID); err != nil {
+			return err
+		}
+	}
+	if !gone {
+		return nil
+	}
+	return m.tidy(host)
+}
+
+// diskFiles are how the names of a disk's files end, behind its id.
+var diskFiles = []string{".disk", ".delta", ".reservations", ".unknown"}
+
+// delete deletes the files of one disk. A crash leaves them to unknown: they go after a week.
+func (m lunMedia) delete(host, id string) error {
+	for _, ext := range diskFiles { // the mark comes last: without it the rest would be kept for another week
+		if err := os.Remove(filepath.Join(m.dir, host, id+ext)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("deleting what a host's disk was: %w", err)
 		}
-		gone++
 	}
-	if gone == len(entries) {
-		err = os.Remove(dir)
-	} else if gone > 0 {
+	return nil
+}
+
+// tidy has deletions be on stable storage, and removes the directory of a host that has nothing in it any more.
+func (m lunMedia) tidy(host string) error {
+	dir := filepath.Join(m.dir, host)
+	err := os.Remove(dir)
+	if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) { // rmdir(2): it may be either
 		err = atomicfile.SyncDir(dir)
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("deleting what a host's disk was: %w", err)
 	}
 	return nil
 }
 
-// sweep deletes what no record knows: files whose records went before they could.
-func (m lunMedia) sweep(recs map[string]state.LUNs) error {
-	if err := os.MkdirAll(m.dir, 0o700); err != nil {
-		return fmt.Errorf("making the directory of hosts' disks: %w", err)
-	}
-	entries, err := os.ReadDir(m.dir)
+// A strayDisk is a disk of which there are files, and no record: its record went first, and the server died, or the records
+// are older than the files, or were lost.
+type strayDisk struct {
+	host, id string
+	found    time.Time // when it was first met
+	fresh    bool      // which is now
+}
+
+// strays finds the disks that known does not know, marks them as met now where they were not met before, and takes the marks
+// from those that are known again. It passes over whatever has not the name of a host's disk. What it cannot do is in err.
+func (m lunMedia) strays(known func(host, id string) bool, now time.Time) (found []strayDisk, err error) {
+	hosts, err := os.ReadDir(m.dir)
 	if err != nil {
-		return fmt.Errorf("reading the directory of hosts' disks: %w", err)
+		return nil, fmt.Errorf("reading the directory of hosts' disks: %w", err)
 	}
-	for _, e := range entries {
-		if err := m.clear(e.Name(), recs[e.Name()]); err != nil {
-			return err
+	var errs []error
+	for _, h := range hosts {
+		if !h.IsDir() || strings.Trim(h.Name(), hostChars) != "" {
+			continue
+		}
+		files, err := os.ReadDir(filepath.Join(m.dir, h.Name()))
+		if err != nil {
+			errs = append(errs, fmt.Errorf("reading the directory of a host's disks: %w", err))
+			continue
+		}
+		seen := ""
+		for _, f := range files { // sorted: those of one disk are side by side
+			id := diskOf(f)
+			if id == "" || id == seen {
+				continue
+			}
+			seen = id
+			if known(h.Name(), id) {
+				errs = append(errs, m.unmark(h.Name(), id))
+				continue
+			}
+			s, err := m.mark(h.Name(), id, now)
+			if errs = append(errs, err); err == nil {
+				found = append(found, s)
+			}
 		}
 	}
+	return found, errors.Join(errs...)
+}
+
+// hostChars are those of the names of hosts (schema). What people move aside is often called something with a dot.
+const hostChars = "abcdefghijklmnopqrstuvwxyz0123456789-"
+
+// diskOf is the id of the disk that a file belongs to; "" where its name is not that of a disk's file.
+func diskOf(f fs.DirEntry) string {
+	id, _, _ := strings.Cut(f.Name(), ".")
+	if !f.Type().IsRegular() || len(id) != 2*diskIDBytes || strings.Trim(id, "0123456789abcdef") != "" {
+		return ""
+	}
+	if !slices.Contains(diskFiles, strings.TrimPrefix(f.Name(), id)) {
+		return ""
+	}
+	return id
+}
+
+// mark has an empty file say, by when it was last modified, since when nobody knows a disk.
+func (m lunMedia) mark(host, id string, now time.Time) (strayDisk, error) {
+	name := filepath.Join(m.dir, host, id+".unknown")
+	s := strayDisk{host: host, id: id, found: now}
+	fi, err := os.Stat(name)
+	if err == nil {
+		s.found = fi.ModTime()
+		return s, nil
+	}
+	if s.fresh = errors.Is(err, fs.ErrNotExist); s.fresh {
+		if err = os.WriteFile(name, nil, 0o600); err == nil {
+			err = os.Chtimes(name, now, now)
+		}
+	}
+	if err != nil {
+		return s, fmt.Errorf("marking a disk that no record knows: %w", err)
+	}
+	return s, nil
+}
+
+func (m lunMedia) unmark(host, id string) error {
+	if err := os.Remove(filepath.Join(m.dir, host, id+".unknown")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("taking the mark from a disk that is known again: %w", err)
+	}
 	return nil
+}
+
+// sweepEvery is how often files are looked for that no record knows.
+const sweepEvery = time.Hour
+
+// sweep has the disks that no record knows deleted, a week after people were told of them: they may be all that there is of
+// them, where the records were lost. Nothing that goes wrong in it keeps a host from its disk.
+func (l *luns) sweep(ctx context.Context) {
+	now := l.now()
+	if !l.swept.IsZero() && now.Sub(l.swept) < sweepEvery {
+		return
+	}
+	l.swept = now
+	strays, err := l.media.strays(l.knows, now)
+	warn := func(host, format string, args ...any) {
+		l.events.note(ctx, state.Event{Kind: "disk", Subject: host, Message: fmt.Sprintf(format, args...), Warning: true})
+	}
+	for _, s := range strays {
+		file := filepath.Join(l.media.dir, s.host, s.id)
+		switch {
+		case s.fresh:
+			warn(s.host, "no record knows the disk %s.*: it is deleted on %s, unless it is on record again by then", file, s.found.Add(keepUnused).UTC().Format(time.DateOnly))
+		case now.Sub(s.found) >= keepUnused:
+			if gone := errors.Join(l.media.delete(s.host, s.id), l.media.tidy(s.host)); gone != nil {
+				err = errors.Join(err, gone)
+				continue
+			}
+			warn(s.host, "the disk %s.* is deleted: no record knew it for a week", file)
+		}
+	}
+	if err != nil {
+		l.log.Error("looking for disks that no record knows", "error", err)
+	}
+}
+
+// knows says whether a disk is on record, or still open.
+func (l *luns) knows(host, id string) bool {
+	rec := l.recs[host]
+	_, known := rec.Disk(id)
+	if h := l.hosts[host]; h != nil {
+		known = known || h.disks[id] != nil
+	}
+	return known
 }
 
 // room is how many bytes are free for what hosts write.

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"os"
 	"reflect"
 	"slices"
 	"time"
@@ -56,6 +57,7 @@ type luns struct {
 	opened chan *openImage
 	seen   map[string]time.Time // when a session of a host was last seen
 	told   map[string]string    // of which trouble people were told, by host
+	swept  time.Time            // when files were last looked for that no record knows
 	lean   bool                 // there is little room left, and people were told
 }
 
@@ -166,6 +168,7 @@ func (l *luns) step(ctx context.Context) (next time.Time, err error) {
 			next = at
 		}
 	}
+	l.sweep(ctx)
 	errs = append(errs, l.closeImages(), l.checkRoom(ctx))
 	if l.settled() {
 		l.refresh()
@@ -180,8 +183,8 @@ func (l *luns) facts(ctx context.Context) (map[string]lunFacts, error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := l.media.sweep(recs); err != nil {
-			return nil, err
+		if err := os.MkdirAll(l.media.dir, 0o700); err != nil {
+			return nil, fmt.Errorf("making the directory of hosts' disks: %w", err)
 		}
 		l.recs = recs
 	}
@@ -259,7 +262,7 @@ func (l *luns) host(ctx context.Context, host string, f lunFacts) (next time.Tim
 		next = f.now.Add(loaderGone)
 	}
 	if lost := slices.ContainsFunc(before.Disks, func(d state.LUNDisk) bool { _, has := rec.Disk(d.ID); return !has }); lost {
-		return next, errors.Join(err, l.media.clear(host, rec))
+		return next, errors.Join(err, l.media.clear(host, before, rec))
 	}
 	return next, nil
 }
@@ -333,9 +336,10 @@ func (l *luns) remove(ctx context.Context, host string) error {
 	if err := state.LUNSets.Delete(ctx, l.store, host); err != nil {
 		return err
 	}
+	before := l.recs[host]
 	delete(l.recs, host)
 	delete(l.seen, host)
-	if err := l.media.clear(host, state.LUNs{}); err != nil {
+	if err := l.media.clear(host, before, state.LUNs{}); err != nil {
 		return err
 	}
 	l.events.note(ctx, state.Event{Kind: "disk", Subject: host, Message: "its disk on the server is deleted: nothing wanted it for a week"})

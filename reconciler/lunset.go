@@ -182,9 +182,12 @@ func dropDisks(rec *state.LUNs, wanted string) {
 	})
 }
 
+// diskIDBytes is how long a disk's id is, before it is text.
+const diskIDBytes = 8
+
 // newDisk is a disk with an id and secrets that nobody can guess: 128 random bits each, as text.
 func newDisk() state.LUNDisk {
-	return state.LUNDisk{ID: randomHex(8), Secret: randomHex(16), MutualSecret: randomHex(16)}
+	return state.LUNDisk{ID: randomHex(diskIDBytes), Secret: randomHex(16), MutualSecret: randomHex(16)}
 }
 
 func randomHex(bytes int) string {

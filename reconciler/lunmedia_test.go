@@ -1,0 +1,139 @@
+package reconciler
+
+import (
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/troupe-dev/troupe/reconciler/state"
+)
+
+// tree are all files below the directory of hosts' disks, with directories that are empty.
+func (r *lunRig) tree(t *testing.T) []string {
+	t.Helper()
+	var names []string
+	err := filepath.WalkDir(r.dir, func(name string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		empty := false
+		if d.IsDir() {
+			in, err := os.ReadDir(name)
+			if err != nil {
+				return err
+			}
+			empty = len(in) == 0
+		}
+		if !d.IsDir() || empty {
+			names = append(names, strings.TrimPrefix(name, r.dir+"/"))
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return names
+}
+
+func (r *lunRig) place(t *testing.T, names ...string) {
+	t.Helper()
+	for _, name := range names {
+		name = filepath.Join(r.dir, name)
+		if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(name, []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(name, testStart.AddDate(-1, 0, 0), testStart.AddDate(-1, 0, 0)); err != nil { // nobody wrote to it for long
+			t.Fatal(err)
+		}
+	}
+}
+
+// warnings are the events about disks that somebody should look at.
+func (r *lunRig) warnings(t *testing.T, word string) (n int) {
+	t.Helper()
+	events, err := state.Events.List(t.Context(), r.store)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, ev := range events {
+		if ev.Kind == "disk" && ev.Warning && strings.Contains(ev.Message, word) {
+			n++
+		}
+	}
+	return n
+}
+
+// A server whose records are gone, or are older than its disks, has the disks for another week, and says so; those that are
+// on record again by then stay. Nothing that is no disk of a host is touched, and nothing of it stops the controller.
+func TestDisksThatNoRecordKnows(t *testing.T) {
+	r := newLUNRig(t)
+	var now atomic.Int64
+	clock := func() time.Time { return testStart.Add(time.Duration(now.Load())) }
+	r.now = clock
+	a := r.assign(t, "n1", r.delta)
+	stop := r.start(t)
+	r.await(t, ready("n1", a))
+	disk := "n1/" + r.record(t, "n1").Current
+	stop()
+	const stray = "n9/0123456789abcdef"
+	others := []string{
+		"lost+found/0123456789abcdef.disk", "n1.bak/0123456789abcdef.disk", "n8/0123456789abcdef.disk.bak", "n8/0123456789abcdeg.disk",
+		"n8/notes", "notes",
+	}
+	r.place(t, append(others, stray+".delta", stray+".reservations")...)
+	kept := func(more ...string) []string {
+		return append(append([]string{others[0], others[1]}, more...), others[2:]...)
+	}
+
+	lost := r.store
+	r.again(openStore(t)) // without any record
+	r.now = clock
+	stop = r.start(t)
+	met := kept(disk+".disk", disk+".unknown")
+	met = append(met, stray+".delta", stray+".reservations", stray+".unknown")
+	want := map[string]bool{}
+	for _, name := range met {
+		want[name] = true
+	}
+	same := func() bool {
+		got := map[string]bool{}
+		for _, name := range r.tree(t) {
+			got[name] = true
+		}
+		return cmp.Equal(want, got)
+	}
+	r.until(t, same)
+	now.Store(int64(keepUnused - time.Second))
+	const later = "n7/0123456789abcdef"
+	r.place(t, later+".disk")
+	want[later+".disk"], want[later+".unknown"] = true, true
+	r.until(t, same)
+	if n := r.warnings(t, "no record knows"); n != 3 {
+		t.Errorf("people were told of 3 disks %d times", n)
+	}
+	stop()
+
+	r.again(lost) // the records are found again: the disk is known, but n9's is not
+	r.now = clock
+	now.Store(int64(keepUnused))
+	stop = r.start(t)
+	defer stop()
+	want = map[string]bool{}
+	for _, name := range kept(disk+".disk", later+".disk", later+".unknown") {
+		want[name] = true
+	}
+	r.until(t, same)
+	r.await(t, ready("n1", a))
+	if r.warnings(t, "is deleted: no record") != 1 {
+		t.Error("people were not told of what is deleted")
+	}
+}
