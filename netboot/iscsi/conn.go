@@ -67,6 +67,7 @@ type conn struct {
 	lastTTT   uint32
 	workers   int
 	backlog   []*task // ready for a worker
+	parked    []*task // have data to send when less is pending
 	finished  bool
 	ticks     uint32 // read deadlines that have passed
 
@@ -130,6 +131,8 @@ func (c *conn) serve() {
 			c.srv.changed()
 		}
 		err = c.fullFeature()
+	} else if c.ctx.Err() == nil {
+		c.wire.finish()
 	}
 	c.end(err)
 }
@@ -180,13 +183,7 @@ func (c *conn) login() error {
 		}
 		resp, done := l.step(req)
 		if done && l.ok {
-			if status := c.srv.begin(c.ctx, c, l, req.cmdSN()); status != loginOK {
-				l.ok = false
-				l.err = fmt.Errorf("login of %q: status %#04x", l.initiator, status)
-				failLogin(resp, status)
-			} else {
-				resp.setTSIH(c.s.tsih)
-			}
+			c.beginSession(l, req, resp)
 		}
 		if err := c.loginResponse(req, resp); err != nil {
 			return err
@@ -195,6 +192,29 @@ func (c *conn) login() error {
 			return l.err
 		}
 	}
+}
+
+// beginSession ends a login that went well with a session, or with an error after all. The Directory is asked before, so that
+// who may no longer log in ends no other session, and after: whoever takes an initiator out of the Directory and then calls
+// Drop either finds the session, or has it refused here.
+func (c *conn) beginSession(l *login, req, resp *pdu) {
+	err := l.confirm()
+	if err == nil {
+		if status := c.srv.begin(c.ctx, c, l, req.cmdSN()); status != loginOK {
+			l.ok = false
+			l.err = fmt.Errorf("login of %q: status %#04x", l.initiator, status)
+			failLogin(resp, status)
+			return
+		}
+		err = l.confirm()
+	}
+	if err != nil {
+		l.ok = false
+		l.err = fmt.Errorf("login of %q: %w", l.initiator, err)
+		failLogin(resp, loginStatus(err))
+		return
+	}
+	resp.setTSIH(c.s.tsih)
 }
 
 // join gives the connection its session, and what the login agreed on, before others know of it.

@@ -33,7 +33,8 @@ var (
 	ErrNotReady  = errors.New("target is not ready yet")           // login status 0301h: initiators try again
 )
 
-// A Directory says who may use what. It is asked at each login and each discovery, and answers from memory.
+// A Directory says who may use what. It is asked at the beginning and at the end of each login, and at each discovery, and
+// answers from memory.
 type Directory interface {
 	// Discover says how an initiator proves who it is before it is told of targets, and the names of those that it may use.
 	Discover(initiator string) (*CHAP, []string)

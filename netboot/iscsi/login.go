@@ -236,6 +236,33 @@ func (l *login) take(pairs []pair) error {
 	return nil
 }
 
+// ask asks the Directory what the initiator of a login may have, and what it has to prove for that.
+func (l *login) ask() (*Target, *CHAP, error) {
+	if l.discovery {
+		need, _ := l.cfg.directory.Discover(l.initiator)
+		return nil, need, nil
+	}
+	name := l.keys.names.target
+	target, need, err := l.cfg.directory.Open(l.initiator, name)
+	if err != nil {
+		return nil, nil, fmt.Errorf("opening target %q: %w", name, err)
+	}
+	return target, need, nil
+}
+
+// confirm asks again: what held when the login began may not hold any more, as the initiator takes its time.
+func (l *login) confirm() error {
+	target, need, err := l.ask()
+	if err != nil {
+		return err
+	}
+	before := l.auth.need
+	if target != l.target || (need == nil) != (before == nil) || need != nil && *need != *before {
+		return fmt.Errorf("%w: it changed during the login", ErrNotReady)
+	}
+	return nil
+}
+
 // open finds, after the first row, what the initiator wants and what it has to prove.
 func (l *login) open() error {
 	n := &l.keys.names
@@ -243,18 +270,18 @@ func (l *login) open() error {
 	if n.initiator == "" {
 		return fmt.Errorf("%w: InitiatorName", errMissing)
 	}
-	var need *CHAP
-	if n.discovery {
-		need, _ = l.cfg.directory.Discover(n.initiator)
-	} else {
-		if n.target == "" {
-			return fmt.Errorf("%w: TargetName", errMissing)
-		}
-		var err error
-		if l.target, need, err = l.cfg.directory.Open(n.initiator, n.target); err != nil {
-			return fmt.Errorf("opening target %q: %w", n.target, err)
-		}
+	if !n.discovery && n.target == "" {
+		return fmt.Errorf("%w: TargetName", errMissing)
+	}
+	target, need, err := l.ask()
+	if err != nil {
+		return err
+	}
+	if l.target = target; !n.discovery {
 		l.out = appendText(l.out, "TargetPortalGroupTag", strconv.Itoa(ourPortalGroup))
+	}
+	if need != nil {
+		need = new(*need) // as it is now
 	}
 	l.auth = &authentication{need: need, random: l.cfg.random}
 	if l.stage != stageSecurity && !l.auth.done() {

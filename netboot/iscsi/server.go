@@ -231,7 +231,8 @@ func (srv *Server) sessionList() []*session {
 	return list
 }
 
-// Drop ends the sessions of an initiator. It returns when their connections are closed and none of their commands runs.
+// Drop ends the sessions of an initiator. It returns when their connections are closed and none of their commands runs. A
+// login under way goes on if the Directory still lets it: who is to stay away is taken out of that before.
 func (srv *Server) Drop(initiator string) {
 	for _, s := range srv.sessionList() {
 		if s.initiator == initiator {

@@ -30,6 +30,7 @@ type session struct {
 	mu        sync.Mutex
 	conn      *conn
 	successor *conn // takes over when conn is done
+	doomed    bool  // no connection takes over any more
 	over      bool
 	expCmdSN  uint32
 	maxCmdSN  uint32
@@ -69,9 +70,10 @@ func (s *session) info() SessionInfo {
 	}
 }
 
-// kick closes the session's connection; s.ended tells when all is over.
+// kick closes the session's connection for good: none takes its place. s.ended tells when all is over.
 func (s *session) kick() {
 	s.mu.Lock()
+	s.doomed = true
 	c, next := s.conn, s.successor
 	s.mu.Unlock()
 	c.close()
@@ -158,7 +160,7 @@ func (srv *Server) resume(ctx context.Context, c *conn, l *login) uint16 {
 	s.mu.Lock()
 	old := s.conn
 	switch {
-	case s.over || s.successor != nil:
+	case s.over || s.doomed || s.successor != nil:
 		s.mu.Unlock()
 		return loginNoSession
 	case old.cid != l.cid:
