@@ -143,7 +143,7 @@ func (c *conn) register(t *task) (mine, inTurn bool) {
 func (c *conn) takeTurn(t *task) error {
 	c.s.mu.Lock()
 	c.deliver(t)
-	ready := t.turn && t.waits
+	ready := t.turn && t.waits && !t.receiving
 	if ready {
 		t.waits = false
 	}

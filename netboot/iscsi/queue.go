@@ -33,7 +33,7 @@ func (n *nexus) start(t *task) {
 }
 
 // leaveQueue takes a task that ended out of the order, and returns those whose turn has come and that waited for nothing
-// else; the caller has them in hand. It needs s.mu.
+// else; the caller has them in hand. One that waits for data, too, stays the reader's to take. It needs s.mu.
 func (t *task) leaveQueue() (ready []*task) {
 	n := t.n
 	if n == nil || !t.turn {
@@ -50,7 +50,7 @@ func (t *task) leaveQueue() (ready []*task) {
 		}
 		n.waiting = n.waiting[1:]
 		n.start(next)
-		if next.waits {
+		if next.waits && !next.receiving {
 			next.waits = false
 			ready = append(ready, next)
 		}
