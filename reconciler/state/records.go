@@ -98,8 +98,14 @@ type LUNs struct {
 	// "" before there is one.
 	Disks   []LUNDisk `json:"disks,omitempty"`
 	Current string    `json:"current,omitempty"`
+	Before  string    `json:"before,omitempty"` // the disk that was LUN 0 before that, and was used; "" for none
 	// Unused is since when no assignment wants any of it; zero while one does.
 	Unused time.Time `json:"unused,omitzero"`
+	Login  time.Time `json:"login,omitzero"` // when an initiator last logged in to the current disk; zero: none did
+	Used   time.Time `json:"used,omitzero"`  // when a session was last seen, to the hour while one is open
+	// Next is what the machine was told to boot since Boot, while nothing shows that it does; it has no Disk where that is
+	// no image that is booted as it is.
+	Next *LUNBoot `json:"next,omitempty"`
 	// Boot is the machine's last boot, where that is one of an image that is booted as it is.
 	Boot *LUNBoot `json:"boot,omitempty"`
 }
@@ -147,17 +153,27 @@ func (l *LUNs) Node(open bool, now time.Time) Node {
 }
 
 // WithDisks are nodes, and with them the machines that boot an image as it is, in place of what an agent said of them
-// before that. open has the hosts of which a session is open.
+// before that. open has the hosts of which a session is open. A machine that was several hosts, since one was renamed, is the
+// one that it booted as last.
 func WithDisks(nodes map[string]Node, sets map[string]LUNs, open map[string]bool, now time.Time) map[string]Node {
-	out := maps.Clone(nodes)
-	for host, l := range sets {
-		if l.Boot == nil || out[l.Boot.MAC].LastSeen.After(l.Boot.Told) {
+	last := map[string]string{} // host by MAC
+	for _, host := range slices.Sorted(maps.Keys(sets)) {
+		b := sets[host].Boot
+		if b == nil || nodes[b.MAC].LastSeen.After(b.Told) {
 			continue
 		}
-		if out == nil {
-			out = map[string]Node{}
+		if other, has := last[b.MAC]; !has || b.Told.After(sets[other].Boot.Told) {
+			last[b.MAC] = host
 		}
-		out[l.Boot.MAC] = l.Node(open[host], now)
+	}
+	if len(last) == 0 {
+		return nodes
+	}
+	out := make(map[string]Node, len(nodes)+len(last))
+	maps.Copy(out, nodes)
+	for mac, host := range last {
+		l := sets[host]
+		out[mac] = l.Node(open[host], now)
 	}
 	return out
 }
