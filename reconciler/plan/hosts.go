@@ -113,7 +113,7 @@ func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
 		out.Reboot = node.Kernel != "" && node.Kernel != rel.Kernel
 	case run == nil:
 		out.Action = Boot
-	case out.FetchBytes > 0:
+	case out.FetchBytes > 0 && stages(node):
 		out.Action, out.Reboot = StageAndReboot, true
 	default:
 		out.Action, out.Reboot = Reboot, true
@@ -127,6 +127,12 @@ func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
 	case node.Stage == string(netboot.StageBooted):
 		out.Why = append(out.Why, noAgent)
 	}
+}
+
+// stages says whether a node can fetch images while it runs. One that runs from the server has no cache to put them in: it
+// fetches them when it has booted.
+func stages(n state.Node) bool {
+	return n.Session == nil && n.Stage != string(netboot.StageBooted)
 }
 
 // missing is the size of those blobs that are not in cached. What comes twice is fetched once.

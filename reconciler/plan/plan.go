@@ -85,7 +85,7 @@ const (
 	AwaitBuild Action = "build"
 	// StageAndReboot: the node fetches images in the background, then reboots.
 	StageAndReboot Action = "stage-and-reboot"
-	// Reboot: all images are in the node's cache.
+	// Reboot: all images are in the node's cache, or on the server, or the node has no cache yet to fetch them into.
 	Reboot Action = "reboot"
 	// Boot: the machine is known and runs nothing; it runs the release when it boots next, or goes on booting.
 	Boot Action = "boot"

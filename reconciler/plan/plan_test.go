@@ -362,12 +362,26 @@ var changes = map[string]struct {
 			w.changeRole("web", func(r *schema.Role) { r.Boot = "iscsi" })
 			w.settle()
 			n := w.obs.Nodes[mac(1)]
-			n.Cached = nil
+			n.Cached, n.Session = nil, &agentapi.Session{Up: true}
 			w.obs.Nodes[mac(1)] = n
 			w.changeRole("web", func(r *schema.Role) { r.Boot = "disk" })
 		},
 		host: "n1",
-		want: Host{Action: StageAndReboot, Changed: true, Reboot: true, FromRole: "web", ToRole: "web", FetchBytes: 1030, Generation: 3, Why: []string{"boot iscsi → disk"}},
+		want: Host{Action: Reboot, Changed: true, Reboot: true, FromRole: "web", ToRole: "web", FetchBytes: 1030, Generation: 3, Why: []string{"boot iscsi → disk"}},
+	},
+	"from an image that is booted as it is to a disk of its own": {
+		change: func(w *world) {
+			w.vm("one")
+			w.settle()
+			n := w.obs.Nodes[mac(1)]
+			n.Stage, n.Cached = "booted", nil
+			w.obs.Nodes[mac(1)] = n
+			w.change(1, func(h *schema.Host) { h.Role = "idle" })
+		},
+		host: "n1",
+		want: Host{Action: Reboot, Changed: true, Reboot: true, FromRole: "vm", ToRole: "idle", FetchBytes: 1030, Generation: 3, Why: []string{
+			"role vm → idle", "boot iscsi → disk", "no agent is there to reboot it: it waits for its next boot",
+		}},
 	},
 	"an image that is booted as it is": {
 		change: func(w *world) { w.vm("one") },
