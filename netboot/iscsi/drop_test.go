@@ -1,8 +1,14 @@
 package iscsi
 
 import (
+	"context"
+	"errors"
+	"net"
+	"os"
 	"sync"
+	"syscall"
 	"testing"
+	"time"
 )
 
 // A connection cannot take the place of that of a session that is being dropped.
@@ -103,5 +109,107 @@ func TestDirectoryChangesDuringALogin(t *testing.T) {
 				t.Errorf("%d sessions of a login that failed", n)
 			}
 		})
+	}
+}
+
+// A peer that does not take data of a unit loses its connection when the unit is removed, and holds up nobody.
+func TestRemoveFromASlowPeer(t *testing.T) {
+	f := serve(t, func(c *Config) { c.PingTimeout = time.Hour })
+	f.srv.sendGrace = 10 * time.Millisecond
+	f.image(1, pattern(1<<20, 1))
+	i := f.login()
+	i.do(i.on(1, i.command(testUnitReady(), 0, nil)))
+	for range 60 { // 60 MiB, more than any socket holds
+		i.send(i.on(1, i.command(read10(0, 2048), 1<<20, nil)))
+	}
+	other := f.other()
+	removed := make(chan error, 1)
+	for { // until data is on its way
+		f.srv.mu.Lock()
+		s := f.srv.sessions[i.tsih]
+		f.srv.mu.Unlock()
+		if s.conn.pending.Load() > 0 {
+			break
+		}
+		other.quiet()
+	}
+	go func() { removed <- f.target.Remove(1) }()
+	select {
+	case err := <-removed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(patience):
+		t.Error("Remove waits for the peer")
+		_ = i.nc.Close()
+		<-removed
+	}
+	if r := other.do(other.command(testUnitReady(), 0, nil)); r.sense != "6/3f0e" {
+		t.Errorf("sense %s, want REPORTED LUNS DATA HAS CHANGED", r.sense)
+	}
+}
+
+// A medium that is slow costs nobody a connection.
+func TestRemoveOfASlowUnit(t *testing.T) {
+	f := serve(t, nil)
+	f.srv.sendGrace = time.Millisecond
+	i, other := f.login(), f.other()
+	g := newGate()
+	f.disk.hook(g.holding("sync"))
+	cmd := i.command(sync10(), 0, nil)
+	i.send(cmd)
+	<-g.came
+	removed := make(chan error, 1)
+	go func() { removed <- f.target.Remove(0) }()
+	for len(f.target.LUNs()) > 0 {
+		other.quiet()
+	}
+	for range 200 { // many times as long as a peer may take
+		i.quiet()
+	}
+	close(g.open)
+	i.expectGood(i.outcome(cmd))
+	if err := <-removed; err != nil {
+		t.Error(err)
+	}
+}
+
+// A failingListener fails to accept some connections.
+type failingListener struct {
+	net.Listener
+	errs []error
+}
+
+func (l *failingListener) Accept() (net.Conn, error) {
+	if len(l.errs) > 0 {
+		err := l.errs[0]
+		l.errs = l.errs[1:]
+		return nil, err
+	}
+	return l.Listener.Accept()
+}
+
+// A connection that cannot be accepted does not end the server.
+func TestServeGoesOnAccepting(t *testing.T) {
+	f := serve(t, nil)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	failing := &failingListener{Listener: l}
+	for _, errno := range []syscall.Errno{
+		syscall.EPROTO, syscall.ENETDOWN, syscall.EHOSTUNREACH, syscall.EPERM, syscall.EMFILE, syscall.ECONNABORTED,
+	} {
+		failing.errs = append(failing.errs, &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", errno)})
+	}
+	failing.errs = append(failing.errs, errors.New("something else"))
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- f.srv.Serve(ctx, failing) }()
+	f.addr = l.Addr().String()
+	_ = f.login().nc.Close()
+	cancel()
+	if err := <-ended; err != nil {
+		t.Errorf("Serve: %v", err)
 	}
 }

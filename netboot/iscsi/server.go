@@ -40,6 +40,8 @@ const (
 	connWorkers = 32
 	// logoutGrace is how long initiators have to log out when the server stops.
 	logoutGrace = 2 * time.Second
+	// sendGrace is how long a peer may take over data of a unit that is being removed.
+	sendGrace = 3 * time.Second
 )
 
 // A Server is an iSCSI target node with as many targets as its Directory knows.
@@ -55,6 +57,7 @@ type Server struct {
 	share     int64         // of memory, for one connection
 	workers   chan struct{} // has an element for each that works
 	residency residency
+	sendGrace time.Duration
 
 	mu       sync.Mutex
 	conns    map[*conn]struct{}
@@ -90,6 +93,7 @@ func NewServer(cfg Config) (*Server, error) {
 		share:     max(cfg.MaxMemory/memoryShare, scsi.MaxTransfer),
 		workers:   make(chan struct{}, maxWorkers),
 		residency: residency{start: time.Now()},
+		sendGrace: sendGrace,
 		conns:     map[*conn]struct{}{},
 		sessions:  map[uint16]*session{},
 	}, nil
@@ -113,7 +117,7 @@ func (srv *Server) Serve(ctx context.Context, l net.Listener) error {
 	})
 	defer stop()
 	mine := &crowd{conns: map[*conn]struct{}{}}
-	err := srv.acceptAll(connCtx, l, mine)
+	err := srv.acceptAll(ctx, connCtx, l, mine)
 	if ctx.Err() != nil {
 		err = nil
 	}
@@ -124,16 +128,16 @@ func (srv *Server) Serve(ctx context.Context, l net.Listener) error {
 	return err
 }
 
-func (srv *Server) acceptAll(ctx context.Context, l net.Listener, mine *crowd) error {
+// acceptAll accepts until ctx ends or l is broken; connCtx is that of the connections.
+func (srv *Server) acceptAll(ctx, connCtx context.Context, l net.Listener, mine *crowd) error {
 	for pause := 5 * time.Millisecond; ; {
 		nc, err := l.Accept()
 		if err == nil {
 			pause = 5 * time.Millisecond
-			srv.admit(ctx, nc, mine)
+			srv.admit(connCtx, nc, mine)
 			continue
 		}
-		var again net.Error
-		if !errors.As(err, &again) || !again.Timeout() && !isTooManyFiles(err) {
+		if isBroken(err) || ctx.Err() != nil {
 			return fmt.Errorf("accepting on %s: %w", l.Addr(), err)
 		}
 		srv.log.Warn("accepting an iSCSI connection", "err", err)
@@ -253,7 +257,8 @@ func (srv *Server) newQuota() quota {
 	return quota{own: semaphore.NewWeighted(srv.share), all: srv.memory}
 }
 
-// isTooManyFiles says that an Accept may go well later.
-func isTooManyFiles(err error) bool {
-	return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ENOMEM)
+// isBroken says that no Accept can go well any more. Of all else that accept(2) fails with, much is the network's or the
+// peer's doing (ENETDOWN, EPROTO, EPERM by a firewall), or passes when files are closed.
+func isBroken(err error) bool {
+	return errors.Is(err, net.ErrClosed) || errors.Is(err, unix.EBADF) || errors.Is(err, unix.EINVAL)
 }

@@ -2,6 +2,7 @@ package iscsi
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -260,9 +261,37 @@ func (s *session) leave(u *unit) {
 	c.goOn(nil) // what was stopped has an answer
 	s.mu.Unlock()
 	if unused != nil {
-		<-unused
+		s.awaitUnused(n, unused)
 	}
 	n.Detach()
+}
+
+// errSlow is why awaitUnused closes a connection.
+var errSlow = errors.New("initiator is slow to take data of a LUN that is being removed")
+
+// awaitUnused waits until no task touches a unit. A peer that is slow to take what refers to it loses its connection: it can
+// come again, and the unit cannot wait for it. What the medium itself is slow with is waited for.
+func (s *session) awaitUnused(n *nexus, unused <-chan struct{}) {
+	tick := time.NewTicker(s.srv.sendGrace)
+	defer tick.Stop()
+	for {
+		select {
+		case <-unused:
+			return
+		case <-tick.C:
+		}
+		s.mu.Lock()
+		c, left := s.conn, n.uses
+		for _, t := range c.tasks {
+			if t.n == n && t.running {
+				left--
+			}
+		}
+		s.mu.Unlock()
+		if left > 0 {
+			c.closeFor(errSlow)
+		}
+	}
 }
 
 // abortOn ends all tasks of a nexus without a word, as PREEMPT AND ABORT of another one wants it (SPC-4 5.13.11.2.7). It

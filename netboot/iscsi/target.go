@@ -59,7 +59,8 @@ func (t *Target) Add(lun LUN, u *scsi.Unit) error {
 }
 
 // Remove takes a unit away. It returns when no session uses it any more, so that its Medium may be closed: what was being
-// done is finished, what waited for data is ended, and what refers to its memory has been sent or its connection closed.
+// done is finished, what waited for data is ended, and what refers to its memory has been sent or, where the peer does not
+// take it in a few seconds, its connection closed.
 func (t *Target) Remove(lun LUN) error {
 	t.mu.Lock()
 	u := t.units[lun]
@@ -71,9 +72,11 @@ func (t *Target) Remove(lun LUN) error {
 	others, sessions := t.unitList(), slices.Collect(maps.Keys(t.sessions))
 	t.mu.Unlock()
 	tellLUNsChanged(others)
+	var leaving sync.WaitGroup
 	for _, s := range sessions {
-		s.leave(u)
+		leaving.Go(func() { s.leave(u) })
 	}
+	leaving.Wait()
 	return nil
 }
 
