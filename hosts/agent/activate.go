@@ -10,8 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/troupe-dev/troupe/hosts/agent/cache"
 	"github.com/troupe-dev/troupe/hosts/agent/disk"
 	"github.com/troupe-dev/troupe/hosts/agent/netup"
@@ -30,7 +28,7 @@ type mounted struct {
 // activate brings an assignment up to a mounted root. It may be broken off and begun again at any point.
 func (b *boot) activate(ctx context.Context, a agentapi.Assignment) (*mounted, error) {
 	m, err := b.tryActivate(ctx, a)
-	b.closeDamaged(err)
+	b.closeDamaged(ctx, err)
 	return m, err
 }
 
@@ -99,14 +97,14 @@ func (b *boot) openCache(ctx context.Context, spec agentapi.Disks) error {
 	if found, err = maker.Mount(ctx, found, cacheDir); err != nil {
 		return err
 	}
-	return b.useCache(&found, "")
+	return b.useCache(ctx, &found, "")
 }
 
 // useCache opens a cache that is mounted on cacheDir.
-func (b *boot) useCache(found *disk.Found, where string) error {
+func (b *boot) useCache(ctx context.Context, found *disk.Found, where string) error {
 	c, err := openMounted(cacheDir, found, b.log)
 	if err != nil {
-		return errors.Join(err, unix.Unmount(cacheDir, 0))
+		return errors.Join(err, b.endOrReboot(ctx, syncLimit, "its disk does not answer", func() error { return b.unmount(cacheDir, 0) }))
 	}
 	b.cache = c
 	b.rep.update(false, func(r *agentapi.Report) { r.Cached = cached(c) })
@@ -163,17 +161,14 @@ func cacheDetail(f disk.Found) string {
 
 // closeDamaged lets go of a cache whose file system turned out to be damaged: the kernel makes it read-only then. The next
 // try opens it again, and so repairs it. An image that does not mount says nothing about the file system that it lies on.
-func (b *boot) closeDamaged(err error) {
+func (b *boot) closeDamaged(ctx context.Context, err error) {
 	if b.cache == nil || !isDamage(err) || errors.Is(err, rootfs.ErrImage) {
 		return
 	}
 	b.log.Error("the cache is damaged", "error", err)
-	if err := unix.Unmount(b.cache.Dir(), 0); err != nil {
+	if err := b.closeCache(ctx); err != nil {
 		b.log.Error("the cache cannot be unmounted to be repaired", "error", err)
-		return
 	}
-	b.cache = nil
-	b.rep.forget(agentapi.StageCache)
 }
 
 // lateDisks is how long a disk may take to show after its driver was loaded, before another one is written to, or its

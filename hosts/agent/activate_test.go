@@ -98,10 +98,10 @@ func TestADamagedCacheIsOpenedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }) // where the test failed
-	b := &boot{log: nothing, cache: cacheWith(t, dir, a, "base", "delta of web"), rep: newReporter(nil, nothing, agentapi.Report{})}
+	b := &boot{log: nothing, cache: cacheWith(t, dir, a, "base", "delta of web"), rep: newReporter(nil, nothing, agentapi.Report{}), unmount: unix.Unmount}
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageCache})
-	b.closeDamaged(nil)
-	b.closeDamaged(context.Canceled)
+	b.closeDamaged(t.Context(), nil)
+	b.closeDamaged(t.Context(), context.Canceled)
 	if b.cache == nil {
 		t.Fatal("a whole cache was closed")
 	}

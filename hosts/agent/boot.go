@@ -50,6 +50,7 @@ type boot struct {
 	shown     string        // what the last mark of StageWait says
 	fetched   int64         // image bytes since the last mark of it
 	force     func() error  // reboots; replaced in tests
+	unmount   func(target string, flags int) error
 	resolv    string        // resolvConf; another file in tests
 	patience  time.Duration // strangerPatience; another one in tests
 	endShells func()        // nobody sits at the console any more
@@ -65,7 +66,7 @@ func Init(ctx context.Context) error {
 		log.Error("the first mounts are not whole", "error", mountErr)
 	}
 	b := &boot{
-		log: log, drivers: make(chan struct{}), fsReady: make(chan struct{}), copied: make(chan struct{}), force: forceReboot,
+		log: log, drivers: make(chan struct{}), fsReady: make(chan struct{}), copied: make(chan struct{}), force: forceReboot, unmount: unix.Unmount,
 		resolv: resolvConf, patience: strangerPatience, panics: setPanic(panicReboot),
 	}
 	shells, stopShells := context.WithCancel(ctx)

@@ -15,8 +15,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/troupe-dev/troupe/hosts/agent/disk"
 	"github.com/troupe-dev/troupe/hosts/agent/iscsi"
 	"github.com/troupe-dev/troupe/hosts/agent/kmod"
@@ -46,7 +44,7 @@ func (l *luns) isFor(spec *agentapi.ISCSI) bool {
 // openStorage opens where the assignment's images and node delta are. What is open for another assignment is closed first.
 func (b *boot) openStorage(ctx context.Context, a agentapi.Assignment) error {
 	if b.luns != nil && !b.luns.isFor(a.ISCSI) || b.luns == nil && a.ISCSI != nil {
-		if err := b.closeStorage(); err != nil {
+		if err := b.closeStorage(ctx); err != nil {
 			return err
 		}
 	}
@@ -59,21 +57,45 @@ func (b *boot) openStorage(ctx context.Context, a agentapi.Assignment) error {
 	return b.openNodeDisk(ctx, a.ISCSI)
 }
 
+// closeLimit is how long a session may take to end: the kernel first fails what its disks were asked for.
+const closeLimit = 30 * time.Second
+
 // closeStorage lets go of the cache and of the session.
-func (b *boot) closeStorage() error {
-	if b.cache != nil {
-		if err := unix.Unmount(b.cache.Dir(), 0); err != nil {
-			return fmt.Errorf("leaving the node's disk: %w", err)
-		}
-		b.cache = nil
-		b.rep.forget(agentapi.StageCache)
+func (b *boot) closeStorage(ctx context.Context) error {
+	if err := b.closeCache(ctx); err != nil {
+		return fmt.Errorf("leaving the node's disk: %w", err)
 	}
 	if b.luns == nil {
 		return nil
 	}
 	s := b.luns.session
 	b.luns = nil
-	return errors.Join(s.Close(), iscsi.Forget(runDir))
+	err := b.endOrReboot(ctx, closeLimit, "its iSCSI session does not end", s.Close)
+	return errors.Join(err, iscsi.Forget(runDir))
+}
+
+// closeCache unmounts the cache. A node disk that was reset does not answer any more, and its unmount would wait for ever.
+func (b *boot) closeCache(ctx context.Context) error {
+	if b.cache == nil {
+		return nil
+	}
+	dir := b.cache.Dir()
+	if err := b.endOrReboot(ctx, syncLimit, "its disk does not answer", func() error { return b.unmount(dir, 0) }); err != nil {
+		return err
+	}
+	b.cache = nil
+	b.rep.forget(agentapi.StageCache)
+	return nil
+}
+
+// endOrReboot calls f, and reboots where that has no end within limit: what it is to let go of is in use then, and the
+// machine cannot go on without it nor with it.
+func (b *boot) endOrReboot(ctx context.Context, limit time.Duration, why string, f func() error) error {
+	err := bounded(limit, f)
+	if errors.Is(err, errPatience) {
+		return errors.Join(err, b.reboot(ctx, why))
+	}
+	return err
 }
 
 // logIn starts the session, or tells one that is there what is new.
@@ -111,7 +133,7 @@ func (b *boot) logIn(ctx context.Context, spec *agentapi.ISCSI) error {
 	b.luns.status, err = b.luns.session.Await(ctx, func(st iscsi.Status) { b.rep.fail(loginError(spec, portal, st)) })
 	switch {
 	case errors.Is(err, iscsi.ErrEnded):
-		return errors.Join(err, b.closeStorage())
+		return errors.Join(err, b.closeStorage(ctx))
 	case err == nil:
 		b.rep.fail(nil)
 	}
@@ -235,7 +257,7 @@ func (b *boot) openNodeDisk(ctx context.Context, spec *agentapi.ISCSI) error {
 	if found, err = maker.Mount(ctx, found, cacheDir); err != nil {
 		return err
 	}
-	return b.useCache(&found, fmt.Sprintf(", LUN %d of %s", spec.Node, spec.Target))
+	return b.useCache(ctx, &found, fmt.Sprintf(", LUN %d of %s", spec.Node, spec.Target))
 }
 
 // activateLUNs mounts the root from the LUNs: nothing is to be fetched.
@@ -310,7 +332,7 @@ const wayTime = time.Minute
 
 // makeWay reboots for a disk image, which firmware boots.
 func (b *boot) makeWay(ctx context.Context) error {
-	if err := b.closeStorage(); err != nil {
+	if err := b.closeStorage(ctx); err != nil {
 		return err
 	}
 	if err := backoff.Sleep(ctx, wayTime-sinceBoot()); err != nil {

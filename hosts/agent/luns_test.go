@@ -8,9 +8,13 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
+	"github.com/troupe-dev/troupe/hosts/agent/cache"
 	"github.com/troupe-dev/troupe/hosts/agent/iscsi"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/hosts/agentapi/agentapitest"
@@ -176,6 +180,47 @@ func TestWhichSessionIsWhose(t *testing.T) {
 		if l.isFor(&other) {
 			t.Errorf("%s", cmp.Diff(spec, other))
 		}
+	}
+}
+
+// A node disk that was reset while it is mounted does not answer any more: nothing waits for it but the reboot.
+func TestBootDoesNotWaitForADiskThatWasReset(t *testing.T) {
+	rebooted := errors.New("rebooted")
+	for name, leave := range map[string]func(context.Context, *boot) error{
+		"another assignment": func(ctx context.Context, b *boot) error {
+			return b.openStorage(ctx, diskless(&agentapitest.Server{}, "web", 2))
+		},
+		"a disk image":    func(ctx context.Context, b *boot) error { return b.makeWay(ctx) },
+		"a damaged cache": func(ctx context.Context, b *boot) error { b.closeDamaged(ctx, unix.EUCLEAN); return rebooted },
+	} {
+		t.Run(name, func(t *testing.T) {
+			c, err := cache.Open(t.TempDir(), nothing)
+			if err != nil {
+				t.Fatal(err)
+			}
+			client, err := agentapi.NewClient("http://10.77.0.1", status{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			synctest.Test(t, func(t *testing.T) {
+				answer := make(chan error)
+				defer close(answer)
+				reboots := 0
+				b := &boot{
+					log: nothing, client: client, cache: c, rep: newReporter(client, nothing, agentapi.Report{}),
+					unmount: func(string, int) error { return <-answer },
+					force: func() error {
+						reboots++
+						return rebooted
+					},
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+				defer cancel()
+				if err := leave(ctx, b); !errors.Is(err, rebooted) || reboots != 1 {
+					t.Errorf("%d reboots, %v", reboots, err)
+				}
+			})
+		})
 	}
 }
 

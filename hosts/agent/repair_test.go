@@ -106,7 +106,7 @@ func brokenImage(t *testing.T) (b *boot, blobs []agentapi.Blob, why error) {
 	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }) // where the cache was not closed
 	image := make([]byte, 4096)
 	copy(image[1024:], "\xe2\xe1\xf5\xe0\x99\x99\x99\x99\x01\x00\x00\x00\x0c") // magic, checksum, that it has one, 1<<12 bytes a block
-	b = &boot{log: nothing, cache: cacheWith(t, dir, a, string(image), "delta of web"), rep: newReporter(nil, nothing, agentapi.Report{})}
+	b = &boot{log: nothing, cache: cacheWith(t, dir, a, string(image), "delta of web"), rep: newReporter(nil, nothing, agentapi.Report{}), unmount: unix.Unmount}
 	mnt := t.TempDir()
 	why = rootfs.Mount(rootfs.Spec{Base: b.cache.Path(a.Release.Base.Digest), BaseDir: mnt})
 	if !errors.Is(why, rootfs.ErrImage) || !errors.Is(why, unix.EBADMSG) {
@@ -118,7 +118,7 @@ func brokenImage(t *testing.T) (b *boot, blobs []agentapi.Blob, why error) {
 func TestABrokenImageIsNoDamagedCache(t *testing.T) {
 	b, blobs, why := brokenImage(t)
 	err := b.dropBroken(blobs, why)
-	b.closeDamaged(err)
+	b.closeDamaged(t.Context(), err)
 	if b.cache == nil || !errors.Is(err, why) {
 		t.Fatalf("the cache was closed, for %v", err)
 	}
@@ -137,7 +137,7 @@ func TestACacheThatKeepsABrokenImageIsDamaged(t *testing.T) {
 	if !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), why.Error()) {
 		t.Errorf("taking it out: %v", err)
 	}
-	b.closeDamaged(err)
+	b.closeDamaged(t.Context(), err)
 	if b.cache != nil {
 		t.Error("the next try does not open the cache again")
 	}
