@@ -15,8 +15,12 @@ const (
 	// flushSize is how much a connection gathers before it writes, while its input has more to be answered: enough that
 	// a system call costs little, and little enough that the initiator has something to do meanwhile.
 	flushSize = 128 << 10
-	// maxPending is how much may wait for the one that writes before the reader waits with it.
+	// maxPending is how much may wait for the one that writes before data-in waits for its turn (proceed).
 	maxPending = 1 << 20
+	// maxUnread is how much may wait before the reader waits with it: more than data-in alone ever makes of it, so that
+	// data-out and pings are read while that is on its way. The headers of a piece are less than an eighth of it, as a
+	// PDU has 512 bytes of data at least.
+	maxUnread = maxPending + pieceSize + pieceSize/8 + 1<<20
 	// arenaSize is how much memory for headers a batch gets at a time.
 	arenaSize = 4 << 10
 	// copySize is up to how many bytes data is copied behind its header, in place of a piece of its own.
@@ -197,11 +201,9 @@ func (c *conn) response(b *batch, t *task, flags byte, residual uint32) {
 // MaxBurstLength, each of which ends with an F bit. The status goes into the last of all.
 func (c *conn) dataIn(b *batch, t *task, flags byte, residual uint32) {
 	from := cursor{parts: t.parts}
-	end := t.sent
-	for _, p := range t.parts {
-		end += len(p)
-	}
-	c.s.bytesOut.Add(uint64(end - t.sent)) //nolint:gosec // parts have no negative length
+	end := t.sent + t.next
+	c.s.bytesOut.Add(uint64(t.next)) //nolint:gosec // parts have no negative length
+	t.next = 0
 	for t.sent < end {
 		burstLeft := c.params.maxBurst - t.sent%c.params.maxBurst
 		n := min(c.params.maxSend, burstLeft, end-t.sent)
@@ -284,6 +286,7 @@ func (c *conn) flush() {
 		c.writeBatch(b)
 		c.s.mu.Lock()
 		c.releaseBatch(b)
+		c.changed.Broadcast()
 	}
 	c.writing = false
 	c.changed.Broadcast()
@@ -330,6 +333,21 @@ func (c *conn) releaseBatch(b *batch) {
 	c.quota.release(b.charge)
 	b.reset()
 	batches.Put(b)
+	c.unpark()
+}
+
+// unpark goes on with tasks that have data to send, as far as there is room for it. It needs s.mu.
+func (c *conn) unpark() {
+	var ready []*task
+	for len(c.parked) > 0 && c.pending.Load() < maxPending {
+		t := c.parked[0]
+		c.parked[0], c.parked = nil, c.parked[1:]
+		t.waits = false
+		ready = append(ready, c.proceed(t)...)
+	}
+	if len(ready) > 0 {
+		c.goOn(ready)
+	}
 }
 
 // ease is called by the reader between PDUs: it writes when enough has come together, and waits where somebody else
@@ -339,11 +357,11 @@ func (c *conn) ease() {
 		return
 	}
 	c.flush()
-	if c.pending.Load() < maxPending {
+	if c.pending.Load() < maxUnread {
 		return
 	}
 	c.s.mu.Lock()
-	for c.writing && c.pending.Load() >= maxPending {
+	for c.writing && c.pending.Load() >= maxUnread {
 		c.changed.Wait()
 	}
 	c.s.mu.Unlock()

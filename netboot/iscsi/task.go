@@ -69,6 +69,7 @@ type task struct {
 	sent    int      // how much of it went out before
 	inSN    uint32   // of the next Data-In
 	parts   [][]byte // what goes out next
+	next    int      // how many bytes those are
 	mapped  bool     // it is memory of a scsi.Mapper
 	in      *buffer
 
@@ -233,26 +234,30 @@ func (c *conn) gather(t *task) (fromMedium bool) {
 	if t.sending == 0 || t.cmd.Read.N > 0 {
 		return t.sending > 0
 	}
-	t.parts = append(t.parts[:0], t.cmd.In[:t.sending])
+	t.parts, t.next = append(t.parts[:0], t.cmd.In[:t.sending]), t.sending
 	return false
 }
 
-// inMemory finds the mapped memory of a read (then t.mapped), and says whether all of it is in the page cache, so that
+// piece is how much of a read is next.
+func (t *task) piece() int { return min(t.sending-t.sent, pieceSize) }
+
+// inMemory finds the mapped memory of the first piece of a read (then t.mapped), and says whether all of it is in the page cache, so that
 // sending it waits for no disk.
 func (c *conn) inMemory(t *task) bool {
 	t.mapped = c.segments(t)
 	return t.mapped && c.srv.residency.holds(t.parts)
 }
 
-// segments finds the mapped memory of a read. With data digests there is none: they would have to look at it.
+// segments finds the mapped memory of the next piece of a read. With data digests there is none: they would have to look at it.
 func (c *conn) segments(t *task) bool {
 	u := t.n.unit
 	if u.mapper == nil || c.params.dataDigest || c.wire.raw == nil {
 		return false
 	}
-	parts, ok := u.mapper.Segments(t.parts[:0], t.cmd.Read.Off, t.sending)
+	n := t.piece()
+	parts, ok := u.mapper.Segments(t.parts[:0], t.cmd.Read.Off+int64(t.sent), n)
 	if ok {
-		t.parts = parts
+		t.parts, t.next = parts, n
 	}
 	return ok
 }
@@ -265,14 +270,35 @@ func (c *conn) abandon(t *task) {
 	c.complete(t)
 }
 
-// complete ends a task that the caller has in hand, and goes on with those whose turn that makes it.
+// complete goes on with a task that the caller has in hand, and that has an outcome or a piece of its data, and with those
+// whose turn that makes it.
 func (c *conn) complete(t *task) {
 	c.s.mu.Lock()
-	ready := c.finish(t)
+	ready := c.proceed(t)
 	c.s.mu.Unlock()
 	for _, next := range ready {
 		c.advance(next)
 	}
+}
+
+// proceed ends a task, or sends a piece of its data if there is more behind it; a worker gets that when the piece is
+// written (releaseBatch). While much is pending the task waits before it sends data: so headers and what is copied behind
+// them take little memory, however small the initiator has its PDUs and however slowly it reads. It needs s.mu, and
+// returns what finish does.
+func (c *conn) proceed(t *task) (ready []*task) {
+	switch {
+	case t.next == 0 || t.fate != fateOutcome || c.ending:
+		return c.finish(t)
+	case c.pending.Load() >= maxPending:
+		t.waits, t.running = true, false
+		c.parked = append(c.parked, t)
+		return nil
+	case t.sent+t.next < t.sending:
+		t.running = false
+		c.sendPiece(t)
+		return nil
+	}
+	return c.finish(t)
 }
 
 // finish ends a task and returns those whose turn has come with that; the caller has them in hand. It needs s.mu.
@@ -280,6 +306,9 @@ func (c *conn) finish(t *task) (ready []*task) {
 	c.alive--
 	if c.tasks[t.itt] == t {
 		delete(c.tasks, t.itt)
+	}
+	if t.waits && t.next > 0 {
+		c.parked = slices.DeleteFunc(c.parked, func(o *task) bool { return o == t })
 	}
 	t.waits, t.receiving = false, false
 	switch {
@@ -294,7 +323,7 @@ func (c *conn) finish(t *task) (ready []*task) {
 	c.s.openWindow(c.underWay)
 	if t.fate == fateNoUnit {
 		t.fail(senseNoUnit)
-		t.sending = 0
+		t.sending, t.next = 0, 0
 	}
 	if t.fate != fateAborted && !c.ending {
 		c.respond(t)

@@ -3,7 +3,7 @@ package iscsi
 // opPersistentReserveOut is PERSISTENT RESERVE OUT, which may wait for tasks of others to end.
 const opPersistentReserveOut = 0x5f
 
-// pieceSize is how much of a read goes through a buffer at a time.
+// pieceSize is how much of a read is sent at a time, through a buffer or mapped.
 const pieceSize = 1 << 20
 
 // work gives a task to a worker, or to the first that is free. Whoever has a worker never waits for memory or for the
@@ -29,10 +29,11 @@ func (c *conn) enqueue(t *task) {
 
 // buffer gets memory for the data of a read, when there is some, and then a worker.
 func (c *conn) buffer(t *task) {
-	size := bufferSize(min(t.sending, pieceSize))
+	size := bufferSize(t.piece())
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
-	if c.ending {
+	t.running = false // who ends it must not wait for the memory that it waits for
+	if t.fate != fateOutcome || c.ending {
 		c.enqueue(t)
 		return
 	}
@@ -113,39 +114,34 @@ func (c *conn) mayExecute(t *task) bool {
 	return t.running
 }
 
-// load gets the data of a read into the page cache where it is mapped, and sends it off to get a buffer where it is not.
+// load gets the next piece of a read into the page cache where it is mapped, and sends it off to get a buffer where it is
+// not. The reader has looked at the first piece (inMemory).
 func (c *conn) load(t *task) {
-	if t.mapped = c.segments(t) && populateAll(t.parts); t.mapped {
+	t.mapped = c.segments(t) && (t.sent > 0 && c.srv.residency.holds(t.parts) || populateAll(t.parts))
+	if t.mapped {
 		c.complete(t)
 		return
 	}
-	t.parts = t.parts[:0]
+	t.parts, t.next = t.parts[:0], 0
 	c.buffer(t)
 }
 
-// loadPiece reads the next piece of the data into the buffer, and sends it. A worker reads the one after it when this one
-// is written (releaseBatch).
+// loadPiece reads the next piece of the data into the buffer, and sends it.
 func (c *conn) loadPiece(t *task) {
-	b := t.in.b[:min(t.sending-t.sent, pieceSize)]
+	b := t.in.b[:t.piece()]
 	if _, err := t.n.unit.Medium().ReadAt(b, t.cmd.Read.Off+int64(t.sent)); err != nil {
 		c.srv.log.Error("reading a LUN", "lun", t.n.unit.lun, "target", c.s.target.name, "err", err)
 		t.n.ReadFailed(&t.cmd, err)
-		t.cmd.Read.N, t.sending = 0, 0
+		t.cmd.Read.N, t.sending, t.next = 0, 0, 0
 		c.complete(t)
 		return
 	}
-	t.parts = append(t.parts[:0], b)
-	if t.sent+len(b) == t.sending {
-		c.complete(t)
-		return
-	}
-	c.s.mu.Lock()
-	defer c.s.mu.Unlock()
-	if t.fate != fateOutcome || c.ending {
-		c.goOn(c.finish(t))
-		return
-	}
-	t.running = false
+	t.parts, t.next = append(t.parts[:0], b), len(b)
+	c.complete(t)
+}
+
+// sendPiece sends what is there of a read that is not the last of it. It needs s.mu.
+func (c *conn) sendPiece(t *task) {
 	out := c.batch()
 	before := out.bytes
 	c.dataIn(out, t, 0, 0)
