@@ -153,6 +153,7 @@ func (c *conn) logout(p *pdu) error {
 	c.s.mu.Lock()
 	waits := c.abort(c.tasksOf(nil))
 	c.s.mu.Unlock()
+	c.flush() // what those that ended had may be what the others need to end
 	waits.wait()
 	c.send(r)
 	return errLogout

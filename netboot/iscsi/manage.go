@@ -138,6 +138,7 @@ func (m *management) end() {
 	}
 	c.s.mu.Unlock()
 	if full {
+		c.flush() // as in logout
 		m.waits.wait()
 		m.respond()
 	}
