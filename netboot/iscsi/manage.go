@@ -106,6 +106,8 @@ func (m *management) clear(u *unit) {
 			list := s.conn.tasksOf(n)
 			if s == m.c.s {
 				list = m.older(list)
+			} else if len(list) > 0 && m.p.function() == taskClearSet {
+				n.TasksCleared() // of a reset it is told with all others
 			}
 			m.waits = append(m.waits, s.conn.abort(list)...)
 		}

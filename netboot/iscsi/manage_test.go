@@ -126,6 +126,12 @@ func TestClearTaskSet(t *testing.T) {
 	j.send(dataOut(cmd, r2t.ttt(), 0, 0, pattern(8*512, 1), true))
 	j.quiet()
 	i.expectGood(i.do(i.command(testUnitReady(), 0, nil)))
+	if r := j.do(j.command(testUnitReady(), 0, nil)); r.sense != "6/2f00" {
+		t.Errorf("status %#02x, sense %s for whose command was cleared, want COMMANDS CLEARED BY ANOTHER INITIATOR", r.status, r.sense)
+	}
+	i.send(p) // when it has none
+	i.expectManaged(p, taskComplete)
+	j.expectGood(j.do(j.command(testUnitReady(), 0, nil)))
 }
 
 func TestResets(t *testing.T) {

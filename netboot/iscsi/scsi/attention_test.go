@@ -87,3 +87,13 @@ func TestUnknownCommands(t *testing.T) {
 	}
 	wantSense(t, b.do([]byte{opTestUnitReady, 0, 0, 0, 0, 0x04}, nil), invalidCDB(5, 2))
 }
+
+func TestTasksClearedIsToldToTheirNexus(t *testing.T) {
+	b := newBench(t)
+	other := b.attach("iqn.2026-11.dev.troupe:b,i,0x1")
+	other.TasksCleared()
+	other.TasksCleared()
+	b.good(opTestUnitReady6(), nil)
+	wantSense(t, do(other, opTestUnitReady6(), nil), attentionCleared)
+	wantGood(t, do(other, opTestUnitReady6(), nil))
+}

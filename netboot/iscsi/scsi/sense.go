@@ -167,6 +167,7 @@ var (
 	attentionPreempted   = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x03}
 	attentionReleased    = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x04}
 	attentionUnregister  = Sense{Key: UnitAttention, ASC: 0x2a, ASCQ: 0x05}
+	attentionCleared     = Sense{Key: UnitAttention, ASC: 0x2f, ASCQ: 0x00}
 	attentionLUNs        = Sense{Key: UnitAttention, ASC: 0x3f, ASCQ: 0x0e}
 )
 

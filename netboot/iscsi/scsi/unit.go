@@ -140,6 +140,14 @@ func (u *Unit) LUNsChanged() {
 	}
 }
 
+// TasksCleared tells the nexus that another one ended its tasks without a word (SAM-5 5.14, COMMANDS CLEARED BY ANOTHER
+// INITIATOR).
+func (n *Nexus) TasksCleared() {
+	n.unit.mu.Lock()
+	defer n.unit.mu.Unlock()
+	n.attend(attentionCleared)
+}
+
 // maxAttentions bounds what a nexus that sends no command is to be told. Those of one kind count once, and there are
 // fewer kinds than that.
 const maxAttentions = 8
