@@ -225,6 +225,15 @@ func ReadStatus(dir string) (Status, error) {
 
 // WriteConfig changes what a keeper with dir logs in to the next time.
 func WriteConfig(dir string, c Config) error {
+	unlock, err := lockConfig(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(writeConfig(dir, c), unlock())
+}
+
+// writeConfig is for who holds the lock.
+func writeConfig(dir string, c Config) error {
 	if err := c.check(); err != nil {
 		return err
 	}
@@ -235,8 +244,32 @@ func WriteConfig(dir string, c Config) error {
 	return atomicfile.WriteFile(filepath.Join(dir, configFile), b, 0o600)
 }
 
-// ChangeConfig changes some of it; os.ErrNotExist where there is none.
+// lockConfig waits until nobody else changes the config: one may tell of other secrets while another tells of another
+// address, and each writes all of it.
+func lockConfig(dir string) (unlock func() error, err error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	for err = unix.EINTR; errors.Is(err, unix.EINTR); {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("locking the config of the iSCSI session: %w", err), f.Close())
+	}
+	return f.Close, nil
+}
+
+// ChangeConfig changes some of it; os.ErrNotExist where there is none. It may be called at any time, by several processes.
 func ChangeConfig(dir string, change func(*Config)) error {
+	unlock, err := lockConfig(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(changeConfig(dir, change), unlock())
+}
+
+func changeConfig(dir string, change func(*Config)) error {
 	run, err := os.OpenRoot(dir)
 	if err != nil {
 		return err
@@ -247,7 +280,7 @@ func ChangeConfig(dir string, change func(*Config)) error {
 		return err
 	}
 	change(&c)
-	return WriteConfig(dir, c)
+	return writeConfig(dir, c)
 }
 
 // Forget removes what a keeper that has ended left in dir.

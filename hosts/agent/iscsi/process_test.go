@@ -8,10 +8,13 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/troupe-dev/troupe/hosts/agent/netup"
 )
 
 var unspecified netip.AddrPort
@@ -190,6 +193,48 @@ func TestChangeConfig(t *testing.T) {
 	fi, err := os.Stat(filepath.Join(dir, configFile))
 	if err != nil || fi.Mode().Perm() != 0o600 {
 		t.Errorf("mode %v, %v: it has secrets", fi.Mode(), err)
+	}
+}
+
+// Secrets and addresses change at the same time: none of these changes is lost.
+func TestChangesOfAConfigAddUp(t *testing.T) {
+	dir := t.TempDir()
+	f := &fakeTarget{}
+	cfg := testConfig(f.start(t, "127.0.0.1:0"))
+	if err := WriteConfig(dir, cfg); err != nil {
+		t.Fatal(err)
+	}
+	const each = 20
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range each {
+				if err := ChangeConfig(dir, func(c *Config) { c.Target += "n" }); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	moved := &netup.Lease{Interface: "eth1"}
+	if err := ChangeConfig(dir, func(c *Config) { c.Lease = moved }); err != nil {
+		t.Fatal(err)
+	}
+	run, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer run.Close()
+	got, err := places{run: run}.config()
+	if want := cfg.Target + strings.Repeat("n", 4*each); err != nil || got.Target != want {
+		t.Errorf("%d changes of %d are there: %v", len(got.Target)-len(cfg.Target), 4*each, err)
+	}
+	cfg.Secret, cfg.Lease = "new", &netup.Lease{Interface: "eth0"}
+	if err := (&Session{dir: dir}).Configure(cfg); err != nil {
+		t.Fatal(err)
+	}
+	if got, err = (places{run: run}).config(); err != nil || got.Secret != "new" || got.Lease.Interface != "eth1" {
+		t.Errorf("after other secrets from somebody who does not know of the new address: %+v, %v", got, err)
 	}
 }
 

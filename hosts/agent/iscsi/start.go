@@ -115,8 +115,14 @@ func (s *Session) Await(ctx context.Context, failed func(Status)) (Status, error
 	}
 }
 
-// Configure changes what is logged in to from the next try on.
-func (s *Session) Configure(c Config) error { return WriteConfig(s.dir, c) }
+// Configure changes what is logged in to from the next try on. The lease stays: who gets another one tells of it with
+// ChangeConfig, and may know more than the caller by now.
+func (s *Session) Configure(c Config) error {
+	return ChangeConfig(s.dir, func(now *Config) {
+		c.Lease = now.Lease
+		*now = c
+	})
+}
 
 // Keep lets the session outlive this process.
 func (s *Session) Keep() error {
