@@ -281,7 +281,7 @@ type openImage struct {
 	digest  digest.Digest
 	medium  *lun.Image // nil while opening, and where err is set
 	opening bool
-	err     error
+	err     error     // also while opening, where it could not be opened before: people were told
 	retry   time.Time // when it is tried again, where err is set
 }
 
@@ -295,10 +295,14 @@ func (i *openImage) close() error {
 // image is the image d, which may be opening still. The caller looks again when the controller is told that it is open.
 func (l *luns) image(ctx context.Context, d digest.Digest) *openImage {
 	img := l.images[d]
-	if img != nil && (img.err == nil || l.now().Before(img.retry)) {
+	if img != nil && (img.opening || img.err == nil || l.now().Before(img.retry)) {
 		return img
 	}
-	img = &openImage{digest: d, opening: true}
+	again := &openImage{digest: d, opening: true}
+	if img != nil {
+		again.err = img.err
+	}
+	img = again
 	l.images[d] = img
 	go func() {
 		done := &openImage{digest: d}

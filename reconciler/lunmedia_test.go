@@ -137,3 +137,39 @@ func TestDisksThatNoRecordKnows(t *testing.T) {
 		t.Error("people were not told of what is deleted")
 	}
 }
+
+// An image that is tried again goes on with the reason why it could not be opened: nobody is told twice of the same.
+func TestImageKeepsItsErrorWhileItIsTriedAgain(t *testing.T) {
+	r := newLUNRig(t)
+	now := testStart
+	r.now = func() time.Time { return now }
+	lost := r.put(t, "lost")
+	if err := r.blobs.Delete(t.Context(), lost.Digest); err != nil {
+		t.Fatal(err)
+	}
+	try := func() (opening, done *openImage) {
+		opening = r.image(t.Context(), lost.Digest)
+		if again := r.image(t.Context(), lost.Digest); again != opening || !opening.opening {
+			t.Errorf("an image that is being opened is %+v, then %+v", opening, again)
+		}
+		r.took(<-r.opened)
+		return opening, r.images[lost.Digest]
+	}
+	first, failed := try()
+	if first.err != nil || failed.err == nil {
+		t.Fatalf("the first try: %v, then %v", first.err, failed.err)
+	}
+	now = now.Add(assignAgain)
+	second, failed2 := try()
+	if second.err == nil || second.err.Error() != failed.err.Error() || failed2.err == nil {
+		t.Errorf("while it is tried again: %v, want %v", second.err, failed.err)
+	}
+	r.put(t, "lost")
+	now = now.Add(assignAgain)
+	if _, found := try(); found.err != nil || found.medium == nil {
+		t.Errorf("when it is there again: %+v", found)
+	}
+	if err := r.close(); err != nil {
+		t.Error(err)
+	}
+}
