@@ -87,8 +87,7 @@ func (l *luns) poke() {
 // run keeps the LUNs as they are to be until ctx ends. What is open stays open then: see close.
 func (l *luns) run(ctx context.Context) error {
 	if l.port == 0 {
-		<-ctx.Done()
-		return nil
+		return l.off(ctx)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer l.settle()

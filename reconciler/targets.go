@@ -248,7 +248,7 @@ func (v lunViews) iscsi(host string, a state.Assignment) (*agentapi.ISCSI, strin
 	agents := a.ISCSI.Image == nil
 	switch {
 	case v.port == 0:
-		return nil, "its role boots from LUNs of the server, whose iSCSI target is off (serve --iscsi-listen)"
+		return nil, targetOff
 	case at.why != "":
 		return nil, at.why
 	case !known || at.disk.ID == "" || agents && (base == 0 || delta == 0):
