@@ -16,11 +16,12 @@ import (
 
 // Why a connection ends, where it is not the network's doing.
 var (
-	errLogout   = errors.New("logged out")
-	errSilent   = errors.New("initiator is silent")
-	errStalled  = errors.New("initiator began something and does not go on with it")
-	errDigest   = errors.New("wrong header digest")
-	errProtocol = errors.New("against the protocol")
+	errLogout     = errors.New("logged out")
+	errDiscovered = errors.New("discovery session is old")
+	errSilent     = errors.New("initiator is silent")
+	errStalled    = errors.New("initiator began something and does not go on with it")
+	errDigest     = errors.New("wrong header digest")
+	errProtocol   = errors.New("against the protocol")
 )
 
 // A conn is a connection. Who owns what:
@@ -34,6 +35,8 @@ type conn struct {
 	srv    *Server
 	wire   *wire
 	peer   string
+	from   netip.Prefix    // where the peer is
+	proven bool            // the peer has said who it is, and has proven it if it had to; guarded by srv.mu
 	ctx    context.Context //nolint:containedctx // it is the connection's life, for waits that have no other end
 	cancel context.CancelFunc
 	quota  quota
@@ -88,6 +91,7 @@ func newConn(ctx context.Context, srv *Server, nc net.Conn) *conn {
 		srv:   srv,
 		wire:  newWire(nc, &srv.buffers, srv.cfg.PingTimeout),
 		peer:  nc.RemoteAddr().String(),
+		from:  networkOf(nc.RemoteAddr()),
 		quota: srv.newQuota(),
 		done:  make(chan struct{}),
 		tasks: map[uint32]*task{},
@@ -129,6 +133,9 @@ func (c *conn) serve() {
 		c.ready.Store(c.s)
 		if c.s.target != nil {
 			c.srv.changed()
+		} else {
+			life := time.AfterFunc(c.srv.discoveryLife, func() { c.closeFor(errDiscovered) })
+			defer life.Stop()
 		}
 		err = c.fullFeature()
 	} else if c.ctx.Err() == nil {
@@ -198,8 +205,10 @@ func (c *conn) login() error {
 // who may no longer log in ends no other session, and after: whoever takes an initiator out of the Directory and then calls
 // Drop either finds the session, or has it refused here.
 func (c *conn) beginSession(l *login, req, resp *pdu) {
+	defer c.srv.loggedIn(c)
 	err := l.confirm()
 	if err == nil {
+		c.srv.prove(c)
 		if status := c.srv.begin(c.ctx, c, l, req.cmdSN()); status != loginOK {
 			l.ok = false
 			l.err = fmt.Errorf("login of %q: status %#04x", l.initiator, status)

@@ -58,8 +58,8 @@ type Config struct {
 	// Changed, where it is set, is called after a session has begun or ended, when Sessions tells of it. It must not block.
 	Changed func()
 
-	MaxSessions    int           // default 4096
-	MaxConnections int           // of all kinds, in login included; default MaxSessions + 256
+	MaxSessions    int           // without those of discovery; default 4096
+	MaxConnections int           // of all kinds, in login included; default MaxSessions + 1280
 	MaxMemory      int64         // bytes of data-out and of data-in that is no mapped memory, of all connections; default 256 MiB
 	LoginTimeout   time.Duration // from accept to full feature phase; default 15 s
 	IdleTimeout    time.Duration // after which a silent initiator is asked for a NOP-Out; default 30 s

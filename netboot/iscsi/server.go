@@ -21,7 +21,7 @@ import (
 // The defaults of Config.
 const (
 	defaultSessions     = 4096
-	extraConnections    = 256 // in login, or being replaced
+	extraConnections    = 1280 // in login, in discovery, or being replaced
 	defaultMemory       = 256 << 20
 	defaultLoginTimeout = 15 * time.Second
 	defaultIdleTimeout  = 30 * time.Second
@@ -32,6 +32,13 @@ const (
 const (
 	// maxSessions is how many TSIHs there are.
 	maxSessions = 1<<16 - 1
+	// initiatorSessions is how many sessions one initiator may have: one for each way to us is what they open.
+	initiatorSessions = 8
+	// maxLogins is how many connections are in login at a time: many hosts may start at once. maxDiscoveries is how many are
+	// in discovery sessions, which last discoveryLife at most.
+	maxLogins      = 1024
+	maxDiscoveries = 64
+	discoveryLife  = time.Minute
 	// memoryShare is which part of Config.MaxMemory one connection may have at most.
 	memoryShare = 4
 	// maxWorkers is how many commands are in the hands of their Mediums at a time, of all connections; connWorkers is one
@@ -59,10 +66,14 @@ type Server struct {
 	residency residency
 	sendGrace time.Duration
 
-	mu       sync.Mutex
-	conns    map[*conn]struct{}
-	sessions map[uint16]*session // by TSIH
-	lastTSIH uint16
+	discoveryLife time.Duration
+
+	mu          sync.Mutex
+	conns       map[*conn]struct{}
+	logins      strangers           // of conns
+	discoveries strangers           // of conns
+	sessions    map[uint16]*session // by TSIH
+	lastTSIH    uint16
 }
 
 // NewServer makes a server of cfg. It has no connections until Serve brings them.
@@ -94,8 +105,13 @@ func NewServer(cfg Config) (*Server, error) {
 		workers:   make(chan struct{}, maxWorkers),
 		residency: residency{start: time.Now()},
 		sendGrace: sendGrace,
-		conns:     map[*conn]struct{}{},
-		sessions:  map[uint16]*session{},
+
+		discoveryLife: discoveryLife,
+
+		conns:       map[*conn]struct{}{},
+		logins:      strangers{room: maxLogins},
+		discoveries: strangers{room: maxDiscoveries},
+		sessions:    map[uint16]*session{},
 	}, nil
 }
 
@@ -149,19 +165,17 @@ func (srv *Server) acceptAll(ctx, connCtx context.Context, l net.Listener, mine 
 	}
 }
 
-// admit starts a connection, if there is room for one.
+// admit starts a connection, if there is room for one or can be made by closing one that is in login.
 func (srv *Server) admit(ctx context.Context, nc net.Conn, mine *crowd) {
 	c := newConn(ctx, srv, nc)
-	srv.mu.Lock()
-	full := len(srv.conns) >= srv.cfg.MaxConnections
-	if !full {
-		srv.conns[c] = struct{}{}
-	}
-	srv.mu.Unlock()
+	victim, full := srv.enter(c)
 	if full {
 		srv.log.Warn("refusing an iSCSI connection: there are too many", "peer", c.peer, "connections", srv.cfg.MaxConnections)
 		c.close()
 		return
+	}
+	if victim != nil {
+		victim.closeFor(errCrowded)
 	}
 	mine.add(c)
 	mine.running.Go(func() {
@@ -170,11 +184,44 @@ func (srv *Server) admit(ctx context.Context, nc net.Conn, mine *crowd) {
 	})
 }
 
-// forget takes a connection that ended off the list.
+// enter puts a connection on the list, and takes the victim off it.
+func (srv *Server) enter(c *conn) (victim *conn, full bool) {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	if len(srv.conns) >= srv.cfg.MaxConnections {
+		if len(srv.logins.conns) == 0 {
+			return nil, true
+		}
+		victim = srv.logins.evict(c)
+	}
+	if v := srv.logins.add(c); v != nil {
+		victim = v
+	}
+	delete(srv.conns, victim)
+	srv.conns[c] = struct{}{}
+	return victim, false
+}
+
+// prove notes that the peer is who it says, so that others make place before it; loggedIn, that its login is over.
+func (srv *Server) prove(c *conn) {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	c.proven = true
+}
+
+func (srv *Server) loggedIn(c *conn) {
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	srv.logins.remove(c)
+}
+
+// forget takes a connection that ended off the lists.
 func (srv *Server) forget(c *conn) {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
 	delete(srv.conns, c)
+	srv.logins.remove(c)
+	srv.discoveries.remove(c)
 }
 
 // A crowd is the connections of one listener.

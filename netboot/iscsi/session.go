@@ -104,18 +104,40 @@ func (srv *Server) begin(ctx context.Context, c *conn, l *login, cmdSN uint32) u
 	}
 }
 
+// room says whether a login may have a session; old is one that has to be ended before. It needs srv.mu.
+func (srv *Server) room(l *login) (old *session, status uint16) {
+	all, own := 0, 0
+	for _, o := range srv.sessions {
+		switch {
+		case o.target == nil:
+			continue
+		case o.initiator == l.initiator:
+			if o.target == l.target && o.isid == l.isid {
+				return o, 0
+			}
+			own++
+		}
+		all++
+	}
+	switch {
+	case l.discovery && len(srv.sessions) < maxSessions:
+		return nil, loginOK
+	case own >= initiatorSessions:
+		srv.log.Warn("refusing an iSCSI session: the initiator has too many", "initiator", l.initiator, "sessions", own)
+	case all >= srv.cfg.MaxSessions || len(srv.sessions) >= maxSessions:
+		srv.log.Warn("refusing an iSCSI session: there are too many", "initiator", l.initiator, "sessions", len(srv.sessions))
+	default:
+		return nil, loginOK
+	}
+	return nil, loginNoResources
+}
+
 // open makes a session, unless there is an old one to be ended before.
 func (srv *Server) open(c *conn, l *login, cmdSN uint32) (old *session, status uint16) {
 	srv.mu.Lock()
 	defer srv.mu.Unlock()
-	for _, o := range srv.sessions {
-		if o.target != nil && o.target == l.target && o.isid == l.isid && o.initiator == l.initiator {
-			return o, 0
-		}
-	}
-	if len(srv.sessions) >= srv.cfg.MaxSessions {
-		srv.log.Warn("refusing an iSCSI session: there are too many", "initiator", l.initiator, "sessions", len(srv.sessions))
-		return nil, loginNoResources
+	if old, status = srv.room(l); old != nil || status != loginOK {
+		return old, status
 	}
 	s := &session{
 		srv:       srv,
@@ -136,6 +158,8 @@ func (srv *Server) open(c *conn, l *login, cmdSN uint32) (old *session, status u
 	srv.sessions[s.tsih] = s
 	if s.target != nil {
 		s.target.join(s)
+	} else if victim := srv.discoveries.add(c); victim != nil {
+		victim.close()
 	}
 	return nil, loginOK
 }
