@@ -81,6 +81,7 @@ type authentication struct {
 	hash      func() hash.Hash
 	id        byte
 	challenge []byte
+	next      bool // it was the next secrets that proved who it is
 	out       []byte
 }
 
@@ -190,22 +191,36 @@ func (a *authentication) prove(keys map[string]string) error {
 	if err := a.answer(keys); err != nil {
 		return err
 	}
+	if a.next {
+		a.need.Next.Proven()
+		return fmt.Errorf("%w: initiator proves itself with the secrets that are the next ones", ErrNotReady)
+	}
 	a.state = authProven
 	return nil
 }
 
 // check does the same work whether the name is wrong, the response, or both.
 func (a *authentication) check(name string, response []byte) error {
-	right := a.respond(a.id, a.need.Secret, a.challenge)
-	// A response that our own secret gives is our own work thrown back, or both directions have one secret (section
-	// 9.2.1 and 12.1.3 forbid both).
-	reflected := a.respond(a.id, a.need.MutualSecret, a.challenge)
-	ok := sameText(name, a.need.User) & subtle.ConstantTimeCompare(response, right)
-	ok &= 1 - subtle.ConstantTimeCompare(response, reflected)
-	if ok != 1 || a.need.Secret == "" {
+	ok := a.fits(response, a.need.Secret, a.need.MutualSecret)
+	if a.need.Next != nil {
+		secret, mutual := a.need.Next.Secrets()
+		a.next = a.fits(response, secret, mutual) == 1 && ok == 0
+		ok |= a.fits(response, secret, mutual)
+	}
+	if ok&sameText(name, a.need.User) != 1 {
 		return fmt.Errorf("%w: user %.80q", errAuth, name)
 	}
 	return nil
+}
+
+// fits is 1 for the response that a secret gives. One that our own secret gives is our own work thrown back, or both
+// directions have one secret (section 9.2.1 and 12.1.3 forbid both).
+func (a *authentication) fits(response []byte, secret, mutual string) int {
+	if secret == "" {
+		return 0
+	}
+	ok := subtle.ConstantTimeCompare(response, a.respond(a.id, secret, a.challenge))
+	return ok & (1 - subtle.ConstantTimeCompare(response, a.respond(a.id, mutual, a.challenge)))
 }
 
 // answer takes the initiator's challenge.
@@ -225,8 +240,12 @@ func (a *authentication) answer(keys map[string]string) error {
 	if err != nil {
 		return err
 	}
+	mutual := a.need.MutualSecret
+	if a.next {
+		_, mutual = a.need.Next.Secrets()
+	}
 	switch {
-	case a.need.MutualSecret == "":
+	case mutual == "":
 		return fmt.Errorf("%w: initiator asks for a proof, and there is no secret for one", errAuth)
 	case len(challenge) < minChallenge:
 		return fmt.Errorf("%w: initiator's challenge has %d bytes, of %d at least", errAuth, len(challenge), minChallenge)
@@ -234,7 +253,7 @@ func (a *authentication) answer(keys map[string]string) error {
 		return fmt.Errorf("%w: initiator sends our challenge back", errAuth)
 	}
 	a.out = appendText(a.out, keyCHAPName, a.need.MutualUser)
-	a.out = appendText(a.out, keyCHAPResponse, formatBinary(a.respond(byte(id), a.need.MutualSecret, challenge)))
+	a.out = appendText(a.out, keyCHAPResponse, formatBinary(a.respond(byte(id), mutual, challenge)))
 	return nil
 }
 

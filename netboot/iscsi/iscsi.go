@@ -47,6 +47,16 @@ type CHAP struct {
 	User, Secret string // of the initiator
 	// MutualUser and MutualSecret are the target's own, for an initiator that asks for them; both empty: it is refused.
 	MutualUser, MutualSecret string
+	// Next, where it is not nil, is how the user proves that it is done with what the target gives now. It is compared with
+	// ==, and its values must allow that.
+	Next NextSecrets
+}
+
+// NextSecrets are those of a target that is not there yet. An initiator that proves itself with them is not let in, but told
+// to try again, as by ErrNotReady.
+type NextSecrets interface {
+	Secrets() (secret, mutual string)
+	Proven() // is called at each such login; it must not block
 }
 
 // Config is what a Server works with. The zero value of a limit means its default.
