@@ -11,9 +11,26 @@ import (
 	"time"
 )
 
-// A shutdown that waits for a target which is away is ended; anything else is left to itself.
+// A shutdown that waits for a target which is away is ended, as it was meant; anything else is left to itself.
 func TestLastWord(t *testing.T) {
-	dir := tree(t, map[string]string{"1/comm": "systemd\n", "sysrq-trigger": ""})
+	const program = "/usr/lib/systemd/systemd-shutdown\x00"
+	for _, tt := range []struct {
+		cmdline, want string
+		ends          bool // the session
+	}{
+		{program + "reboot\x00--timeout\x0090000000us\x00", "b", false},
+		{program + "kexec\x00--timeout\x0090000000us\x00", "b", false},
+		{program + "poweroff\x00--timeout\x0090000000us\x00", "o", true},
+		{program + "halt\x00--timeout\x0090000000us\x00", "o", true},
+		{program, "b", false},
+	} {
+		t.Run(tt.cmdline, func(t *testing.T) { testLastWord(t, tt.cmdline, tt.want, tt.ends) })
+	}
+}
+
+func testLastWord(t *testing.T, cmdline, want string, ends bool) {
+	t.Helper()
+	dir := tree(t, map[string]string{"1/comm": "systemd\n", "1/cmdline": cmdline, "sysrq-trigger": ""})
 	proc, err := os.OpenRoot(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -22,11 +39,15 @@ func TestLastWord(t *testing.T) {
 	said := func() string { return content(t, filepath.Join(dir, "sysrq-trigger")) }
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
-		var up atomic.Bool
+		var up, ended atomic.Bool
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			(&lastWord{log: slog.New(slog.DiscardHandler), proc: proc, isUp: up.Load}).run(ctx)
+			end := func() {
+				ended.Store(true)
+				cancel()
+			}
+			(&lastWord{log: slog.New(slog.DiscardHandler), proc: proc, isUp: up.Load, end: end}).run(ctx)
 		}()
 		time.Sleep(time.Hour)
 		if said() != "" {
@@ -40,13 +61,13 @@ func TestLastWord(t *testing.T) {
 		time.Sleep(time.Hour)
 		up.Store(false)
 		time.Sleep(lastWordTime - lastWordLook)
-		if said() != "" {
+		if said() != "" || ended.Load() {
 			t.Errorf("it says %q in a shutdown whose session comes back", said())
 		}
 		time.Sleep(3 * lastWordLook)
 		synctest.Wait()
-		if said() != "b" {
-			t.Errorf("it says %q in a shutdown that hangs, want \"b\"", said())
+		if said() != want || ended.Load() != ends {
+			t.Errorf("it says %q in a shutdown that hangs, and ends the session: %v; want %q, %v", said(), ended.Load(), want, ends)
 		}
 		cancel()
 		<-done

@@ -126,7 +126,7 @@ func serve(ctx context.Context, p places, d driver, log *slog.Logger) error {
 			return
 		}
 		log.Info("the iSCSI session is kept", "process", os.Getpid())
-		(&lastWord{log: log, proc: p.proc, isUp: p.isUp}).run(ctx)
+		(&lastWord{log: log, proc: p.proc, isUp: p.isUp, end: cancel}).run(ctx)
 	})
 	wg.Go(func() { (&guard{log: log, load: p.config}).run(ctx) })
 	err := k.run(ctx)
@@ -372,6 +372,7 @@ type lastWord struct {
 	log  *slog.Logger
 	proc *os.Root
 	isUp func() bool
+	end  func() // ends the session; may be called more than once
 }
 
 const (
@@ -401,12 +402,37 @@ func (w *lastWord) run(ctx context.Context) {
 			if now.Sub(since) < lastWordTime {
 				continue
 			}
-			w.log.Error("the shutdown waits for an iSCSI target that is away: rebooting without it")
-			if err := writeIn(w.proc, "sysrq-trigger", "b"); err != nil {
-				w.log.Error("the machine cannot be rebooted", "error", err)
-			}
+			w.speak()
 		}
 	}
+}
+
+// speak has the kernel do what the shutdown was for. A reboot ("b") asks no disk any more. Power off ("o") does, in the
+// background: there the disks have to fail before it comes to its end, and so the session ends. Where the kernel has no
+// such power, the shutdown itself goes on then.
+func (w *lastWord) speak() {
+	how, key := "rebooting", "b"
+	if w.isToStayOff() {
+		how, key = "powering off", "o"
+	}
+	w.log.Error("the shutdown waits for an iSCSI target that is away: " + how + " without it")
+	if err := writeIn(w.proc, "sysrq-trigger", key); err != nil {
+		w.log.Error("the kernel does not end the shutdown", "error", err)
+	}
+	if key == "o" {
+		w.end()
+	}
+}
+
+// isToStayOff reads what the shutdown is for from its command line: "systemd-shutdown VERB --timeout …".
+func (w *lastWord) isToStayOff() bool {
+	b, err := w.proc.ReadFile("1/cmdline")
+	if err != nil {
+		w.log.Warn("what the shutdown is for is not known", "error", err)
+		return false
+	}
+	args := strings.Split(string(b), "\x00")
+	return len(args) > 1 && (args[1] == "poweroff" || args[1] == "halt")
 }
 
 func (w *lastWord) isShutdown() bool {
