@@ -57,7 +57,11 @@ All state lies under --data. It may be killed at any time: the next start goes o
 
 DHCP answers nobody unless --interface is given. As "server" it is the only DHCP
 server of that network; as "proxy" it leaves addresses to the one that is there and
-only says what to boot; "off" leaves both to others.`,
+only says what to boot; "off" leaves both to others.
+
+Hosts without disks have theirs here, by iSCSI on port 3260. Where another program has
+that port, and no host has a disk here yet, the server starts without; once some have,
+it does not start until the port is free, or --iscsi-listen names another one.`,
 		Example: `  troupe serve --repo /srv/fleet.git --data /var/lib/troupe --interface eth1
   troupe serve --repo https://git.example.com/fleet.git --data /var/lib/troupe --interface eth1 --dhcp proxy`,
 		Args: cobra.NoArgs,
@@ -106,8 +110,8 @@ const (
 )
 
 // listenISCSI opens the iSCSI target's port; nil where there is to be no target. That the port which nobody asked for is
-// taken, by another target perhaps, keeps no server from starting: most fleets need none.
-func (o serveOptions) listenISCSI(ctx context.Context, log *slog.Logger) (net.Listener, error) {
+// taken, by another target perhaps, keeps a server from starting only if hosts have disks there: most fleets need none.
+func (o serveOptions) listenISCSI(ctx context.Context, log *slog.Logger, records *state.Store) (net.Listener, error) {
 	if o.iscsi == iscsiOff {
 		return nil, nil //nolint:nilnil // no target is no error
 	}
@@ -121,13 +125,44 @@ func (o serveOptions) listenISCSI(ctx context.Context, log *slog.Logger) (net.Li
 	}
 	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", at)
 	if errors.Is(err, syscall.EADDRINUSE) && o.iscsi == "" {
-		log.Warn("no disks are served: the iSCSI target's port is taken (see --iscsi-listen)", "address", at)
-		return nil, nil //nolint:nilnil // as above
+		why, needed := o.hasDisks(ctx, records)
+		if needed != nil {
+			return nil, needed
+		}
+		if why == "" {
+			log.Warn("no disks are served: the iSCSI target's port is taken (see --iscsi-listen)", "address", at)
+			return nil, nil //nolint:nilnil // as above
+		}
+		err = fmt.Errorf("%w, and %s: end what has the port, or give another one, or off to start without those disks", err, why)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("opening the iSCSI target's port (see --iscsi-listen): %w", err)
 	}
 	return l, nil
+}
+
+// disksDir is where hosts' disks are.
+func (o serveOptions) disksDir() string { return filepath.Join(o.data, "luns") }
+
+// hasDisks says, for people, what hosts have on this server's disks; "" for nothing.
+func (o serveOptions) hasDisks(ctx context.Context, records *state.Store) (string, error) {
+	recs, err := state.LUNSets.List(ctx, records)
+	if err != nil {
+		return "", err
+	}
+	if len(recs) > 0 {
+		return "hosts are on record to have disks here", nil
+	}
+	for _, kind := range []string{"*.disk", "*.delta"} {
+		found, err := filepath.Glob(filepath.Join(o.disksDir(), "*", kind))
+		if err != nil {
+			return "", fmt.Errorf("looking for disks of hosts: %w", err)
+		}
+		if len(found) > 0 {
+			return "there are disks of hosts in " + o.disksDir(), nil
+		}
+	}
+	return "", nil
 }
 
 func addrOf(l net.Listener) string {
@@ -182,7 +217,7 @@ func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
 	if err := builder.Clean(); err != nil {
 		return err
 	}
-	disks, err := o.listenISCSI(ctx, log)
+	disks, err := o.listenISCSI(ctx, log, records)
 	if err != nil {
 		return err
 	}
@@ -191,7 +226,7 @@ func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
 	}
 	rec, err := reconciler.New(reconciler.Config{
 		Repo: repo, Branch: o.branch, Path: o.path, Loader: &load.Loader{}, Store: records, Blobs: blobs, Builder: builder,
-		Logs: filepath.Join(o.data, "logs"), Agent: agent, Arch: arch, Jobs: o.jobs, LUNs: filepath.Join(o.data, "luns"), ISCSIPort: portOf(disks), Log: log,
+		Logs: filepath.Join(o.data, "logs"), Agent: agent, Arch: arch, Jobs: o.jobs, LUNs: o.disksDir(), ISCSIPort: portOf(disks), Log: log,
 	})
 	if err != nil {
 		return err

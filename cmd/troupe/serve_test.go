@@ -6,14 +6,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/troupe-dev/troupe/internal/pipelisten"
+	"github.com/troupe-dev/troupe/reconciler/state"
 )
 
 // A server that can no longer keep records ends with an error, and so is started again; one that is told to end ends
@@ -26,6 +31,65 @@ func TestServerEndsWithItsRecords(t *testing.T) {
 	}
 	if err := watchRecords(broken, context.Background()); err != nil {
 		t.Errorf("told to end: %v", err)
+	}
+}
+
+// That the default port of the target is taken ends a server whose hosts have disks there, by its records or by its files,
+// and no other.
+func TestTargetsPortIsTaken(t *testing.T) {
+	const host = "127.3.26.0" // of this test
+	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", net.JoinHostPort(host, iscsiPort))
+	if err == nil {
+		defer l.Close()
+	} else if !errors.Is(err, syscall.EADDRINUSE) { // taken by whoever else is as good
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct {
+		record bool
+		file   string
+		iscsi  string
+		want   string // of the error; "": none
+	}{
+		"nobody has a disk": {},
+		"what is no disk":   {file: "lost+found/notes"},
+		"on record":         {record: true, want: "hosts are on record to have disks here"},
+		"a disk":            {file: "n1/0123456789abcdef.disk", want: "there are disks of hosts in"},
+		"a delta":           {file: "n1/0123456789abcdef.delta", want: "there are disks of hosts in"},
+		"without them":      {record: true, iscsi: "off"},
+		"a port that was asked for": {
+			iscsi: net.JoinHostPort(host, iscsiPort), want: "address already in use",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := serveOptions{data: t.TempDir(), listen: host + ":0", iscsi: tt.iscsi}
+			records, err := state.Open(t.Context(), filepath.Join(o.data, "state"), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer records.Close()
+			if tt.record {
+				if err := state.LUNSets.Put(t.Context(), records, "n1", state.LUNs{Host: "n1"}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if tt.file != "" {
+				file := filepath.Join(o.disksDir(), tt.file)
+				if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o700), os.WriteFile(file, nil, 0o600)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			l, err := o.listenISCSI(t.Context(), slog.New(slog.DiscardHandler), records)
+			if l != nil {
+				_ = l.Close()
+				t.Error("it listens at a port that is taken")
+			}
+			if err == nil && tt.want != "" || err != nil && (tt.want == "" || !strings.Contains(err.Error(), tt.want)) {
+				t.Errorf("got error %v, want %q", err, tt.want)
+			}
+			if err != nil && !strings.Contains(err.Error(), "--iscsi-listen") {
+				t.Errorf("%v does not say what to do", err)
+			}
+		})
 	}
 }
 
