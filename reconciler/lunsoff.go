@@ -60,6 +60,19 @@ func (l *luns) keepWaiting(ctx context.Context, before []string, assigned map[st
 	return waiting
 }
 
+// Waiting is what keeps hosts from their LUNs, by host, for people.
+func (l *luns) Waiting() map[string]string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	why := map[string]string{}
+	for host, at := range l.byHost {
+		if at.why != "" {
+			why[host] = at.why
+		}
+	}
+	return why
+}
+
 // named are hosts, for people: the first three, and how many more.
 func named(hosts []string) string {
 	const most = 3

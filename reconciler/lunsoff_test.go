@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
 
@@ -25,6 +27,9 @@ func TestHostsWaitForATargetThatIsOff(t *testing.T) {
 	targets := r.Targets()
 	if len(targets) != 1 || targets[0].Host != "n1" || targets[0].Waiting != targetOff || len(targets[0].LUNs) != 0 {
 		t.Errorf("the target of n1 is off, and people are shown %+v", targets)
+	}
+	if d := cmp.Diff(map[string]string{"n1": targetOff}, r.Waiting()); d != "" {
+		t.Error(d)
 	}
 	if at, why := r.views().iscsi("n1", a); at != nil || why != targetOff {
 		t.Errorf("n1 is told %+v, %q", at, why)

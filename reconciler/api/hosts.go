@@ -207,6 +207,8 @@ func (r *Records) stateOf(a state.Assignment, want plan.Wanted, s sighting) (Hos
 		return HostFailed, s.err
 	case s.stage == string(agentapi.StageReboot):
 		return HostRebooting, ""
+	case r.NoLUNs[a.Host] != "" && !s.runs(a):
+		return HostWaiting, r.NoLUNs[a.Host]
 	case s.booting && s.stage != string(agentapi.StageWait):
 		return HostBooting, bootDetail(s)
 	case want.Missing.What != "":
@@ -223,7 +225,7 @@ func (r *Records) stateOf(a state.Assignment, want plan.Wanted, s sighting) (Hos
 func (r *Records) stateRunning(a state.Assignment, s sighting) (HostState, string) {
 	n := s.node
 	health := n.Running.Health
-	current := n.Running.Host == a.Host && n.Running.Release == a.Release && n.Running.Node == a.Node
+	current := s.runs(a)
 	switch {
 	case s.stage == string(netboot.StageBooted) && !current:
 		return HostWaiting, fmt.Sprintf("for its next boot, which is into generation %d", a.Generation)
@@ -242,6 +244,12 @@ func (r *Records) stateRunning(a state.Assignment, s sighting) (HostState, strin
 		return HostBooting, join("checks", strings.Join(health.Failing, "; "))
 	}
 	return HostUnhealthy, strings.Join(health.Failing, "; ")
+}
+
+// runs says whether a machine runs what a is.
+func (s sighting) runs(a state.Assignment) bool {
+	run := s.node.Running
+	return run != nil && run.Host == a.Host && run.Release == a.Release && run.Node == a.Node
 }
 
 // starting says whether a node that is not healthy has not been so in this boot, and its services may still need time.

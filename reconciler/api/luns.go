@@ -17,6 +17,8 @@ type LUNs interface {
 	Targets() []Target
 	// InUse are the hosts that have a session.
 	InUse() map[string]bool
+	// Waiting is what keeps hosts from their LUNs, by host, for people.
+	Waiting() map[string]string
 	// Reset has a host begin with a disk as it was made first; with force also where that takes the disk from a system that
 	// nobody can ask to let go of it. It returns when that is on record.
 	Reset(ctx context.Context, host string, force bool) error

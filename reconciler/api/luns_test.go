@@ -55,6 +55,31 @@ func TestLUNs(t *testing.T) {
 	}
 }
 
+// A host that does not get at its disk says why, wherever its machine is in its boot; one that runs what it should goes on.
+func TestHostThatDoesNotGetAtItsDisk(t *testing.T) {
+	f := diskless()
+	for i := range f.Targets {
+		f.Targets[i].Waiting = "the image is lost"
+	}
+	n := f.Nodes[apitest.MAC(2)]
+	n.Running = nil
+	for _, stage := range []string{"script", "wait"} {
+		n.Stage = stage
+		f.Nodes[n.MAC] = n
+		c, _ := serve(t, f, &apitest.Controllers{})
+		hosts, err := c.Hosts(t.Context(), false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := map[string]string{"n1": "booted ()", "n2": "waiting (the image is lost)"}
+		for _, h := range hosts {
+			if got := string(h.State) + " (" + h.Detail + ")"; want[h.Name] != "" && got != want[h.Name] {
+				t.Errorf("%s at %s is %s, want %s", h.Name, stage, got, want[h.Name])
+			}
+		}
+	}
+}
+
 func withSecret(l state.LUNs) state.LUNs {
 	l.Disks = []state.LUNDisk{{ID: l.Current, Secret: "hidden", MutualSecret: "hidden"}}
 	return l

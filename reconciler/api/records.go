@@ -31,6 +31,7 @@ type Records struct {
 	Nodes       map[string]state.Node
 	Boots       map[string]state.Boot // the newest of each machine, by MAC
 	Events      map[string]state.Event
+	NoLUNs      map[string]string // what keeps hosts from their LUNs, by host
 }
 
 // records lists everything that Records has.
@@ -61,6 +62,7 @@ func (s *Server) records(ctx context.Context) (*Records, error) {
 	list(ctx, s.Store, state.Events, &r.Events, &err)
 	if s.LUNs != nil && err == nil {
 		r.Nodes = state.WithDisks(r.Nodes, luns, s.LUNs.InUse(), r.Now)
+		r.NoLUNs = s.LUNs.Waiting()
 	}
 	if err == nil {
 		r.Boots, err = s.newestBoots(ctx)

@@ -74,7 +74,7 @@ const (
 	HostHealthy   HostState = "healthy"   // runs what it shall run, and every check passes
 	HostUnhealthy HostState = "unhealthy" // runs what it shall run, and a check fails that passed in this boot, or does not come to pass
 	HostBooting   HostState = "booting"   // Detail: how far it came
-	HostWaiting   HostState = "waiting"   // its release is not there yet; Detail: for what
+	HostWaiting   HostState = "waiting"   // its release, or its disk on the server, is not there yet; Detail: for what
 	HostStaging   HostState = "staging"   // runs something older and fetches what it shall run
 	HostRebooting HostState = "rebooting" // into what it staged
 	HostUnclaimed HostState = "unclaimed" // a machine that no host declares

@@ -542,6 +542,19 @@ func (l lunsOf) InUse() map[string]bool {
 	return open
 }
 
+// Waiting implements api.LUNs.
+func (l lunsOf) Waiting() map[string]string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	why := map[string]string{}
+	for _, t := range l.fleet.Targets {
+		if t.Waiting != "" {
+			why[t.Host] = t.Waiting
+		}
+	}
+	return why
+}
+
 // Reset notes that it was called. A system without an agent is reset by force alone.
 func (l lunsOf) Reset(_ context.Context, host string, force bool) error {
 	l.note("reset %s force %t", host, force)
