@@ -327,7 +327,7 @@ type Lease struct {
 // An Event is something that happened, for people.
 type Event struct {
 	Time    time.Time `json:"time"`
-	Kind    string    `json:"kind"`    // "source", "commit", "build", "release", "assignment", "machine" or "node"
+	Kind    string    `json:"kind"`    // "source", "commit", "build", "release", "assignment", "machine", "node" or "disk"
 	Subject string    `json:"subject"` // host, MAC, commit or image
 	Message string    `json:"message"`
 	Warning bool      `json:"warning,omitempty"` // somebody should look
