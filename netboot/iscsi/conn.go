@@ -53,6 +53,7 @@ type conn struct {
 	header bhs
 	ahs    []byte
 	midway bool // the PDU of this header has not been read to its end
+	short  bool // there was no memory for data that came unasked, and is none since
 
 	pending atomic.Int64 // bytes that were gathered and not written; changed with s.mu
 
@@ -83,7 +84,10 @@ type conn struct {
 type watch struct {
 	pdus   uint64
 	seen   uint64 // pdus at the last deadline
+	data   uint64 // bytes of data segments
 	pinged bool
+	hole   uint32 // ExpCmdSN when something was first seen to wait for it
+	since  uint32 // conn.ticks then; 0: nothing waits
 }
 
 func newConn(ctx context.Context, srv *Server, nc net.Conn) *conn {
@@ -354,6 +358,7 @@ func (c *conn) readData(dst []byte) (bad bool, err error) {
 	if n == 0 {
 		return false, nil
 	}
+	c.watch.data += uint64(n) //nolint:gosec // of 24 bits
 	if c.wire.buffered() < padded(n) {
 		c.flush()
 	}
@@ -404,7 +409,7 @@ func (c *conn) silent() error {
 	case idle && (c.midway || c.wire.buffered() > 0):
 		return fmt.Errorf("%w: a PDU", errStalled)
 	case c.stalled():
-		return fmt.Errorf("%w: data-out", errStalled)
+		return fmt.Errorf("%w: data-out, or a command that others wait for", errStalled)
 	case !idle:
 		w.pinged = false
 	case w.pinged:
@@ -415,19 +420,6 @@ func (c *conn) silent() error {
 		return c.wire.nc.SetReadDeadline(time.Now().Add(c.srv.cfg.PingTimeout))
 	}
 	return c.wire.nc.SetReadDeadline(time.Now().Add(c.srv.cfg.IdleTimeout))
-}
-
-// stalled says whether a task has waited for data-out for two deadlines and more.
-func (c *conn) stalled() bool {
-	c.s.mu.Lock()
-	defer c.s.mu.Unlock()
-	c.ticks++
-	for _, t := range c.tasks {
-		if t.receiving && c.ticks-t.touched > 2 {
-			return true
-		}
-	}
-	return false
 }
 
 // ping sends a NOP-In that wants an answer (section 11.19).

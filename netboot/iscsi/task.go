@@ -51,6 +51,8 @@ type task struct {
 	fate      fate          // how it is to end
 	ended     chan struct{} // closed when it has ended; nil until somebody waits for that
 	touched   uint32        // conn.ticks when data-out came last
+	since     uint32        // conn.ticks when it was first seen to wait for data-out, or found to come along with it; 0: never
+	data      uint64        // watch.data then
 
 	prepared bool
 
