@@ -3,12 +3,16 @@ package iscsi
 import (
 	"context"
 	"sync"
+	"time"
 
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 )
 
 // maxImmediate is how many immediate commands may be under way: no window bounds them.
 const maxImmediate = 16
+
+// memoryPatience is how long a command that holds up others, or memory, waits for memory before it is refused.
+const memoryPatience = time.Second
 
 // tasks are those that nobody uses.
 var tasks sync.Pool
@@ -166,8 +170,10 @@ func (c *conn) checkCommand(t *task, h *bhs) {
 		t.fail(senseIncorrectData)
 	case t.attr == attrACA:
 		t.fail(senseInvalidMessage) // there is never an ACA condition
-	case t.write:
-		t.want = min(t.edtl, scsi.MaxTransfer) // until the unit says how much it takes
+	case t.unsolicited:
+		t.want = min(t.edtl, c.params.firstBurst) // until its turn comes, and the unit says how much it takes
+	default:
+		t.want = n
 	}
 }
 
@@ -178,8 +184,7 @@ func (c *conn) immediateData(t *task) (bad bool, err error) {
 		return false, nil
 	}
 	if t.want > 0 && !c.obtainNow(t) {
-		t.prepared, t.want = true, 0
-		t.cmd.Done, t.cmd.Status = true, scsi.TaskSetFull
+		c.refuse(t)
 	}
 	var dst []byte
 	if t.want > 0 {
@@ -211,41 +216,71 @@ func (c *conn) deliverHeld() error {
 
 // obtain takes memory for the data-out of a task, if it is there.
 func (c *conn) obtain(t *task) bool {
-	if t.out != nil {
-		return true
+	size := t.lacks()
+	if size > 0 {
+		if !c.quota.try(size) {
+			return false
+		}
+		c.allot(t, size)
 	}
-	size := bufferSize(t.want)
-	if !c.quota.try(size) {
-		return false
-	}
-	c.allot(t, size)
 	return true
 }
 
-// allot gives a task memory that was taken of the quota.
-func (c *conn) allot(t *task, size int64) {
-	t.memory += size
-	t.out = c.srv.buffers.get(t.want)
+// lacks is how much of the quota the task needs beside what it has.
+func (t *task) lacks() int64 {
+	switch {
+	case t.out == nil:
+		return bufferSize(t.want)
+	case len(t.out.b) < t.want:
+		return bufferSize(t.want) - int64(len(t.out.b))
+	}
+	return 0
 }
 
-// obtainNow is obtain for data that comes without being asked for. The reader may wait for memory, but only while no task
-// of this connection needs the reader to give its memory back: two connections would wait for each other.
+// allot gives a task memory that was taken of the quota, and puts into it what has come.
+func (c *conn) allot(t *task, size int64) {
+	t.memory += size
+	had := t.out
+	t.out = c.srv.buffers.get(t.want)
+	if had != nil {
+		copy(t.out.b, had.b[:t.got])
+		c.srv.buffers.put(had)
+	}
+}
+
+// obtainNow is obtain for data that comes without being asked for. The reader waits a moment for memory, once until there
+// is some again; but not while a task of this connection needs the reader to give its memory back.
 func (c *conn) obtainNow(t *task) bool {
 	if c.obtain(t) {
+		c.short = false
 		return true
 	}
-	if c.receiving() {
+	if c.short || c.receiving() {
 		return false
 	}
 	c.flush()
-	ctx, cancel := context.WithTimeout(c.ctx, c.srv.cfg.PingTimeout)
+	ctx, cancel := context.WithTimeout(c.ctx, memoryPatience)
 	defer cancel()
-	size := bufferSize(t.want)
-	if c.quota.wait(ctx, size) != nil {
+	size := t.lacks()
+	if c.short = c.quota.wait(ctx, size) != nil; c.short {
 		return false
 	}
 	c.allot(t, size)
 	return true
+}
+
+// refuse gives a command that there is no memory for its status (SAM-5 5.3.1): TASK SET FULL where the initiator has others
+// under way at the unit, and else BUSY.
+func (c *conn) refuse(t *task) {
+	t.prepared, t.want = true, 0
+	t.cmd.Done, t.cmd.Status = true, scsi.Busy
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	for _, o := range c.tasks {
+		if o != t && o.n == t.n {
+			t.cmd.Status = scsi.TaskSetFull
+		}
+	}
 }
 
 // receiving says whether a task with memory waits for the reader.

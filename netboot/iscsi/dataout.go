@@ -1,6 +1,10 @@
 package iscsi
 
-import "github.com/troupe-dev/troupe/netboot/iscsi/scsi"
+import (
+	"context"
+
+	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
+)
 
 // solicit asks for data-out, once there is memory for it.
 func (c *conn) solicit(t *task) {
@@ -15,16 +19,32 @@ func (c *conn) solicit(t *task) {
 		return
 	}
 	c.background.Go(func() {
-		size := bufferSize(t.want)
-		if c.quota.wait(c.ctx, size) != nil {
-			c.abandon(t)
-			return
-		}
-		c.allot(t, size)
-		c.ask(t)
+		c.solicitLater(t)
 		c.flush()
 	})
 	c.s.mu.Unlock()
+}
+
+// solicitLater waits for memory. A task that has some, of data that came unasked, may be what others wait for, and they what
+// it waits for: it is soon refused. One without may be what those wait for that come after it.
+func (c *conn) solicitLater(t *task) {
+	patience := c.srv.cfg.PingTimeout
+	if t.out != nil {
+		patience = min(patience, memoryPatience)
+	}
+	ctx, cancel := context.WithTimeout(c.ctx, patience)
+	defer cancel()
+	size := t.lacks()
+	switch err := c.quota.wait(ctx, size); {
+	case err == nil:
+		c.allot(t, size)
+		c.ask(t)
+	case c.ctx.Err() != nil:
+		c.abandon(t)
+	default:
+		c.refuse(t)
+		c.complete(t)
+	}
 }
 
 // ask sends as many R2Ts as may be outstanding (section 11.8), and lets the task wait for the data.
@@ -76,7 +96,7 @@ func (c *conn) dataOut() error {
 	}
 	var dst []byte
 	if t.got < t.want {
-		dst = t.out.b[t.got:t.want]
+		dst = t.out.b[t.got:min(t.want, len(t.out.b))]
 	}
 	bad, err := c.readData(dst)
 	if err != nil {

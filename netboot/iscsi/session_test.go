@@ -174,8 +174,11 @@ func TestNoMemoryForImmediateData(t *testing.T) {
 	cmd.setTTT(scsi.MaxTransfer)
 	i.send(cmd)
 	i.expectOpcode(opR2T)
-	if r := i.do(i.command(write10(0, 1), 0, pattern(512, 1))); r.status != byte(scsi.TaskSetFull) {
+	if r := i.do(i.on(1, i.command(write10(0, 1), 0, pattern(512, 1)))); r.status != byte(scsi.TaskSetFull) {
 		t.Errorf("status %#02x, want TASK SET FULL", r.status)
+	}
+	if r := i.do(i.command(write10(0, 1), 0, pattern(512, 1))); r.status != byte(scsi.Busy) {
+		t.Errorf("status %#02x at a unit without other commands, want BUSY", r.status)
 	}
 	i.expectGood(i.do(i.command(testUnitReady(), 0, nil)))
 }
