@@ -96,7 +96,7 @@ func newConn(ctx context.Context, srv *Server, nc net.Conn) *conn {
 		wire:  newWire(nc, &srv.buffers, srv.cfg.PingTimeout),
 		peer:  nc.RemoteAddr().String(),
 		from:  networkOf(nc.RemoteAddr()),
-		quota: srv.newQuota(),
+		quota: quota{all: srv.memory},
 		done:  make(chan struct{}),
 		tasks: map[uint32]*task{},
 	}
@@ -233,6 +233,7 @@ func (c *conn) beginSession(l *login, req, resp *pdu) {
 // join gives the connection its session, and what the login agreed on, before others know of it.
 func (c *conn) join(s *session, l *login) {
 	c.s, c.changed.L = s, &s.mu
+	c.quota.own = s.memory
 	c.params, c.cid = l.params, l.cid
 	portals := c.srv.cfg.Portals
 	if len(portals) == 0 {

@@ -48,7 +48,8 @@ func (p *buffers) get(n int) *buffer {
 
 func (p *buffers) put(b *buffer) { p.pools[b.class].Put(b) }
 
-// A quota bounds the memory of one connection's data, within that of all connections.
+// A quota bounds the memory of one initiator's data, within that of all connections. It has its own part from the end of the
+// login on.
 type quota struct {
 	own, all *semaphore.Weighted
 }

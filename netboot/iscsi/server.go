@@ -39,7 +39,7 @@ const (
 	maxLogins      = 1024
 	maxDiscoveries = 64
 	discoveryLife  = time.Minute
-	// memoryShare is which part of Config.MaxMemory one connection may have at most.
+	// memoryShare is which part of Config.MaxMemory one initiator may have at most.
 	memoryShare = 4
 	// maxWorkers is how many commands are in the hands of their Mediums at a time, of all connections; connWorkers is one
 	// connection's share.
@@ -61,7 +61,7 @@ type Server struct {
 	log       *slog.Logger
 	buffers   buffers
 	memory    *semaphore.Weighted
-	share     int64         // of memory, for one connection
+	share     int64         // of memory, for one initiator
 	workers   chan struct{} // has an element for each that works
 	residency residency
 	sendGrace time.Duration
@@ -300,8 +300,14 @@ func (srv *Server) changed() {
 	}
 }
 
-func (srv *Server) newQuota() quota {
-	return quota{own: semaphore.NewWeighted(srv.share), all: srv.memory}
+// shareOf is the share of memory that the sessions of an initiator have together. It needs srv.mu.
+func (srv *Server) shareOf(l *login) *semaphore.Weighted {
+	for _, s := range srv.sessions {
+		if l.target != nil && s.target != nil && s.initiator == l.initiator {
+			return s.memory
+		}
+	}
+	return semaphore.NewWeighted(srv.share)
 }
 
 // isBroken says that no Accept can go well any more. Of all else that accept(2) fails with, much is the network's or the

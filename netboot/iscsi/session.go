@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/semaphore"
+
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 )
 
@@ -23,7 +25,8 @@ type session struct {
 	tsih      uint16
 	target    *Target // nil: a discovery session
 	since     time.Time
-	ended     chan struct{} // closed when its connection is closed, no task runs and no unit knows it any more
+	memory    *semaphore.Weighted // the initiator's share
+	ended     chan struct{}       // closed when its connection is closed, no task runs and no unit knows it any more
 
 	commands, bytesIn, bytesOut atomic.Uint64
 
@@ -147,6 +150,7 @@ func (srv *Server) open(c *conn, l *login, cmdSN uint32) (old *session, status u
 		target:    l.target,
 		since:     time.Now(),
 		ended:     make(chan struct{}),
+		memory:    srv.shareOf(l),
 		conn:      c,
 		params:    l.params,
 		expCmdSN:  cmdSN,

@@ -144,3 +144,24 @@ func TestCrawlingData(t *testing.T) {
 		})
 	}
 }
+
+// All sessions of an initiator have one share of the memory.
+func TestMemoryOfInitiator(t *testing.T) {
+	f := serve(t, func(c *Config) { c.MaxMemory = 2 * scsi.MaxTransfer })
+	f.add(1, &disk{data: make([]byte, scsi.MaxTransfer)})
+	i, j := f.login("ImmediateData=Yes"), f.other()
+	i.do(i.on(1, i.command(testUnitReady(), 0, nil)))
+	all := i.on(1, i.command(write10(0, scsi.MaxTransfer/512), 0, []byte{}))
+	all.setTTT(scsi.MaxTransfer)
+	i.send(all)
+	i.expectOpcode(opR2T)
+	second := f.dial()
+	if status := second.login(loginOptions{isid: 0x800000000009}); status != loginOK {
+		t.Fatalf("login status %#04x", status)
+	}
+	second.ready()
+	if r := second.do(second.command(write10(0, 1), 0, pattern(512, 1))); r.status != byte(scsi.Busy) {
+		t.Errorf("status %#02x, want BUSY", r.status)
+	}
+	j.expectGood(j.do(j.command(write10(0, 1), 0, pattern(512, 1))))
+}
