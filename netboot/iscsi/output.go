@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"hash/crc32"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -312,20 +313,36 @@ func (c *conn) writeBatch(b *batch) {
 	}
 	c.broken.Store(true)
 	if errors.Is(err, unix.EFAULT) {
-		for _, t := range b.tasks {
-			if t.mapped {
-				t.n.unit.mapper.Unmapped()
-			}
-		}
+		b.unmap()
 	}
 	c.closeFor(err)
+}
+
+// unmap tells the media of the mapped memory that the kernel cannot look at. Where it is at a loss (a kernel before 5.14,
+// or memory that is there again), it tells all that may have been meant.
+func (b *batch) unmap() {
+	mapped := slices.DeleteFunc(slices.Concat(b.tasks, b.loading), func(t *task) bool { return !t.mapped })
+	gone := slices.DeleteFunc(slices.Clone(mapped), func(t *task) bool { return populateAll(t.parts) })
+	if len(gone) == 0 {
+		gone = mapped
+	}
+	for _, t := range gone {
+		t.n.unit.mapper.Unmapped()
+	}
 }
 
 // releaseBatch lets go of what a batch that was written, or never will be, referred to. It needs s.mu.
 func (c *conn) releaseBatch(b *batch) {
 	c.pending.Add(-b.bytes)
+	var ready []*task
 	for _, t := range b.tasks {
+		if t.mapped {
+			ready = append(ready, t.leaveQueue()...)
+		}
 		c.release(t)
+	}
+	if len(ready) > 0 {
+		c.goOn(ready)
 	}
 	for _, t := range b.loading {
 		c.enqueue(t)

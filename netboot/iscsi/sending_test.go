@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"runtime"
+	"sync"
 	"testing"
 	"time"
 
@@ -123,7 +124,7 @@ func TestParkedReadsEnd(t *testing.T) {
 	i := f.login()
 	i.attend(1)
 	c := f.connOf(i)
-	c.hold()
+	letGo := c.hold(t)
 	var cmds []*pdu
 	for range 4 {
 		cmds = append(cmds, i.on(1, i.command(read10(0, 2048), 1<<20, nil)))
@@ -140,7 +141,7 @@ func TestParkedReadsEnd(t *testing.T) {
 	removed := make(chan error, 1)
 	go func() { removed <- f.target.Remove(1) }()
 	c.until(t, "none is parked", func() bool { return len(c.parked) == 0 })
-	c.letGo()
+	letGo()
 	i.expectGood(i.outcome(cmds[0]))
 	for _, cmd := range cmds[1:3] {
 		if r := i.outcome(cmd); r.sense != "5/2500" {
@@ -153,21 +154,22 @@ func TestParkedReadsEnd(t *testing.T) {
 	i.quiet()
 }
 
-// hold keeps a connection from writing, as if somebody else wrote, until letGo.
-func (c *conn) hold() {
+// hold keeps a connection from writing, as if somebody else wrote, until what it returns is called.
+func (c *conn) hold(t *testing.T) (letGo func()) {
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
 	for c.writing {
 		c.changed.Wait()
 	}
 	c.writing = true
-}
-
-func (c *conn) letGo() {
-	c.s.mu.Lock()
-	c.writing = false
-	c.s.mu.Unlock()
-	c.flush()
+	letGo = sync.OnceFunc(func() {
+		c.s.mu.Lock()
+		c.writing = false
+		c.s.mu.Unlock()
+		c.flush()
+	})
+	t.Cleanup(letGo) // the server could not end
+	return letGo
 }
 
 // until waits for something that s.mu guards.
@@ -183,5 +185,103 @@ func (c *conn) until(t *testing.T, what string, is func() bool) {
 		if time.Now().After(deadline) {
 			t.Fatalf("it does not come that %s", what)
 		}
+	}
+}
+
+// A mappedDisk is a disk in memory that is sent as it lies there.
+type mappedDisk struct{ *disk }
+
+func (d mappedDisk) Segments(dst [][]byte, off int64, n int) ([][]byte, bool) {
+	return append(dst, d.data[off:][:n]), true
+}
+
+func (d mappedDisk) Unmapped() {}
+
+// An ordered write waits until the data of the reads before it is written: that is looked at only then.
+func TestOrderedBehindMappedRead(t *testing.T) {
+	f := serve(t, nil)
+	f.add(1, mappedDisk{&disk{data: alignedPattern(t, 1<<20)}})
+	i := f.login()
+	i.attend(1)
+	c := f.connOf(i)
+	letGo := c.hold(t)
+	read := i.on(1, i.command(read10(0, 8), 4096, nil))
+	i.send(read)
+	c.until(t, "the read is gathered", func() bool { return c.out != nil && len(c.out.tasks) == 1 })
+	write := i.on(1, i.command(write10(0, 8), 0, make([]byte, 4096)))
+	write.bhs[1] = write.bhs[1]&^maskAttr | attrOrdered
+	i.send(write)
+	c.until(t, "the write is received", func() bool { return c.s.commands.Load() == 4 })
+	c.s.mu.Lock()
+	if w := c.tasks[write.itt()]; w == nil || w.turn {
+		t.Error("the ordered write begins before the read's data is out")
+	}
+	c.s.mu.Unlock()
+	letGo()
+	r := i.outcome(read)
+	i.expectGood(r)
+	if !bytes.Equal(r.data, pattern(4096, 4)) {
+		t.Error("the read has data of the write behind it")
+	}
+	i.expectGood(i.outcome(write))
+}
+
+// alignedPattern is a pattern in pages of its own, which mincore knows.
+func alignedPattern(t *testing.T, n int) []byte {
+	t.Helper()
+	m, err := unix.Mmap(-1, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Munmap(m) })
+	copy(m, pattern(n, 4))
+	return m
+}
+
+// A file that was cut short does not cost another its mapping.
+func TestOnlyWhatIsGoneIsUnmapped(t *testing.T) {
+	f := serve(t, nil)
+	f.believe()
+	path := f.image(1, pattern(1<<20, 2))
+	f.image(2, pattern(1<<20, 3))
+	i := f.login()
+	c := f.connOf(i)
+	for _, lun := range []LUN{1, 2} {
+		i.attend(lun)
+		i.expectGood(i.do(i.on(lun, i.command(read10(1024, 8), 4096, nil))))
+	}
+	if err := os.Truncate(path, 4096); err != nil {
+		t.Fatal(err)
+	}
+	letGo := c.hold(t)
+	for _, lun := range []LUN{2, 1, 2} {
+		i.send(i.on(lun, i.command(read10(1024, 8), 4096, nil)))
+	}
+	c.until(t, "three reads are gathered", func() bool { return c.out != nil && len(c.out.tasks) == 3 })
+	letGo()
+	i.closed()
+	for lun, want := range map[LUN]bool{1: false, 2: true} {
+		f.target.mu.RLock()
+		_, ok := f.target.units[lun].mapper.Segments(nil, 0, 512)
+		f.target.mu.RUnlock()
+		if ok != want {
+			t.Errorf("LUN %d is mapped: %v, want %v", lun, ok, want)
+		}
+	}
+}
+
+// What of a read went out before it failed is no residual.
+func TestResidualOfReadThatFails(t *testing.T) {
+	f := serve(t, nil)
+	i := f.login()
+	f.disk.hook(func(_ string, off int64) error {
+		if off > 0 {
+			return errors.New("it goes wrong")
+		}
+		return nil
+	})
+	r := i.do(i.command(read10(0, 4096), 4096*512, nil))
+	if want := uint32(4096*512 - pieceSize); r.status == 0 || r.flags != flagUnderflow || r.residual != want {
+		t.Errorf("status %#02x, residual %d (flags %#02x), want a failure and an underflow of %d", r.status, r.residual, r.flags, want)
 	}
 }

@@ -118,6 +118,8 @@ func (t *task) residual() (flags byte, count uint32) {
 		expected = t.edtl
 	}
 	switch in := t.dataIn(); {
+	case t.cmd.Status != scsi.Good && t.read:
+		moved = t.sent
 	case t.cmd.Status != scsi.Good:
 		moved = min(t.got, t.want, expected)
 	case in > 0:
@@ -337,13 +339,16 @@ func (c *conn) finish(t *task) (ready []*task) {
 	if c.ending {
 		c.changed.Broadcast()
 	}
-	ready = t.leaveQueue()
-	if c.out != nil {
-		c.out.tasks = append(c.out.tasks, t)
-	} else {
+	if c.out == nil {
+		ready = t.leaveQueue()
 		c.release(t)
+		return ready
 	}
-	return ready
+	c.out.tasks = append(c.out.tasks, t)
+	if t.mapped {
+		return nil // what is in the mapping is read when it is written: see releaseBatch
+	}
+	return t.leaveQueue()
 }
 
 // release gives back what the task has. Nothing refers to its memory any more. It needs s.mu.
