@@ -48,7 +48,7 @@ func TestMemoryBehindHole(t *testing.T) {
 
 // A write that has memory of data that came unasked does not wait for more of it for ever.
 func TestNoMemoryToGrow(t *testing.T) {
-	f := serve(t, func(c *Config) { c.MaxMemory = scsi.MaxTransfer })
+	f := serve(t, func(c *Config) { c.MaxMemory, c.PingTimeout = scsi.MaxTransfer, 2*patience })
 	i := f.login("ImmediateData=Yes")
 	first := i.command(testUnitReady(), 0, nil)
 	early := i.command(write10(0, 128), 0, pattern(512, 4))
