@@ -65,6 +65,12 @@ func disklessFleet(t *testing.T) string {
 	text := "package fleet\n\n"
 	for _, i := range []struct{ image, format string }{{"stock", "qcow2"}, {"rawstock", "raw"}} {
 		file := copyStock(t, disks, i.format)
+		if i.format == "raw" {
+			// What is in both is the same disk, whatever the format: a host that changes between them would keep its own.
+			if err := os.Truncate(file, 600<<20); err != nil {
+				t.Fatal(err)
+			}
+		}
 		text += fmt.Sprintf("images: %s: {kind: \"disk\", from: disk: {url: \"file://%s\", sha256: %q}}\n", i.image, file, sum(t, file).Hex())
 	}
 	if err := os.WriteFile(filepath.Join(dir, "disks.cue"), []byte(text), 0o644); err != nil {
