@@ -34,6 +34,8 @@ func (c *conn) solicitLater(t *task) {
 	}
 	ctx, cancel := context.WithTimeout(c.ctx, patience)
 	defer cancel()
+	ctx, stop := c.unlessStopped(ctx, t)
+	defer stop()
 	size := t.lacks()
 	switch err := c.quota.wait(ctx, size); {
 	case err == nil:

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 )
 
 // believe has the residency table go on saying what it was told once: no time passes for it.
@@ -283,5 +285,32 @@ func TestResidualOfReadThatFails(t *testing.T) {
 	r := i.do(i.command(read10(0, 4096), 4096*512, nil))
 	if want := uint32(4096*512 - pieceSize); r.status == 0 || r.flags != flagUnderflow || r.residual != want {
 		t.Errorf("status %#02x, residual %d (flags %#02x), want a failure and an underflow of %d", r.status, r.residual, r.flags, want)
+	}
+}
+
+// A unit can be removed though its commands wait for memory that others have.
+func TestRemoveWhileWaitingForMemory(t *testing.T) {
+	f := serve(t, func(c *Config) { c.MaxMemory = scsi.MaxTransfer })
+	f.add(1, &disk{data: make([]byte, scsi.MaxTransfer)})
+	f.add(2, newDisk())
+	other := f.other()
+	other.attend(1)
+	all := other.on(1, other.command(write10(0, scsi.MaxTransfer/512), 0, []byte{}))
+	all.setTTT(scsi.MaxTransfer)
+	other.send(all)
+	other.expectOpcode(opR2T)
+	i := f.login()
+	i.attend(2)
+	c := f.connOf(i)
+	read := i.on(2, i.command(read10(0, 8), 4096, nil))
+	i.send(read)
+	c.until(t, "the read waits for memory", func() bool { t := c.tasks[read.itt()]; return t != nil && t.cancel != nil })
+	removed := make(chan error, 1)
+	go func() { removed <- f.target.Remove(2) }()
+	if r := i.outcome(read); r.sense != "5/2500" {
+		t.Errorf("sense %s, want LOGICAL UNIT NOT SUPPORTED", r.sense)
+	}
+	if err := <-removed; err != nil {
+		t.Error(err)
 	}
 }

@@ -51,6 +51,7 @@ type task struct {
 	fate      fate          // how it is to end
 	ended     chan struct{} // closed when it has ended; nil until somebody waits for that
 	touched   uint32        // conn.ticks when data-out came last
+	cancel    func()        // ends the wait for memory; nil where there never was one
 	since     uint32        // conn.ticks when it was first seen to wait for data-out, or found to come along with it; 0: never
 	data      uint64        // watch.data then
 
@@ -386,6 +387,9 @@ func (c *conn) stop(t *task, how fate) {
 	}
 	if t.fate == fateAborted && c.tasks[t.itt] == t {
 		delete(c.tasks, t.itt) // the initiator may use the tag again
+	}
+	if t.cancel != nil {
+		t.cancel()
 	}
 	if !t.waits {
 		return

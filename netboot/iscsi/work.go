@@ -1,5 +1,7 @@
 package iscsi
 
+import "context"
+
 // opPersistentReserveOut is PERSISTENT RESERVE OUT, which may wait for tasks of others to end.
 const opPersistentReserveOut = 0x5f
 
@@ -42,14 +44,33 @@ func (c *conn) buffer(t *task) {
 		return
 	}
 	c.background.Go(func() {
-		if c.quota.wait(c.ctx, size) != nil {
-			c.abandon(t)
+		ctx, cancel := c.unlessStopped(c.ctx, t)
+		defer cancel()
+		if c.quota.wait(ctx, size) != nil {
+			if c.ctx.Err() != nil {
+				c.abandon(t)
+			} else {
+				c.complete(t) // it was stopped
+				c.flush()
+			}
 			return
 		}
 		c.s.mu.Lock()
 		c.loadInto(t, size)
 		c.s.mu.Unlock()
 	})
+}
+
+// unlessStopped is a context for a task that waits for memory, done also when the task is stopped.
+func (c *conn) unlessStopped(parent context.Context, t *task) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(parent)
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	t.cancel = cancel
+	if t.fate != fateOutcome {
+		cancel()
+	}
+	return ctx, cancel
 }
 
 // loadInto gives a task a buffer that was taken of the quota, and a worker. It needs s.mu.
