@@ -16,6 +16,8 @@ func TestDroppedSessionIsNotResumed(t *testing.T) {
 	f := serve(t, nil)
 	i := f.login()
 	g := newGate()
+	open := sync.OnceFunc(func() { close(g.open) })
+	t.Cleanup(open)
 	f.disk.hook(g.holding("write"))
 	i.send(i.command(write10(0, 1), 0, pattern(512, 1)))
 	<-g.came
@@ -29,7 +31,7 @@ func TestDroppedSessionIsNotResumed(t *testing.T) {
 	if status := again.login(loginOptions{tsih: i.tsih, cmdSN: i.cmdSN}); status != loginNoSession {
 		t.Errorf("login status %#04x, want %#04x", status, loginNoSession)
 	}
-	close(g.open)
+	open()
 	<-dropped
 	if infos := f.srv.Sessions(); len(infos) != 0 {
 		t.Errorf("sessions %v after all were dropped", infos)
@@ -155,6 +157,8 @@ func TestRemoveOfASlowUnit(t *testing.T) {
 	f.srv.sendGrace = time.Millisecond
 	i, other := f.login(), f.other()
 	g := newGate()
+	open := sync.OnceFunc(func() { close(g.open) })
+	t.Cleanup(open)
 	f.disk.hook(g.holding("sync"))
 	cmd := i.command(sync10(), 0, nil)
 	i.send(cmd)
@@ -167,7 +171,7 @@ func TestRemoveOfASlowUnit(t *testing.T) {
 	for range 200 { // many times as long as a peer may take
 		i.quiet()
 	}
-	close(g.open)
+	open()
 	i.expectGood(i.outcome(cmd))
 	if err := <-removed; err != nil {
 		t.Error(err)

@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -76,6 +77,32 @@ func TestSilentConnectionsMakePlace(t *testing.T) {
 				t.Errorf("%d connections, %d of them in login, want 5 and 3", len(f.srv.conns), len(f.srv.logins.conns))
 			}
 		})
+	}
+}
+
+// A host that waits in its login for the end of its last session does not make place for silent connections.
+func TestKnownHostsDoNotMakePlace(t *testing.T) {
+	f := serve(t, func(c *Config) { c.LoginTimeout = time.Hour })
+	f.srv.mu.Lock()
+	f.srv.logins.room = 2
+	f.srv.mu.Unlock()
+	old := f.login()
+	g := newGate()
+	open := sync.OnceFunc(func() { close(g.open) })
+	t.Cleanup(open)
+	f.disk.hook(g.holding("write"))
+	old.send(old.command(write10(0, 1), 0, pattern(512, 1)))
+	<-g.came
+	again := f.dial()
+	status := make(chan uint16, 1)
+	go func() { status <- again.login(loginOptions{}) }()
+	old.closed()
+	silent := f.dial()
+	f.dial()
+	silent.closed()
+	open()
+	if got := <-status; got != loginOK {
+		t.Errorf("login status %#04x", got)
 	}
 }
 
