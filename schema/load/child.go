@@ -164,6 +164,7 @@ func (r *childRun) died(lim limits, err error, stderr string) error {
 	}
 	memory := []string{
 		"out of memory", "cannot allocate memory", "cannot map pages", "failed to create new OS thread",
+		"pthread_create failed",              // the same of a program built with cgo
 		"ThreadSanitizer failed to allocate", // of a program built with -race
 	}
 	saysMemory := slices.ContainsFunc(memory, func(s string) bool { return strings.Contains(stderr, s) })

@@ -190,6 +190,21 @@ func TestBrokenEvaluator(t *testing.T) {
 	}
 }
 
+func TestWhatAChildWithoutMemorySays(t *testing.T) {
+	for _, says := range []string{
+		"fatal error: runtime: out of memory",
+		"runtime: failed to create new OS thread (have 7 already; errno=11)",
+		"runtime/cgo: pthread_create failed: Resource temporarily unavailable",
+	} {
+		l := Loader{Command: []string{"/bin/sh", "-c", `cat >/dev/null; echo '{"begin":0}'; echo "$0" >&2; exit 2`, says}}
+		_, err := l.Load(t.Context(), fstest.MapFS{"root.cue": {Data: []byte(goodRoot)}})
+		var ps schema.Problems
+		if !errors.As(err, &ps) || !strings.Contains(err.Error(), "took too much memory") {
+			t.Errorf("of a child that says %q: error %v; want one that blames the fleet for its memory", says, err)
+		}
+	}
+}
+
 func TestBigFiles(t *testing.T) {
 	tree := fstest.MapFS{
 		"root.cue": {Data: []byte(goodRoot)},
