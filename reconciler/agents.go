@@ -29,7 +29,7 @@ type agents struct {
 	each   *striped // one report or hello of a machine at a time: both write its records
 
 	strangers *strangers
-	booting   func(host string) // is told of hosts whose machines have nothing mounted
+	booting   func(host string) // is told of hosts whose machines begin to boot
 }
 
 // Hello takes up a machine and answers with its assignment. While no fleet is in force nothing is written, since nobody

@@ -32,7 +32,7 @@ var kernelArgs = []string{
 type director struct {
 	views *views
 	boots *boots
-	// booting is told of hosts whose machines have nothing mounted, and what of theirs they boot: see luns.booting.
+	// booting is told of hosts whose machines ask what to boot, and what of theirs they boot: see luns.booting.
 	booting func(host string, told *state.LUNBoot)
 	agent   digest.Digest // the initramfs segment with the agent
 }

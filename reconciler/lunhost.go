@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/netboot/iscsi"
@@ -20,33 +21,69 @@ type openHost struct {
 	current string        // id of the disk that is its LUN 0
 	images  map[digest.Digest]uint16
 	disks   map[string]medium // by id: those that are open, whether or not they are LUNs
+	gone    []state.LUNDisk   // that the record has no more, and whose files are still there
+	leaving *leaving          // nil for none
+}
+
+// A leaving is the end of units of one host. It takes as long as what was begun with them takes, and no other host waits.
+type leaving struct {
+	done chan struct{}
+	err  error // once done is closed
+}
+
+// leave ends units of a host in the background, and has the controller look again after that.
+func (l *luns) leave(h *openHost, end func() error) {
+	job := &leaving{done: make(chan struct{})}
+	h.leaving = job
+	go func() { // close waits for it
+		defer l.poke()
+		defer close(job.done)
+		job.err = end()
+	}()
+}
+
+// left says whether nothing is ending any more, and what went wrong in what was.
+func (h *openHost) left() (bool, error) {
+	if h.leaving == nil {
+		return true, nil
+	}
+	select {
+	case <-h.leaving.done:
+		err := h.leaving.err
+		h.leaving = nil
+		return true, err
+	default:
+		return false, nil
+	}
 }
 
 // imageSerial is how many hex digits of an image's digest are the serial number of its units: a node compares them with those
 // of the image that it was told of before it mounts it.
 const imageSerial = 32
 
-// serve opens what a host's record says, and publishes it. heard is the boot that the record was made after.
-func (l *luns) serve(ctx context.Context, rec state.LUNs, of *state.ISCSI, heard *atBoot) error {
+// serve opens what a host's record says, which was made of f, and publishes it.
+func (l *luns) serve(ctx context.Context, rec state.LUNs, f lunFacts) error {
 	h := l.hosts[rec.Host]
 	if h == nil {
 		h = &openHost{disks: map[string]medium{}}
 		l.hosts[rec.Host] = h
 	}
-	wanted, _ := rec.Wanted(of)
-	at := portal{other: wanted.ID != "" && wanted.ID != rec.Current, booted: rec.Boot != nil}
-	var errs []error
+	wanted, _ := rec.Wanted(f.wants())
+	at := portal{booted: rec.Boot != nil, ready: true}
+	_, err := h.left()
+	errs := []error{err}
 	for _, d := range rec.Disks {
 		if d.ID == rec.Current || d.ID == wanted.ID {
 			errs = append(errs, l.openDisk(ctx, h, rec.Host, d))
 		}
 	}
 	errs = append(errs, l.changeDisk(h, rec))
-	waits := false
-	for d, n := range rec.Images {
+	for _, d := range slices.Sorted(maps.Keys(rec.Images)) { // so that the same trouble is told in the same words
 		img := l.image(ctx, d)
-		waits = waits || img.opening
-		errs = append(errs, img.err, h.addImage(img, n))
+		errs = append(errs, img.err, h.addImage(img, rec.Images[d]))
+		if _, open := h.images[d]; !open && (f.runs(&rec, d) || img.err == nil) {
+			at.ready = false // it may have that one mounted, or it comes at once
+		}
 	}
 	errs = append(errs, l.trim(h, rec))
 	if err := errors.Join(errs...); err != nil {
@@ -59,7 +96,7 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, of *state.ISCSI, heard
 	for d := range h.images {
 		at.sizes[d] = l.images[d].medium.Size()
 	}
-	at.ready = h.target != nil && !waits
+	at.ready = at.ready && h.target != nil
 	at.target, at.images = h.target, maps.Clone(h.images)
 	if cur, ok := rec.Disk(rec.Current); ok {
 		at.chap = chapOf(rec.Host, cur)
@@ -67,7 +104,10 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, of *state.ISCSI, heard
 	if h.disks[wanted.ID] != nil {
 		at.disk = wanted
 	}
-	l.publish(rec.Host, at, heard)
+	if wanted.ID != rec.Current {
+		at.next = at.disk
+	}
+	l.publish(rec.Host, at, f.boot)
 	return errors.Join(errs...)
 }
 
@@ -102,9 +142,10 @@ func (l *luns) changeDisk(h *openHost, rec state.LUNs) error {
 	}
 	if h.target != nil {
 		l.unready(rec.Host)
-		if err := l.endTarget(h, rec.Host); err != nil {
-			return err
-		}
+		l.endTarget(h, rec.Host)
+	}
+	if h.leaving != nil {
+		return nil
 	}
 	m := h.disks[rec.Current]
 	if m == nil {
@@ -124,20 +165,30 @@ func (l *luns) changeDisk(h *openHost, rec state.LUNs) error {
 }
 
 // endTarget ends a host's sessions and takes all LUNs from its target. The disks stay open.
-func (l *luns) endTarget(h *openHost, host string) error {
-	l.target.Drop(initiatorName(host))
-	for _, n := range h.target.LUNs() {
-		if err := h.target.Remove(n); err != nil {
+func (l *luns) endTarget(h *openHost, host string) {
+	target, before := h.target, h.leaving
+	h.target, h.current, h.images = nil, "", nil
+	l.leave(h, func() error {
+		if before != nil {
+			<-before.done
+		}
+		l.target.Drop(initiatorName(host))
+		return removeLUNs(target, target.LUNs())
+	})
+}
+
+func removeLUNs(t *iscsi.Target, numbers []iscsi.LUN) error {
+	for _, n := range numbers {
+		if err := t.Remove(n); err != nil {
 			return fmt.Errorf("removing LUN %d: %w", n, err)
 		}
 	}
-	h.target, h.current, h.images = nil, "", nil
 	return nil
 }
 
 // addImage makes an image that is open a LUN, where it is not.
 func (h *openHost) addImage(img *openImage, n uint16) error {
-	if _, has := h.images[img.digest]; has || h.target == nil || img.medium == nil {
+	if _, has := h.images[img.digest]; has || h.target == nil || img.medium == nil || h.leaving != nil {
 		return nil
 	}
 	unit, err := scsi.NewUnit(img.medium, scsi.Config{Serial: img.digest.Hex()[:imageSerial]})
@@ -151,16 +202,20 @@ func (h *openHost) addImage(img *openImage, n uint16) error {
 	return nil
 }
 
-// trim takes from a host what its record does not have any more.
+// trim takes from a host what its record does not have any more, and what is ending already is not in the way of.
 func (l *luns) trim(h *openHost, rec state.LUNs) error {
+	if h.leaving != nil {
+		return nil
+	}
+	var gone []iscsi.LUN
 	for d, n := range h.images {
-		if rec.Images[d] == n {
-			continue
+		if rec.Images[d] != n {
+			gone = append(gone, n)
+			delete(h.images, d)
 		}
-		if err := h.target.Remove(n); err != nil {
-			return fmt.Errorf("removing LUN %d: %w", n, err)
-		}
-		delete(h.images, d)
+	}
+	if target := h.target; len(gone) > 0 {
+		l.leave(h, func() error { return removeLUNs(target, gone) })
 	}
 	for id, m := range h.disks {
 		if _, known := rec.Disk(id); known || id == h.current {
@@ -174,19 +229,23 @@ func (l *luns) trim(h *openHost, rec state.LUNs) error {
 	return nil
 }
 
-// closeHost closes all of a host's LUNs.
-func (l *luns) closeHost(host string) error {
+// closeHost closes all of a host's LUNs. Where it is not done yet, it is called again in the look after that.
+func (l *luns) closeHost(host string) (done bool, err error) {
 	h := l.hosts[host]
 	if h == nil {
-		return nil
+		return true, nil
+	}
+	if h.target != nil {
+		l.endTarget(h, host)
+	}
+	done, err = h.left()
+	if !done {
+		return false, err
 	}
 	delete(l.hosts, host)
-	var errs []error
-	if h.target != nil {
-		errs = append(errs, l.endTarget(h, host))
-	}
+	errs := []error{err}
 	for _, m := range h.disks {
 		errs = append(errs, m.Close())
 	}
-	return errors.Join(errs...)
+	return true, errors.Join(errs...)
 }

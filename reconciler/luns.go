@@ -56,6 +56,7 @@ type luns struct {
 	images map[digest.Digest]*openImage
 	opened chan *openImage
 	seen   map[string]time.Time // when a session of a host was last seen
+	began  time.Time            // when it was looked first
 	told   map[string]string    // of which trouble people were told, by host
 	swept  time.Time            // when files were last looked for that no record knows
 	lean   bool                 // there is little room left, and people were told
@@ -118,11 +119,7 @@ func (l *luns) run(ctx context.Context) error {
 		case img := <-l.opened:
 			l.took(img)
 		case a := <-l.asks:
-			err := l.reset(ctx, a.host, a.force)
-			if err == nil {
-				_, _ = l.step(ctx) // what goes wrong in it goes wrong in the next one, too
-			}
-			a.done <- err
+			a.done <- l.reset(ctx, a.host, a.force)
 		case <-ctx.Done():
 			return nil
 		}
@@ -131,18 +128,29 @@ func (l *luns) run(ctx context.Context) error {
 
 // settle waits for images that are being opened.
 func (l *luns) settle() {
+	opening := 0
 	for _, img := range l.images {
 		if img.opening {
-			l.took(<-l.opened)
+			opening++
 		}
+	}
+	for range opening { // took changes which are
+		l.took(<-l.opened)
 	}
 }
 
 // close closes everything. Nobody may use the target, and run must have ended.
 func (l *luns) close() error {
 	var errs []error
-	for name := range l.hosts {
-		errs = append(errs, l.closeHost(name))
+	for name, h := range l.hosts {
+		if h.target != nil {
+			l.endTarget(h, name)
+		}
+		if h.leaving != nil {
+			<-h.leaving.done
+		}
+		_, err := l.closeHost(name)
+		errs = append(errs, err)
 	}
 	for d, img := range l.images {
 		errs = append(errs, img.close())
@@ -163,16 +171,49 @@ func (l *luns) step(ctx context.Context) (next time.Time, err error) {
 		if err != nil {
 			errs = append(errs, fmt.Errorf("host %s: %w", host, err))
 		}
-		if !at.IsZero() && (next.IsZero() || at.Before(next)) {
-			next = at
-		}
+		next = sooner(next, at)
+		l.meanwhile(ctx)
 	}
 	l.sweep(ctx)
-	errs = append(errs, l.closeImages(), l.checkRoom(ctx))
+	if !l.anyLeaves() { // what ends may still read an image
+		errs = append(errs, l.closeImages())
+	}
+	errs = append(errs, l.checkRoom(ctx))
 	if l.settled() {
 		l.refresh()
 	}
 	return next, errors.Join(errs...)
+}
+
+// sooner is the earlier time of two, of which the zero one is never.
+func sooner(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// meanwhile is what cannot wait until all of a thousand hosts were looked at: those that are ready may boot, and operators
+// are answered.
+func (l *luns) meanwhile(ctx context.Context) {
+	if l.fresh() {
+		l.refresh()
+	}
+	select {
+	case a := <-l.asks:
+		a.done <- l.reset(ctx, a.host, a.force)
+	default:
+	}
+}
+
+// anyLeaves says whether units of some host are ending.
+func (l *luns) anyLeaves() bool {
+	for _, h := range l.hosts {
+		if h.leaving != nil {
+			return true
+		}
+	}
+	return false
 }
 
 // facts reads what decides, of each host that has LUNs or is to have some.
@@ -195,26 +236,30 @@ func (l *luns) facts(ctx context.Context) (map[string]lunFacts, error) {
 	if err != nil {
 		return nil, err
 	}
-	booting, now := l.takeBooting(), l.now()
+	now := l.now()
+	if l.began.IsZero() {
+		l.began = now
+	}
+	booting, proven := l.heard()
 	all := map[string]lunFacts{}
 	for host := range l.recs {
-		all[host] = lunFacts{now: now, boot: booting[host]}
+		all[host] = lunFacts{}
 	}
 	for host, a := range assigned {
-		if f, known := all[host]; known || a.ISCSI != nil {
-			f.assigned, f.now, f.boot = &a, now, booting[host]
-			all[host] = f
+		if _, known := all[host]; known || a.ISCSI != nil {
+			all[host] = lunFacts{assigned: &a}
 		}
 	}
-	running := newestRunning(nodes)
+	running, reported := newestRunning(nodes)
 	for host, f := range all {
-		f.running, f.lastSeen = running[host], l.seen[host]
+		f.now, f.began, f.boot, f.proven = now, l.began, booting[host], proven[host]
+		f.running, f.reported, f.lastSeen = running[host], reported[host], l.seen[host]
 		all[host] = f
 	}
 	for _, s := range l.target.Sessions() {
 		host := hostOf(s.Initiator)
 		if f, known := all[host]; known {
-			f.sessions = append(f.sessions, s)
+			f.sessions, f.lastSeen = append(f.sessions, s), now
 			l.seen[host] = now
 			all[host] = f
 		}
@@ -222,22 +267,24 @@ func (l *luns) facts(ctx context.Context) (map[string]lunFacts, error) {
 	return all, nil
 }
 
-// newestRunning is what runs as each host, by who was heard of last.
-func newestRunning(nodes map[string]state.Node) map[string]*agentapi.Running {
+// newestRunning is what runs as each host, by who was heard of last, and when.
+func newestRunning(nodes map[string]state.Node) (running map[string]*agentapi.Running, seen map[string]time.Time) {
 	out, seen := map[string]*agentapi.Running{}, map[string]time.Time{}
 	for _, n := range nodes {
 		if n.Running != nil && !n.LastSeen.Before(seen[n.Running.Host]) {
 			out[n.Running.Host], seen[n.Running.Host] = n.Running, n.LastSeen
 		}
 	}
-	return out
+	return out, seen
 }
 
 // host brings one host to what it is to be: first its record, then what is open, then the files of what it lost.
 func (l *luns) host(ctx context.Context, host string, f lunFacts) (next time.Time, err error) {
 	before := l.recs[host]
 	rec := nextLUNs(before, f, newDisk)
-	rec = l.markOpened(rec, f)
+	if rec.Current != before.Current && l.sessionsOf(host, &f) {
+		rec = nextLUNs(before, f, newDisk)
+	}
 	if rec.Disks == nil && rec.Images == nil && f.wants() == nil {
 		return next, l.remove(ctx, host)
 	}
@@ -249,33 +296,70 @@ func (l *luns) host(ctx context.Context, host string, f lunFacts) (next time.Tim
 	if f.assigned == nil && f.now.Sub(rec.Unused) >= leaveGrace {
 		return next, l.shut(ctx, host, len(f.sessions) > 0)
 	}
-	err = l.serve(ctx, rec, f.wants(), f.boot)
+	err = l.serve(ctx, rec, f)
 	l.tell(ctx, host, err)
-	if err != nil {
+	return lookAgain(rec, f, err != nil), errors.Join(err, l.clear(before, rec))
+}
+
+// lookAgain is when time alone may change what a host is to have; zero: never.
+func lookAgain(rec state.LUNs, f lunFacts, failed bool) (next time.Time) {
+	if failed {
 		next = f.now.Add(assignAgain)
 	}
-	if cur, ok := rec.Disk(rec.Current); ok && !cur.Ends.IsZero() {
-		next = cur.Ends
+	cur, _ := rec.Disk(rec.Current)
+	if wanted, ok := rec.Wanted(f.wants()); ok && wanted.ID != cur.ID && cur.Ends.After(f.now) {
+		next = sooner(next, cur.Ends)
 	}
 	if b := rec.Boot; b != nil && !b.Login.IsZero() && b.Booted.IsZero() && len(f.sessions) > 0 {
-		next = f.now.Add(loaderGone)
+		next = sooner(next, f.now.Add(loaderGone))
 	}
-	if lost := slices.ContainsFunc(before.Disks, func(d state.LUNDisk) bool { _, has := rec.Disk(d.ID); return !has }); lost {
-		return next, errors.Join(err, l.media.clear(host, before, rec))
+	return next
+}
+
+// clear deletes the files of disks that a host lost, once they are closed.
+func (l *luns) clear(before, rec state.LUNs) error {
+	h := l.hosts[rec.Host]
+	for _, d := range before.Disks {
+		if _, has := rec.Disk(d.ID); !has {
+			h.gone = append(h.gone, d)
+		}
 	}
-	return next, nil
+	if len(h.gone) == 0 || h.leaving != nil {
+		return nil
+	}
+	gone := state.LUNs{Disks: h.gone}
+	h.gone = nil // what cannot be deleted now is found by sweep
+	return l.media.clear(rec.Host, gone, rec)
+}
+
+// sessionsOf looks again which sessions a host has, and says whether that is news: a look at a thousand hosts takes time, and
+// a disk that nobody used may be in use by now.
+func (l *luns) sessionsOf(host string, f *lunFacts) (news bool) {
+	before := len(f.sessions)
+	f.sessions = nil
+	for _, s := range l.target.Sessions() {
+		if hostOf(s.Initiator) == host {
+			f.sessions = append(f.sessions, s)
+		}
+	}
+	if len(f.sessions) > 0 {
+		l.seen[host], f.lastSeen = f.now, f.now
+	}
+	return len(f.sessions) > 0 && before == 0
 }
 
 // shut closes the disk of a host that left the fleet a while ago, and keeps it.
 func (l *luns) shut(ctx context.Context, host string, inUse bool) error {
-	if l.hosts[host] == nil {
+	h := l.hosts[host]
+	if h == nil {
 		return nil
 	}
-	if inUse {
+	if inUse && h.target != nil {
 		l.events.note(ctx, state.Event{Kind: "disk", Subject: host, Message: "it left the fleet: its machine is cut off from its disk", Warning: true})
 	}
 	l.unpublish(host)
-	return l.closeHost(host)
+	_, err := l.closeHost(host)
+	return err
 }
 
 // tellBoot notes in the machine's timeline how far it came with its disk.
@@ -299,20 +383,6 @@ func (l *luns) tellBoot(before *state.LUNBoot, rec state.LUNs) {
 	}
 }
 
-// markOpened notes that the current disk was in an initiator's hands.
-func (l *luns) markOpened(rec state.LUNs, f lunFacts) state.LUNs {
-	h := l.hosts[rec.Host]
-	if len(f.sessions) == 0 || h == nil || h.current != rec.Current {
-		return rec
-	}
-	for i := range rec.Disks {
-		if d := &rec.Disks[i]; d.ID == rec.Current && d.Opened.IsZero() {
-			d.Opened = f.now
-		}
-	}
-	return rec
-}
-
 // write stores a record that changed. A disk is on record before its file is made, and taken from it before that goes.
 func (l *luns) write(ctx context.Context, before, rec state.LUNs) error {
 	if reflect.DeepEqual(before, rec) {
@@ -328,8 +398,7 @@ func (l *luns) write(ctx context.Context, before, rec state.LUNs) error {
 // remove lets go of all that a host had.
 func (l *luns) remove(ctx context.Context, host string) error {
 	l.unpublish(host)
-	l.target.Drop(initiatorName(host))
-	if err := l.closeHost(host); err != nil {
+	if done, err := l.closeHost(host); !done || err != nil {
 		return err
 	}
 	if err := state.LUNSets.Delete(ctx, l.store, host); err != nil {
@@ -396,13 +465,11 @@ func (l *luns) reset(ctx context.Context, host string, force bool) error {
 		return &ConflictError{Reason: fmt.Sprintf("host %s has no disk on the server: what it writes lies on a disk of its own, which cannot be reset yet", host)}
 	}
 	rec := l.recs[host]
-	wanted, ok := rec.Wanted(f.wants())
-	if !ok {
-		return nil // it gets its first one
-	}
-	if wanted.Image != nil && wanted.ID == rec.Current && len(f.sessions) > 0 && !force {
-		return &ConflictError{Reason: fmt.Sprintf("host %s is logged in to its disk, and nobody can have its system let go of that: "+
-			"shut it down first, or use --force, after which all that it reads and writes fails until it is booted again", host)}
+	wanted, _ := rec.Wanted(f.wants())
+	cur, _ := rec.Disk(rec.Current)
+	if cur.Image != nil && len(f.sessions) > 0 && !force {
+		return &ConflictError{Reason: fmt.Sprintf("host %s is logged in to its disk %s, and nobody can have its system let go of that: "+
+			"shut it down first, or use --force, after which all that it reads and writes fails until it is booted again", host, cur.ID)}
 	}
 	ends := f.now
 	if len(f.sessions) > 0 && !force {
@@ -410,13 +477,15 @@ func (l *luns) reset(ctx context.Context, host string, force bool) error {
 	}
 	rec.Disks = slices.Clone(rec.Disks)
 	for i := range rec.Disks {
-		if rec.Disks[i].ID == wanted.ID {
-			rec.Disks[i].Ends = ends
+		if d := &rec.Disks[i]; d.ID == cur.ID || d.ID == wanted.ID {
+			d.Ends = ends
 		}
 	}
 	if err := l.write(ctx, l.recs[host], rec); err != nil {
 		return err
 	}
 	l.events.note(ctx, state.Event{Kind: "disk", Subject: host, Message: "reset: what it wrote is dropped, and its next boot begins anew"})
+	_, _ = l.host(ctx, host, f) // what goes wrong in it is told, and tried again
+	l.poke()
 	return nil
 }

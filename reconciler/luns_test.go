@@ -32,6 +32,8 @@ type testTarget struct {
 	mu       sync.Mutex
 	sessions []iscsi.SessionInfo
 	dropped  []string
+	has      map[string]string // by host: the secret that its machine logs in with; none: that of LUN 0 as it is then
+	stuck    chan struct{}     // where it is set, Drop waits for it
 }
 
 func (t *testTarget) Sessions() []iscsi.SessionInfo {
@@ -41,6 +43,9 @@ func (t *testTarget) Sessions() []iscsi.SessionInfo {
 }
 
 func (t *testTarget) Drop(initiator string) {
+	if t.stuck != nil {
+		<-t.stuck
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var kept []iscsi.SessionInfo
@@ -56,8 +61,21 @@ func (t *testTarget) Drop(initiator string) {
 
 // login has a host log in, as package iscsi would: if the directory lets it.
 func (t *testTarget) login(l *luns, host string, isid uint64) error {
-	if _, _, err := l.Open(initiatorName(host), targetName(host)); err != nil {
+	target, chap, err := l.Open(initiatorName(host), targetName(host))
+	if err != nil {
 		return err
+	}
+	if secret := t.has[host]; secret != "" && secret != chap.Secret {
+		if chap.Next == nil {
+			return errors.New("authentication failed")
+		}
+		if next, _ := chap.Next.Secrets(); next == secret {
+			chap.Next.Proven()
+		}
+		return iscsi.ErrNotReady
+	}
+	if again, _, err := l.Open(initiatorName(host), targetName(host)); err != nil || again != target {
+		return errors.Join(iscsi.ErrNotReady, err)
 	}
 	t.mu.Lock()
 	t.sessions = append(t.sessions, iscsi.SessionInfo{Initiator: initiatorName(host), Target: targetName(host), ISID: isid, Since: l.now()})
@@ -83,7 +101,7 @@ func newLUNRig(t *testing.T) *lunRig {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = blobs.Close() })
-	r := &lunRig{blobs: blobs, dir: filepath.Join(dir, "luns"), target: &testTarget{}}
+	r := &lunRig{blobs: blobs, dir: filepath.Join(dir, "luns"), target: &testTarget{has: map[string]string{}}}
 	r.base, r.delta = r.put(t, "base"), r.put(t, "delta")
 	r.again(openStore(t))
 	return r
@@ -339,11 +357,18 @@ func TestImageThatIsBootedAsItIs(t *testing.T) {
 		t.Error("the disk was changed under a running system")
 	}
 	var conflict *ConflictError
-	if err := r.Reset(t.Context(), "n1", false); err != nil { // of the disk that is not in use yet
-		t.Error(err)
+	if err := r.Reset(t.Context(), "n1", false); !errors.As(err, &conflict) || !strings.Contains(err.Error(), disk.ID) {
+		t.Errorf("a reset while the disk before is in use: %v", err)
 	}
-	r.await(t, ready("n1", b))
-	r.boot(t, b)
+	told := r.boot(t, b) // by anybody
+	r.until(t, func() bool { return r.record(t, "n1").Next != nil })
+	if rec := r.record(t, "n1"); rec.Current != disk.ID || rec.Boot.Generation != 1 || len(r.target.dropped) > 0 {
+		t.Errorf("who asks for a boot script takes the disk from a running system: %+v", rec)
+	}
+	r.target.has["n1"] = told.Disk.Secret
+	if err := r.target.login(r.luns, "n1", 3); !errors.Is(err, iscsi.ErrNotReady) {
+		t.Errorf("the first login to the disk that comes next: %v", err)
+	}
 	r.until(t, func() bool { return len(target.LUNs()) == 0 }) // of the system before
 	r.login(t, "n1", 3)
 	r.login(t, "n1", 4)
@@ -354,9 +379,10 @@ func TestImageThatIsBootedAsItIs(t *testing.T) {
 	if err := r.Reset(t.Context(), "n1", true); err != nil {
 		t.Error(err)
 	}
-	if got := r.Targets()[0]; got.Resetting || len(got.Sessions) > 0 || got.LUNs[0].Kind != "cow" || got.LUNs[0].Image != two.Digest {
-		t.Errorf("after a reset that was forced: %+v", got)
-	}
+	r.until(t, func() bool {
+		got := r.Targets()[0]
+		return !got.Resetting && len(got.Sessions) == 0 && len(got.LUNs) == 1 && got.LUNs[0].Kind == "cow" && got.LUNs[0].Image == two.Digest
+	})
 	rec := r.record(t, "n1")
 	if n := rec.Node(false, r.now()); n.Running != nil || n.Stage != string(agentapi.StageFailed) {
 		t.Errorf("after a reset that was forced it still runs: %+v", n)
@@ -412,6 +438,14 @@ func TestResetEndsTheSession(t *testing.T) {
 		t.Fatalf("the disk that it runs from is taken from it: %q, dropped %q", r.files(t), r.target.dropped)
 	}
 	r.booting("n1", nil)
+	r.poke()
+	_ = r.Reset(t.Context(), "nobody", false)
+	if len(r.target.dropped) != 0 {
+		t.Error("who says that it boots takes the disk from what runs")
+	}
+	now, _ := r.views().iscsi("n1", a)
+	r.target.has["n1"] = now.Secret
+	r.login(t, "n1", 2)
 	r.until(t, func() bool { return len(r.files(t)) == 1 })
 	after, _ := r.views().iscsi("n1", a)
 	rec := r.record(t, "n1")
@@ -548,5 +582,142 @@ func TestAssignmentOfADisklessHost(t *testing.T) {
 	}
 	if a := v.assignments["n1"]; a.Spec.ISCSI != nil {
 		t.Error("the secrets are in the record")
+	}
+}
+
+// A machine that runs from an image is let in only with that image, whatever becomes of one that it does not need.
+func TestLoginWithoutTheImageThatRuns(t *testing.T) {
+	r := newLUNRig(t)
+	runs := r.put(t, "runs")
+	a := r.assign(t, "n1", runs)
+	stop := r.start(t)
+	r.await(t, ready("n1", a))
+	r.login(t, "n1", 1)
+	r.until(t, func() bool { return !r.record(t, "n1").Login.IsZero() })
+	stop()
+	r.target.sessions = nil
+	r.assign(t, "n1", r.delta)
+	for _, tt := range []struct {
+		name string
+		gone images.Blob
+		luns int // that are open: its disk, the base, and what runs
+		want error
+	}{{"that is wanted only", r.delta, 3, nil}, {"that runs", runs, 2, iscsi.ErrNotReady}} {
+		if err := r.blobs.Delete(t.Context(), tt.gone.Digest); err != nil {
+			t.Fatal(err)
+		}
+		node := state.Node{MAC: testMAC, LastSeen: time.Now().Add(time.Minute), Running: &agentapi.Running{Host: "n1", Base: r.base.Digest, Delta: runs.Digest}}
+		if err := state.Nodes.Put(t.Context(), r.store, testMAC, node); err != nil {
+			t.Fatal(err)
+		}
+		r.again(r.store)
+		stop := r.start(t)
+		r.until(t, func() bool {
+			all := r.Targets()
+			return len(all) == 1 && len(all[0].LUNs) == tt.luns && strings.Count(all[0].Waiting, "no such blob") == 4-tt.luns
+		})
+		if _, _, err := r.Open(initiatorName("n1"), targetName("n1")); !errors.Is(err, tt.want) {
+			t.Errorf("without an image %s: got %v, want %v", tt.name, err, tt.want)
+		}
+		stop()
+	}
+}
+
+// A machine that takes nothing keeps its own disk from being changed, and no other host.
+func TestOneStuckMachine(t *testing.T) {
+	r := newLUNRig(t)
+	r.target.stuck = make(chan struct{})
+	a := r.assign(t, "n1", r.delta)
+	stop := r.start(t)
+	defer stop()
+	r.await(t, ready("n1", a))
+	r.login(t, "n1", 1)
+	before := r.record(t, "n1").Current
+	if err := r.Reset(t.Context(), "n1", true); err != nil {
+		t.Fatal(err)
+	}
+	other := r.assign(t, "n2", r.delta)
+	r.await(t, ready("n2", other))
+	if err := r.target.login(r.luns, "n1", 2); !errors.Is(err, iscsi.ErrNotReady) {
+		t.Errorf("a login while its sessions end: %v", err)
+	}
+	if len(r.files(t)) != 3 {
+		t.Errorf("a disk that may be in use is deleted: %q", r.files(t))
+	}
+	close(r.target.stuck)
+	r.login(t, "n1", 3)
+	r.until(t, func() bool { return len(r.files(t)) == 2 })
+	if rec := r.record(t, "n1"); rec.Current == before {
+		t.Errorf("after a reset: %+v", rec)
+	}
+}
+
+// People are told once of an image that is lost, however often it is tried again.
+func TestTroubleIsToldOnce(t *testing.T) {
+	r := newLUNRig(t)
+	var now atomic.Int64
+	r.now = func() time.Time { return testStart.Add(time.Duration(now.Load())) }
+	one, two := r.put(t, "one"), r.put(t, "two")
+	a := r.assign(t, "n1", one)
+	a.Spec.Release.Base = agentapi.Blob(two)
+	if err := state.Assignments.Put(t.Context(), r.store, "n1", a); err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range []images.Blob{one, two} {
+		if err := r.blobs.Delete(t.Context(), b.Digest); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop := r.start(t)
+	defer stop()
+	both := func() bool {
+		all := r.Targets()
+		return len(all) == 1 && strings.Count(all[0].Waiting, "no such blob") == 2
+	}
+	r.until(t, both)
+	told := r.told(t)
+	for range 5 {
+		now.Add(int64(assignAgain))
+		r.poke()
+		_ = r.Reset(t.Context(), "nobody", false)
+		r.until(t, both)
+	}
+	if got := r.told(t); got != told {
+		t.Errorf("told %d times, then %d", told, got)
+	}
+}
+
+// told is how often people were told of a host's disk.
+func (r *lunRig) told(t *testing.T) int {
+	t.Helper()
+	events, err := state.Events.List(t.Context(), r.store)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, e := range events {
+		if e.Kind == "disk" {
+			n++
+		}
+	}
+	return n
+}
+
+// All that is being opened when the controller ends is waited for.
+func TestSettleWaitsForAllOpenings(t *testing.T) {
+	r := newLUNRig(t)
+	const many = 32
+	for i := range many {
+		b := r.put(t, fmt.Sprint("image", i))
+		r.image(t.Context(), b.Digest)
+	}
+	r.settle()
+	for d, img := range r.images {
+		if img.opening || img.medium == nil {
+			t.Errorf("image %s: %+v", d, img)
+		}
+	}
+	if err := r.close(); err != nil {
+		t.Error(err)
 	}
 }

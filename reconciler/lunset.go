@@ -32,9 +32,12 @@ const (
 type lunFacts struct {
 	assigned *state.Assignment // nil: it has none
 	running  *agentapi.Running // as its node last told; nil: unknown
+	reported time.Time         // when it did
 	sessions []iscsi.SessionInfo
 	lastSeen time.Time // when a session was last seen to be open, in the life of this process
 	boot     *atBoot   // that began since it was looked last; nil for none
+	proven   string    // id of the disk whose secrets a login was made with, while another one is LUN 0; "" for none
+	began    time.Time // when this process began to look
 	now      time.Time
 }
 
@@ -55,12 +58,29 @@ func (f lunFacts) images() []digest.Digest {
 	return []digest.Digest{rel.Base.Digest, rel.Delta.Digest}
 }
 
-// runs says whether the host may have image d mounted.
-func (f lunFacts) runs(d digest.Digest) bool {
-	if f.running == nil {
-		return len(f.sessions) > 0
+// runs says whether the host may have image d mounted: only what was reported after its last login says more than that it
+// may have any of them. A session that is gone says nothing, as the machine may come back to what it has mounted.
+func (f lunFacts) runs(rec *state.LUNs, d digest.Digest) bool {
+	switch {
+	case rec.Login.IsZero():
+		return false
+	case f.running == nil || !f.reported.After(rec.Login):
+		return true
 	}
 	return f.running.Base == d || f.running.Delta == d
+}
+
+// forgotten says whether nobody wanted or used what the host has for so long that it may go.
+func (f lunFacts) forgotten(rec *state.LUNs) bool {
+	since := rec.Unused
+	for _, t := range []time.Time{rec.Used, f.lastSeen} {
+		if t.After(since) {
+			since = t
+		}
+	}
+	// Whoever runs from it has the time to log in again to a server that was off for a week.
+	back := f.now.Sub(f.began) >= leaveGrace
+	return len(f.sessions) == 0 && back && f.now.Sub(since) >= keepUnused
 }
 
 // nextLUNs is what the record of a host is to be; the zero LUNs where nothing of it is left. fresh makes the id and the
@@ -68,12 +88,13 @@ func (f lunFacts) runs(d digest.Digest) bool {
 func nextLUNs(rec state.LUNs, f lunFacts, fresh func() state.LUNDisk) state.LUNs {
 	rec.Images, rec.Disks = maps.Clone(rec.Images), slices.Clone(rec.Disks)
 	of := f.wants()
+	markUsed(&rec, f)
 	switch {
 	case of != nil:
 		rec.Unused = time.Time{}
 	case rec.Unused.IsZero():
 		rec.Unused = f.now
-	case f.now.Sub(rec.Unused) >= keepUnused:
+	case f.forgotten(&rec):
 		return state.LUNs{}
 	}
 	numberImages(&rec, f)
@@ -85,8 +106,48 @@ func nextLUNs(rec state.LUNs, f lunFacts, fresh func() state.LUNDisk) state.LUNs
 	}
 	chooseDisk(&rec, wanted, f)
 	dropDisks(&rec, wanted.ID)
+	takeBoot(&rec, f)
 	rec.Boot = nextBoot(rec, f)
 	return rec
+}
+
+// usedEvery is how old the record of an open session may be.
+const usedEvery = time.Hour
+
+// markUsed notes that the current disk is in an initiator's hands, or was until it was last looked.
+func markUsed(rec *state.LUNs, f lunFacts) {
+	if f.lastSeen.Sub(rec.Used) >= usedEvery || len(f.sessions) == 0 && f.lastSeen.After(rec.Used) {
+		rec.Used = f.lastSeen
+	}
+	for _, s := range f.sessions {
+		if s.Since.After(rec.Login) {
+			rec.Login = s.Since
+		}
+	}
+	for i := range rec.Disks {
+		if d := &rec.Disks[i]; len(f.sessions) > 0 && d.ID == rec.Current && d.Opened.IsZero() {
+			d.Opened = f.now
+		}
+	}
+}
+
+// takeBoot notes what the machine was told to boot. It may have been somebody else who asked: what runs is believed to go on
+// until a session begins after that, or none is open.
+func takeBoot(rec *state.LUNs, f lunFacts) {
+	if f.boot != nil {
+		rec.Next = &f.boot.told
+	}
+	if rec.Next == nil || rec.Next.Disk != "" && rec.Next.Disk != rec.Current {
+		return
+	}
+	since := func(s iscsi.SessionInfo) bool { return !s.Since.Before(rec.Next.Told) }
+	if len(f.sessions) > 0 && !slices.ContainsFunc(f.sessions, since) {
+		return
+	}
+	rec.Boot, rec.Next = rec.Next, nil
+	if rec.Boot.Disk == "" {
+		rec.Boot = nil
+	}
 }
 
 // loaderGone is after how long a session is not that of a boot loader which started a system that logged in for itself, and
@@ -96,18 +157,10 @@ const loaderGone = time.Minute
 // nextBoot is what is to be on record of a machine without an agent: that it was told to boot, that its boot loader logged
 // in, and that its system runs. That it does when it has logged in for itself, or goes on with the boot loader's session.
 func nextBoot(rec state.LUNs, f lunFacts) *state.LUNBoot {
-	if rec.Boot == nil && f.boot == nil {
+	if rec.Boot == nil {
 		return nil
 	}
-	var b state.LUNBoot
-	switch {
-	case f.boot == nil:
-		b = *rec.Boot
-	case f.boot.told == nil:
-		return nil // it boots something else
-	default:
-		b = *f.boot.told
-	}
+	b := *rec.Boot
 	if b.Disk != rec.Current {
 		return &b // what it runs from is no more, or not there yet
 	}
@@ -133,7 +186,7 @@ func numberImages(rec *state.LUNs, f lunFacts) {
 	wanted := f.images()
 	taken := map[uint16]bool{}
 	for d, n := range rec.Images {
-		if !slices.Contains(wanted, d) && !f.runs(d) {
+		if !slices.Contains(wanted, d) && !f.runs(rec, d) {
 			delete(rec.Images, d)
 			continue
 		}
@@ -155,26 +208,35 @@ func numberImages(rec *state.LUNs, f lunFacts) {
 	}
 }
 
-// chooseDisk makes wanted LUN 0, at a moment at which nobody has the one before mounted: when the machine boots, or when
-// nobody ever used that. A disk that was reset waits for neither once it is not in use, or its time is up.
+// chooseDisk makes wanted LUN 0, at a moment at which nobody has the one before mounted: when somebody logged in with its
+// secrets, which only a machine that boots anew does, or when nobody ever used that. A disk that was reset waits for neither
+// once it is not in use, or its time is up.
 func chooseDisk(rec *state.LUNs, wanted state.LUNDisk, f lunFacts) {
 	if wanted.ID == "" || rec.Current == wanted.ID {
 		return
 	}
 	cur, ok := rec.Disk(rec.Current)
 	ended := !cur.Ends.IsZero() && (len(f.sessions) == 0 || !f.now.Before(cur.Ends))
-	if !ok || f.boot != nil || cur.Opened.IsZero() || ended {
-		rec.Current = wanted.ID
+	if ok && f.proven != wanted.ID && !cur.Opened.IsZero() && !ended {
+		return
 	}
+	if !cur.Opened.IsZero() {
+		rec.Before = cur.ID
+	}
+	rec.Current, rec.Login = wanted.ID, time.Time{}
 }
 
-// dropDisks forgets the disks that nobody needs. Of those that were neither reset nor are wanted now the newest one stays,
-// for a host that goes back to what it ran before.
+// dropDisks forgets the disks that nobody needs. Of those that were neither reset nor are wanted now the one stays that was
+// used last, for a host that goes back to what it ran before.
 func dropDisks(rec *state.LUNs, wanted string) {
+	keeps := func(d state.LUNDisk) bool {
+		return d.Ends.IsZero() && !d.Opened.IsZero() && d.ID != rec.Current && d.ID != wanted
+	}
 	before := ""
+	var opened time.Time
 	for _, d := range rec.Disks {
-		if d.Ends.IsZero() && d.ID != rec.Current && d.ID != wanted {
-			before = d.ID
+		if keeps(d) && (d.ID == rec.Before || before != rec.Before && !d.Opened.Before(opened)) {
+			before, opened = d.ID, d.Opened
 		}
 	}
 	rec.Disks = slices.DeleteFunc(rec.Disks, func(d state.LUNDisk) bool {

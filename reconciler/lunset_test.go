@@ -47,18 +47,21 @@ func (w *lunWorld) step() {
 		w.disks++
 		return state.LUNDisk{ID: fmt.Sprintf("disk%d", w.disks)}
 	})
-	w.f.boot = nil
+	w.f.boot, w.f.proven = nil, ""
 }
 
 // uses has an initiator be given the current disk.
 func (w *lunWorld) uses() {
-	w.f.sessions = []iscsi.SessionInfo{{}}
-	for i := range w.rec.Disks {
-		if w.rec.Disks[i].ID == w.rec.Current {
-			w.rec.Disks[i].Opened = w.f.now
-		}
-	}
+	w.f.sessions, w.f.lastSeen = []iscsi.SessionInfo{{Since: w.f.now}}, w.f.now
 	w.step()
+}
+
+// boot has the machine log in to the disk that it is to have.
+func (w *lunWorld) boot() {
+	d, _ := w.rec.Wanted(w.f.wants())
+	w.f.now, w.f.sessions, w.f.proven = w.f.now.Add(time.Hour), nil, d.ID
+	w.step()
+	w.uses()
 }
 
 func (w *lunWorld) reset(ends time.Duration) {
@@ -101,6 +104,7 @@ func TestLUNsAreMadeOnceAndKept(t *testing.T) {
 	}
 	w.uses()
 	w.f.running = &agentapi.Running{Base: digest.Of([]byte("base")), Delta: digest.Of([]byte("web"))}
+	w.f.reported = w.f.now.Add(time.Second)
 	w.runs("base", "idle").step()
 	w.want(t, "disk1 of disk1; 1=base 2=web 3=idle") // it still runs web
 	w.f.running.Delta = digest.Of([]byte("idle"))
@@ -117,7 +121,14 @@ func TestLUNsOfAMachineThatDoesNotSay(t *testing.T) {
 	w.uses()
 	w.runs("base", "idle").step()
 	w.want(t, "disk1 of disk1; 1=base 2=web 3=idle")
-	w.f.sessions = nil
+	w.f.sessions = nil // for a moment: it comes back to what it has mounted
+	w.step()
+	w.want(t, "disk1 of disk1; 1=base 2=web 3=idle")
+	w.f.running = &agentapi.Running{Base: digest.Of([]byte("base")), Delta: digest.Of([]byte("idle"))}
+	w.f.reported = w.f.now.Add(-time.Second) // of the machine that it took the place of
+	w.step()
+	w.want(t, "disk1 of disk1; 1=base 2=web 3=idle")
+	w.f.reported = w.f.now.Add(time.Second)
 	w.step()
 	w.want(t, "disk1 of disk1; 1=base 3=idle")
 }
@@ -130,21 +141,54 @@ func TestDiskChangesWhenTheMachineBoots(t *testing.T) {
 	w.want(t, "disk1 of disk1;")
 	w.boots("cloud 2") // before anybody used the first
 	w.step()
-	w.want(t, "disk2 of disk1,disk2;")
+	w.want(t, "disk2 of disk2;")
 	w.uses()
 	w.boots("cloud 3")
 	w.step()
-	w.want(t, "disk2 of disk1,disk2,disk3;")
+	w.want(t, "disk2 of disk2,disk3;")
 	w.f.sessions = nil
-	w.step()
-	w.want(t, "disk2 of disk1,disk2,disk3;")
-	w.f.boot = &atBoot{}
-	w.step()
-	w.want(t, "disk3 of disk2,disk3;") // that before stays for who goes back
-	w.boots("cloud 2")
-	w.f.boot = &atBoot{}
+	w.f.boot = &atBoot{told: state.LUNBoot{Disk: "disk3"}} // anybody may ask for a boot script
 	w.step()
 	w.want(t, "disk2 of disk2,disk3;")
+	w.boot()
+	w.want(t, "disk3 of disk2,disk3;") // that before stays for who goes back
+	w.boots("cloud 2")
+	w.boot()
+	w.want(t, "disk2 of disk2,disk3;")
+}
+
+// A machine that has just logged in has the disk that nobody used before.
+func TestDiskOfAMachineThatHasJustLoggedIn(t *testing.T) {
+	w := newLUNWorld()
+	w.boots("cloud")
+	w.step()
+	w.boots("cloud 2")
+	w.uses()
+	w.want(t, "disk1 of disk1,disk2;")
+}
+
+// What a host wrote outlives images that it never booted, and what is kept is what it used last.
+func TestDiskThatIsKept(t *testing.T) {
+	w := newLUNWorld()
+	w.boots("a")
+	w.step()
+	w.uses()
+	w.boots("b")
+	w.step()
+	w.want(t, "disk1 of disk1,disk2;")
+	w.boots("c")
+	w.step()
+	w.want(t, "disk1 of disk1,disk3;")
+	w.boot()
+	w.want(t, "disk3 of disk1,disk3;")
+	w.boots("a")
+	w.boot()
+	w.want(t, "disk1 of disk1,disk3;")
+	w.boots("d")
+	w.step()
+	w.want(t, "disk1 of disk1,disk3,disk4;")
+	w.boot()
+	w.want(t, "disk4 of disk1,disk4;") // a was used after c, though for the first time before it
 }
 
 func TestResetOfADisk(t *testing.T) {
@@ -163,8 +207,7 @@ func TestResetOfADisk(t *testing.T) {
 		w.step()
 		w.uses()
 		w.reset(time.Minute)
-		w.f.boot = &atBoot{}
-		w.step()
+		w.boot()
 		w.want(t, "disk2 of disk2; 1=base 2=web")
 	})
 	t.Run("off", func(t *testing.T) {
@@ -189,10 +232,21 @@ func TestLUNsOfAHostThatLeft(t *testing.T) {
 	w := newLUNWorld().runs("base", "web")
 	w.step()
 	w.uses()
-	w.f.assigned, w.f.sessions, w.f.running = nil, nil, nil
+	w.f.running, w.f.reported = &agentapi.Running{}, w.f.now.Add(time.Second)
+	w.f.assigned = nil
 	w.step()
 	w.want(t, "disk1 of disk1;")
-	w.f.now = w.f.now.Add(keepUnused - time.Second)
+	w.f.now = w.f.now.Add(2 * keepUnused) // nobody rebooted it
+	w.f.lastSeen = w.f.now
+	w.step()
+	w.want(t, "disk1 of disk1;")
+	w.f.sessions = nil
+	w.step()
+	w.f.now, w.f.lastSeen, w.f.began = w.f.now.Add(keepUnused), time.Time{}, w.f.now.Add(keepUnused)
+	w.step()
+	w.want(t, "disk1 of disk1;") // the server was off, and its machine may log in again
+	w.f.began = testStart
+	w.f.now = w.f.now.Add(-time.Second)
 	w.step()
 	w.want(t, "disk1 of disk1;")
 	back := *w
@@ -216,7 +270,7 @@ func TestBootOfAnImageThatIsBootedAsItIs(t *testing.T) {
 	}
 	told := func(w *lunWorld, generation uint64) {
 		w.step() // so that there is a disk
-		w.f.boot = &atBoot{told: &state.LUNBoot{ID: fmt.Sprint("boot", generation), Generation: generation, Disk: w.rec.Current, Told: w.f.now}}
+		w.f.boot = &atBoot{told: state.LUNBoot{ID: fmt.Sprint("boot", generation), Generation: generation, Disk: w.rec.Current, Told: w.f.now}}
 		w.step()
 	}
 	at := func(w *lunWorld, after time.Duration, sessions ...iscsi.SessionInfo) {
@@ -257,8 +311,8 @@ func TestBootOfAnImageThatIsBootedAsItIs(t *testing.T) {
 	want(w, "boot1 booted, seen at 1m30s, runs 1")
 
 	w.f.now = testStart.Add(100 * time.Second)
-	told(w, 2) // its former session is still open
-	want(w, "boot2 script, seen at 1m40s")
+	told(w, 2) // its former session is still open: it may be somebody else who asked
+	want(w, "boot1 booted, seen at 1m40s, runs 1")
 	at(w, 102*time.Second, session(3, 85*time.Second), session(4, 101*time.Second))
 	want(w, "boot2 disk, seen at 1m42s")
 	at(w, 160*time.Second, session(4, 101*time.Second))
@@ -266,7 +320,10 @@ func TestBootOfAnImageThatIsBootedAsItIs(t *testing.T) {
 	at(w, 161*time.Second, session(4, 101*time.Second)) // a BIOS reads on by it
 	want(w, "boot2 booted, seen at 2m41s, runs 2")
 
-	w.f.boot = &atBoot{}
+	at(w, 170*time.Second)
+	told(w, 3)
+	want(w, "boot3 script, seen at 2m50s")
+	w.f.boot = &atBoot{told: state.LUNBoot{Told: w.f.now}}
 	w.step()
 	want(w, "none") // it boots with an agent
 }
@@ -284,5 +341,31 @@ func TestSecretsAreOfEachDisk(t *testing.T) {
 		if len(d.Secret) != 32 || len(d.MutualSecret) != 32 || len(d.ID) != 16 {
 			t.Errorf("got %+v", d)
 		}
+	}
+}
+
+// After a reset the time of that says nothing any more once no assignment wants another disk.
+func TestLookAgain(t *testing.T) {
+	w := newLUNWorld().runs("base", "web")
+	w.step()
+	w.uses()
+	w.reset(time.Minute)
+	soon := func(failed bool) time.Duration {
+		if at := lookAgain(w.rec, w.f, failed); !at.IsZero() {
+			return at.Sub(w.f.now)
+		}
+		return 0
+	}
+	if got := soon(false); got != time.Minute {
+		t.Errorf("while a reset waits: in %s", got)
+	}
+	if got := soon(true); got != min(assignAgain, time.Minute) {
+		t.Errorf("while a reset waits, after an error: in %s", got)
+	}
+	w.f.assigned = &state.Assignment{}
+	w.f.now = w.f.now.Add(2 * time.Minute)
+	w.step()
+	if got := soon(false); got != 0 {
+		t.Errorf("a disk that nobody wants: in %s", got)
 	}
 }

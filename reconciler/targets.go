@@ -42,6 +42,7 @@ type portals struct {
 	read   bool               // the records were read: who is not here has no target
 	byHost map[string]portal  // immutable values
 	atBoot map[string]*atBoot // by host: the last boot that its controller has not heard of yet
+	proven map[string]string  // by host: the id of the disk that comes next, where a login was made with its secrets
 	news   bool               // something else is open than when settled was called last
 }
 
@@ -49,9 +50,9 @@ type portals struct {
 type portal struct {
 	target *iscsi.Target
 	chap   iscsi.CHAP
-	ready  bool // all that the host may need is open
-	other  bool // the machine's next boot gets another disk
-	booted bool // its last boot was of an image that is booted as it is
+	ready  bool          // all that the host may need is open
+	next   state.LUNDisk // that the machine's next boot gets, where that is another one and open; it has no id where not
+	booted bool          // its last boot was of an image that is booted as it is
 	lunView
 
 	current state.LUNDisk // behind LUN 0; it has no id while that is not open
@@ -59,9 +60,27 @@ type portal struct {
 	sizes   map[digest.Digest]int64
 }
 
-// An atBoot is a machine that has nothing mounted: one whose boot loader is told what to boot, or whose agent has not begun.
+// An atBoot is a machine that says that it boots: one whose boot loader asked what to boot, or whose agent has not begun.
+// Anybody can say so, so that nothing is taken from what runs for it.
 type atBoot struct {
-	told *state.LUNBoot // nil where it is not an image that is booted as it is
+	told state.LUNBoot // it has no Disk where that is not an image that is booted as it is
+}
+
+// nextDisk is the disk that comes next, as a login finds it. Two of the same disk are equal.
+type nextDisk struct {
+	portals              *luns
+	host, id             string
+	secret, mutualSecret string
+}
+
+func (n nextDisk) Secrets() (secret, mutual string) { return n.secret, n.mutualSecret }
+
+// Proven hears that a machine logs in to the disk that comes next: it has nothing of the one before mounted.
+func (n nextDisk) Proven() {
+	n.portals.mu.Lock()
+	n.portals.proven[n.host] = n.id
+	n.portals.mu.Unlock()
+	n.portals.poke()
 }
 
 // A lunView is what is open of a host's LUNs.
@@ -72,7 +91,7 @@ type lunView struct {
 }
 
 func newPortals() portals {
-	return portals{byHost: map[string]portal{}, atBoot: map[string]*atBoot{}}
+	return portals{byHost: map[string]portal{}, atBoot: map[string]*atBoot{}, proven: map[string]string{}}
 }
 
 // Discover tells an initiator of its own target.
@@ -88,30 +107,40 @@ func (p *portals) Discover(initiator string) (*iscsi.CHAP, []string) {
 }
 
 // Open gives a host's target to the host's own initiator, once all that it may need is there.
-func (p *portals) Open(initiator, target string) (*iscsi.Target, *iscsi.CHAP, error) {
+func (l *luns) Open(initiator, target string) (*iscsi.Target, *iscsi.CHAP, error) {
 	host, ours := strings.CutPrefix(target, iqn)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	at, known := p.byHost[host]
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	at, known := l.byHost[host]
 	switch {
-	case !ours || p.read && !known:
+	case !ours || l.read && !known:
 		return nil, nil, iscsi.ErrNoTarget
 	case initiator != initiatorName(host):
 		return nil, nil, iscsi.ErrForbidden
-	case !at.ready || at.other && p.atBoot[host] != nil:
+	case !at.ready && at.next.ID == "":
 		return nil, nil, iscsi.ErrNotReady
+	case !at.ready:
+		// A login asks twice, and is told to try again where it gets two targets: this one is only for who proves that he
+		// does not need the disk that cannot be had.
+		at.target = iscsi.NewTarget(target)
+	}
+	if d := at.next; d.ID != "" {
+		at.chap.Next = nextDisk{portals: l, host: host, id: d.ID, secret: d.Secret, mutualSecret: d.MutualSecret}
 	}
 	return at.target, &at.chap, nil
 }
 
-// publish makes at what a host's logins find. The boot heard, nil for none, was heard of once it has led to its disk.
+// publish makes at what a host's logins find. The boot heard, nil for none, is on record.
 func (p *portals) publish(host string, at portal, heard *atBoot) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.news = p.news || !reflect.DeepEqual(p.byHost[host].lunView, at.lunView)
 	p.byHost[host] = at
-	if heard != nil && p.atBoot[host] == heard && !at.other {
+	if heard != nil && p.atBoot[host] == heard {
 		delete(p.atBoot, host)
+	}
+	if p.proven[host] != at.next.ID {
+		delete(p.proven, host)
 	}
 }
 
@@ -120,7 +149,7 @@ func (p *portals) unready(host string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	at := p.byHost[host]
-	at.ready = false
+	at.ready, at.next = false, state.LUNDisk{}
 	p.byHost[host] = at
 }
 
@@ -131,6 +160,7 @@ func (p *portals) unpublish(host string) {
 	p.news = p.news || had
 	delete(p.byHost, host)
 	delete(p.atBoot, host)
+	delete(p.proven, host)
 }
 
 // settled says that all hosts that have LUNs are published, and returns whether something is new since the last time.
@@ -141,14 +171,25 @@ func (p *portals) settled() (news bool) {
 	return news
 }
 
-// booting hears that a host's machine has nothing mounted, and what it is told to boot; nil where that is not an image that
-// is booted as it is.
+// fresh returns whether something is new since the last time that settled or fresh was called.
+func (p *portals) fresh() (news bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	news, p.news = p.news, false
+	return news
+}
+
+// booting hears that a host's machine boots, or somebody in its name, and what it is told to boot; nil where that is not an
+// image that is booted as it is.
 func (l *luns) booting(host string, told *state.LUNBoot) {
 	l.mu.Lock()
 	at, known := l.byHost[host]
-	news := known && (at.other || at.booted || told != nil)
+	if told == nil {
+		told = &state.LUNBoot{Told: l.now()}
+	}
+	news := known && (at.booted || told.Disk != "")
 	if news {
-		l.atBoot[host] = &atBoot{told: told}
+		l.atBoot[host] = &atBoot{told: *told}
 	}
 	l.mu.Unlock()
 	if news {
@@ -156,11 +197,12 @@ func (l *luns) booting(host string, told *state.LUNBoot) {
 	}
 }
 
-// takeBooting are the hosts that booting heard of. It tells of them again until publish has what their boot led to.
-func (p *portals) takeBooting() map[string]*atBoot {
+// heard are the hosts that booting heard of, and those of which a login with the next secrets was. It tells of them again
+// until publish has what that led to.
+func (p *portals) heard() (booting map[string]*atBoot, proven map[string]string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return maps.Clone(p.atBoot)
+	return maps.Clone(p.atBoot), maps.Clone(p.proven)
 }
 
 // InUse are the hosts that have a session.
@@ -251,7 +293,7 @@ func (v lunViews) iscsi(host string, a state.Assignment) (*agentapi.ISCSI, strin
 		return nil, targetOff
 	case at.why != "":
 		return nil, at.why
-	case !known || at.disk.ID == "" || agents && (base == 0 || delta == 0):
+	case !known || at.disk.ID == "" || agents && (base == 0 || delta == 0) || !reflect.DeepEqual(at.disk.Image, a.ISCSI.Image):
 		return nil, "its disk on the server is being opened"
 	}
 	return &agentapi.ISCSI{
