@@ -1,6 +1,7 @@
 package reconciler
 
 import (
+	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -19,12 +20,18 @@ func (r *lunRig) tree(t *testing.T) []string {
 	t.Helper()
 	var names []string
 	err := filepath.WalkDir(r.dir, func(name string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // the controller deleted it meanwhile
+		}
 		if err != nil {
 			return err
 		}
 		empty := false
 		if d.IsDir() {
 			in, err := os.ReadDir(name)
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
 			if err != nil {
 				return err
 			}

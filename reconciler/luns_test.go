@@ -150,7 +150,7 @@ func (r *lunRig) assign(t *testing.T, host string, delta images.Blob) state.Assi
 	return a
 }
 
-// until has the controller work until cond holds. A reset of nobody is answered when all that went before is done.
+// until has the controller work until cond holds. A reset of nobody is answered between two looks, or amid one.
 func (r *lunRig) until(t *testing.T, cond func() bool) {
 	t.Helper()
 	for !cond() {
