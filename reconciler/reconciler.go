@@ -108,7 +108,7 @@ func New(cfg Config) (*Reconciler, error) {
 	r.operators = newAPI(r)
 	r.silences = &silences{hosts: r.operators.Hosts, store: cfg.Store, events: r.events, every: listenEvery}
 	var err error
-	r.target, err = iscsi.NewServer(iscsi.Config{Directory: r.luns, Log: cfg.Log, Changed: r.luns.poke})
+	r.target, err = iscsi.NewServer(iscsi.Config{Directory: r.luns, Log: cfg.Log, Changed: r.luns.poke, InitiatorSessions: hostSessions})
 	if err != nil {
 		return nil, fmt.Errorf("making the iSCSI target: %w", err)
 	}

@@ -23,6 +23,10 @@ const (
 	mutualUser   = "troupe"
 )
 
+// hostSessions is how many sessions a host may have: its boot loader's, its system's, and those that they left behind when
+// they began anew.
+const hostSessions = 8
+
 func targetName(host string) string    { return iqn + host }
 func initiatorName(host string) string { return iqn + host + iqnInitiator }
 

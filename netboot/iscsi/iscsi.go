@@ -68,12 +68,15 @@ type Config struct {
 	// Changed, where it is set, is called after a session has begun or ended, when Sessions tells of it. It must not block.
 	Changed func()
 
-	MaxSessions    int           // without those of discovery; default 4096
-	MaxConnections int           // of all kinds, in login included; default MaxSessions + 1280
-	MaxMemory      int64         // bytes of data-out and of data-in that is no mapped memory, of all connections; default 256 MiB
-	LoginTimeout   time.Duration // from accept to full feature phase; default 15 s
-	IdleTimeout    time.Duration // after which a silent initiator is asked for a NOP-Out; default 30 s
-	PingTimeout    time.Duration // for its answer, and for a peer that takes no more bytes; default 15 s
+	MaxSessions int // without those of discovery; default 4096
+	// InitiatorSessions is how many of them one initiator may have. Default a quarter; where initiators prove who they are,
+	// so that a name is worth something, 8 is as many as one has ways to us.
+	InitiatorSessions int
+	MaxConnections    int           // of all kinds, in login included; default MaxSessions + 1280
+	MaxMemory         int64         // bytes of data-out and of data-in that is no mapped memory, of all connections; default 256 MiB
+	LoginTimeout      time.Duration // from accept to full feature phase; default 15 s
+	IdleTimeout       time.Duration // after which a silent initiator is asked for a NOP-Out; default 30 s
+	PingTimeout       time.Duration // for its answer, and for a peer that takes no more bytes; default 15 s
 }
 
 // A SessionInfo is how a session is.

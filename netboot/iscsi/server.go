@@ -32,8 +32,6 @@ const (
 const (
 	// maxSessions is how many TSIHs there are.
 	maxSessions = 1<<16 - 1
-	// initiatorSessions is how many sessions one initiator may have: one for each way to us is what they open.
-	initiatorSessions = 8
 	// maxLogins is how many connections are in login at a time: many hosts may start at once. maxDiscoveries is how many are
 	// in discovery sessions, which last discoveryLife at most.
 	maxLogins      = 1024
@@ -82,6 +80,7 @@ func NewServer(cfg Config) (*Server, error) {
 		return nil, errors.New("iSCSI server without a Directory")
 	}
 	setDefault(&cfg.MaxSessions, defaultSessions)
+	setDefault(&cfg.InitiatorSessions, max(1, cfg.MaxSessions/4))
 	setDefault(&cfg.MaxConnections, cfg.MaxSessions+extraConnections)
 	setDefault(&cfg.MaxMemory, defaultMemory)
 	setDefault(&cfg.LoginTimeout, defaultLoginTimeout)

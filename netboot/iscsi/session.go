@@ -125,7 +125,7 @@ func (srv *Server) room(l *login) (old *session, status uint16) {
 	switch {
 	case l.discovery && len(srv.sessions) < maxSessions:
 		return nil, loginOK
-	case own >= initiatorSessions:
+	case own >= srv.cfg.InitiatorSessions:
 		srv.log.Warn("refusing an iSCSI session: the initiator has too many", "initiator", l.initiator, "sessions", own)
 	case all >= srv.cfg.MaxSessions || len(srv.sessions) >= maxSessions:
 		srv.log.Warn("refusing an iSCSI session: there are too many", "initiator", l.initiator, "sessions", len(srv.sessions))

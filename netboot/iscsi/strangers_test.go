@@ -190,8 +190,9 @@ func TestDiscoverySessionsEnd(t *testing.T) {
 
 // One initiator does not take the sessions of all.
 func TestSessionsOfAnInitiator(t *testing.T) {
-	f := serve(t, nil)
-	for n := range uint64(initiatorSessions) {
+	const few = 8
+	f := serve(t, func(c *Config) { c.InitiatorSessions = few })
+	for n := range uint64(few) {
 		if status := f.dial().login(loginOptions{isid: 100 + n}); status != loginOK {
 			t.Fatalf("session %d: login status %#04x", n, status)
 		}
