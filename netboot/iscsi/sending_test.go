@@ -145,10 +145,13 @@ func TestParkedReadsEnd(t *testing.T) {
 	c.until(t, "none is parked", func() bool { return len(c.parked) == 0 })
 	letGo()
 	i.expectGood(i.outcome(cmds[0]))
-	for _, cmd := range cmds[1:3] {
-		if r := i.outcome(cmd); r.sense != "5/2500" {
-			t.Errorf("sense %s, want LOGICAL UNIT NOT SUPPORTED", r.sense)
+	waiting := map[uint32]bool{cmds[1].itt(): true, cmds[2].itt(): true}
+	for range 2 { // they are ended by two goroutines, in either order
+		p := i.recv()
+		if p.opcode() != opResponse || !waiting[p.itt()] || senseOf(p.data) != "5/2500" {
+			t.Errorf("opcode %#02x of task %d with sense %s, want LOGICAL UNIT NOT SUPPORTED for one of %v", p.opcode(), p.itt(), senseOf(p.data), waiting)
 		}
+		delete(waiting, p.itt())
 	}
 	if err := <-removed; err != nil {
 		t.Error(err)
