@@ -51,7 +51,7 @@ func (c *conn) command() error {
 func (c *conn) expects(cmdSN uint32) bool {
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
-	return c.s.inWindow(cmdSN) && c.s.held[cmdSN] == nil
+	return c.s.inWindow(cmdSN) && !c.s.holds(cmdSN)
 }
 
 // newTask makes a task of the header at hand, or gives the reason to reject it.
@@ -132,7 +132,7 @@ func (c *conn) register(t *task) (mine, inTurn bool) {
 	case inTurn:
 		s.expCmdSN++
 	default:
-		s.held[t.cmdSN] = func() error { return c.takeTurn(t) }
+		s.held[t.cmdSN] = held{task: t}
 	}
 	if inTurn {
 		c.deliver(t)
@@ -141,21 +141,6 @@ func (c *conn) register(t *task) (mine, inTurn bool) {
 		t.waits, t.receiving, t.touched = true, t.unsolicited, c.ticks
 	}
 	return t.turn, inTurn
-}
-
-// takeTurn is called when the CmdSN of a task that came too early is the next.
-func (c *conn) takeTurn(t *task) error {
-	c.s.mu.Lock()
-	c.deliver(t)
-	ready := t.turn && t.waits && !t.receiving
-	if ready {
-		t.waits = false
-	}
-	c.s.mu.Unlock()
-	if ready {
-		c.advance(t)
-	}
-	return nil
 }
 
 // checkCommand holds a command against what was agreed on at login.
@@ -196,22 +181,42 @@ func (c *conn) immediateData(t *task) (bad bool, err error) {
 
 // deliverHeld does what was waiting for the CmdSNs before it.
 func (c *conn) deliverHeld() error {
-	s := c.s
 	for {
-		s.mu.Lock()
-		do := s.held[s.expCmdSN]
-		if do == nil {
-			s.mu.Unlock()
+		h, ok := c.nextHeld()
+		switch {
+		case !ok:
 			return nil
-		}
-		delete(s.held, s.expCmdSN)
-		s.expCmdSN++
-		s.openWindow(c.underWay)
-		s.mu.Unlock()
-		if err := do(); err != nil {
-			return err
+		case h.task != nil:
+			c.advance(h.task)
+		case h.do != nil:
+			if err := h.do(); err != nil {
+				return err
+			}
 		}
 	}
+}
+
+// nextHeld takes the request whose turn has come. It gives a task its place at once, so that whoever ends it finds it there;
+// the caller has the task in hand, unless it waits for more than its CmdSN.
+func (c *conn) nextHeld() (h held, ok bool) {
+	s := c.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if h, ok = s.held[s.expCmdSN]; !ok {
+		return h, false
+	}
+	delete(s.held, s.expCmdSN)
+	s.expCmdSN++
+	if t := h.task; t != nil {
+		c.deliver(t)
+		if t.turn && !t.receiving {
+			t.waits = false
+		} else {
+			h.task = nil
+		}
+	}
+	s.openWindow(c.underWay)
+	return h, true
 }
 
 // obtain takes memory for the data-out of a task, if it is there.

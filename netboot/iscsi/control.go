@@ -65,14 +65,14 @@ func (c *conn) control(most int, do func(p *pdu) error) error {
 	s := c.s
 	s.mu.Lock()
 	switch cmdSN := p.cmdSN(); {
-	case !s.inWindow(cmdSN) || s.held[cmdSN] != nil:
+	case !s.inWindow(cmdSN) || s.holds(cmdSN):
 		s.mu.Unlock()
 		return nil
 	case cmdSN != s.expCmdSN && len(data) > maxHeld:
 		s.mu.Unlock()
 		return fmt.Errorf("%w: %d bytes of data in a request before its turn", errProtocol, len(data))
 	case cmdSN != s.expCmdSN:
-		s.held[cmdSN] = func() error { return do(p) }
+		s.held[cmdSN] = held{do: func() error { return do(p) }}
 		s.mu.Unlock()
 		return nil
 	}

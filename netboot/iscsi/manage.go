@@ -69,12 +69,12 @@ func (m *management) abortTask() error {
 		return nil
 	}
 	number := m.p.refCmdSN()
-	if !s.inWindow(number) || !before(number, m.p.cmdSN()) || s.held[number] != nil {
+	if !s.inWindow(number) || !before(number, m.p.cmdSN()) || s.holds(number) {
 		m.response = taskNotThere
 		s.mu.Unlock()
 		return nil
 	}
-	s.held[number] = func() error { return nil }
+	s.held[number] = held{}
 	s.mu.Unlock()
 	return c.deliverHeld()
 }

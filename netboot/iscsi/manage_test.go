@@ -2,7 +2,9 @@ package iscsi
 
 import (
 	"bytes"
+	"context"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
@@ -215,4 +217,38 @@ func TestPreemptAndAbort(t *testing.T) {
 	i.expectGood(reserve(i, 5, 5, 1, 2)) // preempt 2 and abort
 	j.send(dataOut(cmd, r2t.ttt(), 0, 0, pattern(8*512, 1), true))
 	j.quiet()
+}
+
+// A task that came too early may be ended in the moment in which its turn comes; it is then counted once.
+func TestAbortWhenTheTurnComes(t *testing.T) {
+	f := serve(t, nil)
+	i := f.login()
+	c := f.connOf(i)
+	ctx, cancel := context.WithCancel(context.Background())
+	var aborters sync.WaitGroup
+	for range 4 {
+		aborters.Go(func() {
+			for ctx.Err() == nil {
+				c.s.mu.Lock()
+				c.abort(c.tasksOf(nil))
+				c.s.mu.Unlock()
+			}
+		})
+	}
+	for range 1000 {
+		first, early := i.command(testUnitReady(), 0, nil), i.command(testUnitReady(), 0, nil)
+		ping := i.immediate(i.request(opNopOut, 0))
+		ping.setTTT(noTag)
+		i.together(early, first, ping)
+		for i.recv().opcode() != opNopIn { // those that were not aborted are answered
+		}
+	}
+	cancel()
+	aborters.Wait()
+	c.until(t, "all tasks have ended", func() bool { return c.alive == 0 })
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	if c.underWay != 0 || len(c.s.held) != 0 {
+		t.Errorf("%d tasks are under way, and %d numbers wait for their turn; want none", c.underWay, len(c.s.held))
+	}
 }

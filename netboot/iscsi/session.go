@@ -38,9 +38,21 @@ type session struct {
 	over      bool
 	expCmdSN  uint32
 	maxCmdSN  uint32
-	params    params                  // of the login that began it
-	held      map[uint32]func() error // what to do when a CmdSN's turn comes; for those that came before their turn
+	params    params          // of the login that began it
+	held      map[uint32]held // by CmdSN, those that came before their turn
 	nexuses   map[LUN]*nexus
+}
+
+// A held request waits for its CmdSN. The zero one is only a number that is used up.
+type held struct {
+	task *task        // of a command
+	do   func() error // of another request: what to do
+}
+
+// holds needs s.mu.
+func (s *session) holds(cmdSN uint32) bool {
+	_, ok := s.held[cmdSN]
+	return ok
 }
 
 // A nexus is what a session has to do with one unit.
@@ -155,7 +167,7 @@ func (srv *Server) open(c *conn, l *login, cmdSN uint32) (old *session, status u
 		params:    l.params,
 		expCmdSN:  cmdSN,
 		maxCmdSN:  cmdSN + window - 1,
-		held:      map[uint32]func() error{},
+		held:      map[uint32]held{},
 		nexuses:   map[LUN]*nexus{},
 	}
 	c.join(s, l)

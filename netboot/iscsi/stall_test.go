@@ -97,9 +97,9 @@ func TestHoleThatStays(t *testing.T) {
 		"for another always": {true, 1, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := &session{held: map[uint32]func() error{}}
+			s := &session{held: map[uint32]held{}}
 			if tt.held {
-				s.held[1000] = nil
+				s.held[1000] = held{}
 			}
 			c := &conn{s: s}
 			ends := false

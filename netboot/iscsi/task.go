@@ -322,7 +322,7 @@ func (c *conn) finish(t *task) (ready []*task) {
 	case t.delivered:
 		c.underWay--
 	default:
-		c.s.held[t.cmdSN] = func() error { return nil } // its number is used up all the same
+		c.s.held[t.cmdSN] = held{} // its number is used up all the same
 	}
 	t.leaveWaiting()
 	c.s.openWindow(c.underWay)
