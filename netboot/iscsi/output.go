@@ -89,8 +89,7 @@ func (b *batch) reset() {
 	clear(b.parts)
 	clear(b.tasks)
 	clear(b.loading)
-	clear(b.iovs)
-	b.parts, b.tasks, b.loading, b.iovs = b.parts[:0], b.tasks[:0], b.loading[:0], b.iovs[:0]
+	b.parts, b.tasks, b.loading = b.parts[:0], b.tasks[:0], b.loading[:0]
 	b.arena, b.open, b.bytes, b.charge = b.arena[:0], false, 0, 0
 }
 

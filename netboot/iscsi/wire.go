@@ -227,8 +227,9 @@ func (w *wire) drop() {
 	w.giveBack()
 }
 
-// write writes all parts; iovs is room for it to work in, and what it made of it. The error has EFAULT in its chain where a
-// part is mapped memory without a file below it, and os.ErrDeadlineExceeded where the peer took nothing for too long.
+// write writes all parts; iovs is room for it to work in, which it gives back empty, and larger where it needed more. The
+// error has EFAULT in its chain where a part is mapped memory without a file below it, and os.ErrDeadlineExceeded where the
+// peer took nothing for too long.
 func (w *wire) write(parts [][]byte, iovs []unix.Iovec) ([]unix.Iovec, error) {
 	if w.raw == nil {
 		return iovs, w.writeParts(parts)
@@ -242,11 +243,14 @@ func (w *wire) write(parts [][]byte, iovs []unix.Iovec) ([]unix.Iovec, error) {
 			parts = parts[1:]
 		}
 		w.iov = iovs
-		if err := w.writeIOV(); err != nil {
-			return iovs, err
+		err := w.writeIOV()
+		w.iov = nil
+		clear(iovs) // the room is kept for long, and what was written is not
+		if err != nil {
+			return iovs[:0], err
 		}
 	}
-	return iovs, nil
+	return iovs[:0], nil
 }
 
 // writeIOV writes w.iov whole.
