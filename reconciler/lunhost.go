@@ -87,7 +87,7 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, f lunFacts) error {
 	}
 	errs = append(errs, l.trim(h, rec))
 	if err := errors.Join(errs...); err != nil {
-		at.why = "its disk on the server: " + err.Error()
+		at.why = troubled(err)
 	}
 	if cur, ok := rec.Disk(h.current); ok {
 		at.current, at.file = cur, l.media.file(rec.Host, cur)
@@ -110,6 +110,9 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, f lunFacts) error {
 	l.publish(rec.Host, at, f.boot)
 	return errors.Join(errs...)
 }
+
+// troubled says, for people, what keeps a host from its disk.
+func troubled(err error) string { return "its disk on the server: " + err.Error() }
 
 func chapOf(host string, d state.LUNDisk) iscsi.CHAP {
 	return iscsi.CHAP{User: host, Secret: d.Secret, MutualUser: mutualUser, MutualSecret: d.MutualSecret}

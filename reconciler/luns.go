@@ -290,6 +290,7 @@ func (l *luns) host(ctx context.Context, host string, f lunFacts) (next time.Tim
 	}
 	rec.Host = host
 	if err := l.write(ctx, before, rec); err != nil {
+		l.hold(host, troubled(err))
 		return next, err
 	}
 	l.tellBoot(before.Boot, rec)
@@ -350,6 +351,7 @@ func (l *luns) sessionsOf(host string, f *lunFacts) (news bool) {
 
 // shut closes the disk of a host that left the fleet a while ago, and keeps it.
 func (l *luns) shut(ctx context.Context, host string, inUse bool) error {
+	l.unpublish(host)
 	h := l.hosts[host]
 	if h == nil {
 		return nil
@@ -357,7 +359,6 @@ func (l *luns) shut(ctx context.Context, host string, inUse bool) error {
 	if inUse && h.target != nil {
 		l.events.note(ctx, state.Event{Kind: "disk", Subject: host, Message: "it left the fleet: its machine is cut off from its disk", Warning: true})
 	}
-	l.unpublish(host)
 	_, err := l.closeHost(host)
 	return err
 }

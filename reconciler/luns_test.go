@@ -721,3 +721,28 @@ func TestSettleWaitsForAllOpenings(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A machine whose host's record cannot be written is told to try again: other initiators take "no such target" for final.
+func TestLoginWhileTheRecordCannotBeWritten(t *testing.T) {
+	r := newLUNRig(t)
+	full := state.LUNs{Host: "n1", Boot: &state.LUNBoot{Role: strings.Repeat("x", 1<<20-300)}} // a disk more, and it is too large
+	if err := state.LUNSets.Put(t.Context(), r.store, "n1", full); err != nil {
+		t.Fatal(err)
+	}
+	r.assign(t, "n1", r.delta)
+	stop := r.start(t)
+	defer stop()
+	r.until(t, func() bool {
+		_, _, err := r.Open(initiatorName("n9"), targetName("n9"))
+		return errors.Is(err, iscsi.ErrNoTarget) // all were looked at
+	})
+	if _, _, err := r.Open(initiatorName("n1"), targetName("n1")); !errors.Is(err, iscsi.ErrNotReady) {
+		t.Errorf("a login gets %v, want %v", err, iscsi.ErrNotReady)
+	}
+	if chap, names := r.Discover(initiatorName("n1")); chap != nil || names != nil {
+		t.Errorf("without secrets there is %+v for whoever discovers %q", chap, names)
+	}
+	if why := r.Waiting()["n1"]; !strings.Contains(why, "writing record luns/n1") {
+		t.Errorf("people are told that it waits for %q", why)
+	}
+}

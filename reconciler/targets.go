@@ -43,7 +43,7 @@ func hostOf(initiator string) string {
 // portals answers the logins of machines from memory (iscsi.Directory), and tells what of a host's LUNs is open.
 type portals struct {
 	mu     sync.Mutex
-	read   bool               // the records were read: who is not here has no target
+	read   bool               // all hosts were looked at: who is not here has no target
 	byHost map[string]portal  // immutable values
 	atBoot map[string]*atBoot // by host: the last boot that its controller has not heard of yet
 	proven map[string]string  // by host: the id of the disk that comes next, where a login was made with its secrets
@@ -104,7 +104,7 @@ func (p *portals) Discover(initiator string) (*iscsi.CHAP, []string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	at, ok := p.byHost[host]
-	if !ok {
+	if !ok || at.chap.Secret == "" {
 		return nil, nil
 	}
 	return &at.chap, []string{targetName(host)}
@@ -155,6 +155,16 @@ func (p *portals) unready(host string) {
 	at := p.byHost[host]
 	at.ready, at.next = false, state.LUNDisk{}
 	p.byHost[host] = at
+}
+
+// hold has the logins of a host try again that has LUNs, and of which nothing could be opened yet: "no such target" is final
+// to many initiators.
+func (p *portals) hold(host, why string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if _, known := p.byHost[host]; !known {
+		p.byHost[host], p.news = portal{lunView: lunView{why: why}}, true
+	}
 }
 
 func (p *portals) unpublish(host string) {
