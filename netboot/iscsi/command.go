@@ -293,7 +293,7 @@ func (c *conn) receiving() bool {
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
 	for _, t := range c.tasks {
-		if t.waits && t.out != nil {
+		if t.waits && !t.queued && t.out != nil {
 			return true
 		}
 	}

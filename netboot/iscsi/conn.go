@@ -161,12 +161,15 @@ func (c *conn) end(err error) {
 	s.mu.Lock()
 	c.ending = true
 	c.abort(c.tasksOf(nil))
+	s.mu.Unlock()
+	c.flush() // of a broken connection: what was to go on when something is written is let go of
+	s.mu.Lock()
 	for c.alive > 0 {
 		c.changed.Wait()
 	}
 	s.mu.Unlock()
 	c.background.Wait()
-	c.drain() // of a broken connection: lets go of what will not be written
+	c.drain()
 	s.mu.Lock()
 	c.finished = true
 	last := s.successor == nil

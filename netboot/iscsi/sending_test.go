@@ -161,6 +161,7 @@ func TestParkedReadsEnd(t *testing.T) {
 
 // hold keeps a connection from writing, as if somebody else wrote, until what it returns is called.
 func (c *conn) hold(t *testing.T) (letGo func()) {
+	t.Helper()
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
 	for c.writing {

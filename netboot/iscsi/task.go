@@ -44,9 +44,10 @@ type task struct {
 
 	// Guarded by session.mu.
 	waits     bool          // in nobody's hand
+	queued    bool          // waits, for a worker
 	delivered bool          // its CmdSN was in order
 	turn      bool          // it may be given to the unit
-	running   bool          // in the hand of a worker that began
+	running   bool          // in the hand of somebody who executes it
 	receiving bool          // waits, for data-out
 	fate      fate          // how it is to end
 	ended     chan struct{} // closed when it has ended; nil until somebody waits for that
@@ -191,6 +192,13 @@ const opReportLUNs = 0xa0
 
 // advance brings a task whose turn has come, and which the caller has in hand, as far as it goes.
 func (c *conn) advance(t *task) {
+	if c.step(t) {
+		c.work(t)
+	}
+}
+
+// step is advance, but for what wants a worker: it says so, and leaves the task in the caller's hand.
+func (c *conn) step(t *task) (work bool) {
 	if !t.prepared {
 		c.prepare(t)
 	}
@@ -198,12 +206,13 @@ func (c *conn) advance(t *task) {
 	case t.unsolicited || t.cmd.Done && len(t.r2ts) > 0:
 		c.await(t) // an outcome has to wait for all data that is on its way (section 7.8)
 	case t.cmd.Done:
-		c.answer(t)
+		return c.answer(t)
 	case t.got < t.want:
 		c.solicit(t)
 	default:
-		c.work(t)
+		return true
 	}
+	return false
 }
 
 // await lets a task wait for data-out.
@@ -218,16 +227,16 @@ func (c *conn) await(t *task) {
 	c.complete(t)
 }
 
-// answer is for a task that the unit is done with. Data that has to be waited for is left to a worker.
-func (c *conn) answer(t *task) {
+// answer is step for a task that the unit is done with. Data that has to be waited for wants a worker.
+func (c *conn) answer(t *task) (work bool) {
 	switch {
 	case !c.gather(t) || c.inMemory(t):
 		c.complete(t)
+		return false
 	case t.mapped:
-		c.work(t)
-	default:
-		c.buffer(t)
+		return true
 	}
+	return c.buffer(t)
 }
 
 // gather finds out how much data-in is sent, and says whether that has yet to be read.
@@ -312,10 +321,13 @@ func (c *conn) finish(t *task) (ready []*task) {
 	if c.tasks[t.itt] == t {
 		delete(c.tasks, t.itt)
 	}
-	if t.waits && t.next > 0 {
-		c.parked = slices.DeleteFunc(c.parked, func(o *task) bool { return o == t })
+	switch same := func(o *task) bool { return o == t }; {
+	case t.queued:
+		c.backlog = slices.DeleteFunc(c.backlog, same)
+	case t.waits && t.next > 0:
+		c.parked = slices.DeleteFunc(c.parked, same)
 	}
-	t.waits, t.receiving = false, false
+	t.waits, t.queued, t.receiving = false, false, false
 	switch {
 	case t.immediate:
 		c.immediate--

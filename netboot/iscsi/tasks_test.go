@@ -3,6 +3,7 @@ package iscsi
 import (
 	"bytes"
 	"testing"
+	"time"
 
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 )
@@ -119,4 +120,81 @@ func TestLogoutSendsWhatThereIs(t *testing.T) {
 	close(syncs.open)
 	i.expectOpcode(opLogoutResp)
 	i.closed()
+}
+
+// hang has so many commands of a unit be in the hands of workers that do not come back.
+func (i *initiator) hang(lun LUN, syncs *gate, n int) {
+	for range n {
+		i.send(i.on(lun, i.command(sync10(), 0, nil)))
+		<-syncs.came
+	}
+}
+
+// What no worker has begun is ended at once, though all workers hang.
+func TestEndOfTasksThatWaitForAWorker(t *testing.T) {
+	f := serve(t, nil)
+	syncs := newGate()
+	f.disk.hook(syncs.holding("sync"))
+	defer close(syncs.open)
+	f.add(1, newDisk())
+	i := f.login()
+	i.do(i.on(1, i.command(testUnitReady(), 0, nil)))
+	i.hang(0, syncs, connWorkers)
+
+	aborted := i.on(1, i.command(sync10(), 0, nil))
+	i.send(aborted)
+	abort := i.manage(taskAbort, aborted)
+	abort.setLUN(aborted.lun())
+	i.send(abort)
+	i.expectManaged(abort, taskComplete)
+
+	removed := i.on(1, i.command(sync10(), 0, nil))
+	i.send(removed)
+	i.quiet()
+	if err := f.target.Remove(1); err != nil {
+		t.Error(err)
+	}
+	if r := i.outcome(removed); r.sense != "5/2500" {
+		t.Errorf("sense %s, want LOGICAL UNIT NOT SUPPORTED", r.sense)
+	}
+}
+
+// A connection ends though its command waits for one of the places that all connections share, and those hang.
+func TestEndOfAConnectionThatWaitsForAPlace(t *testing.T) {
+	f := serve(t, nil)
+	f.srv.workers = make(chan struct{}, 1)
+	syncs := newGate()
+	f.disk.hook(syncs.holding("sync"))
+	defer close(syncs.open)
+	f.add(1, newDisk())
+	f.login().hang(0, syncs, 1)
+	i := f.dial()
+	if status := i.login(loginOptions{isid: 2}); status != loginOK {
+		t.Fatalf("login status %#04x", status)
+	}
+	i.ready()
+	i.do(i.on(1, i.command(testUnitReady(), 0, nil)))
+	i.send(i.on(1, i.command(sync10(), 0, nil)))
+	i.quiet()
+	ended := f.srv.sessionList()[1].ended
+	_ = i.nc.Close()
+	<-ended
+}
+
+// A read that gets no memory for long is refused: what has the memory may be waiting for it.
+func TestReadWithoutMemoryIsRefused(t *testing.T) {
+	f := serve(t, func(c *Config) {
+		c.MaxMemory = scsi.MaxTransfer
+		c.PingTimeout = 50 * time.Millisecond
+	})
+	f.add(1, &disk{data: make([]byte, scsi.MaxTransfer)})
+	i := f.login()
+	i.do(i.on(1, i.command(testUnitReady(), 0, nil)))
+	write := i.on(1, i.command(write10(0, scsi.MaxTransfer/512), 0, []byte{}))
+	write.setTTT(scsi.MaxTransfer)
+	i.send(write)
+	i.expectOpcode(opR2T) // and all memory is its
+	if r := i.do(i.command(read10(0, 1), 512, nil)); r.status != byte(scsi.Busy) {
+		t.Errorf("status %#02x, want BUSY", r.status)
+	}
 }

@@ -16,49 +16,61 @@ func (c *conn) work(t *task) {
 	c.s.mu.Unlock()
 }
 
-// enqueue is work for who has s.mu.
+// enqueue is work for who has s.mu. Until a worker takes the task it is in nobody's hand, so that it can be ended while
+// all workers hang.
 func (c *conn) enqueue(t *task) {
-	switch {
-	case t.fate != fateOutcome || c.ending:
+	if t.fate != fateOutcome || c.ending {
 		c.goOn(c.finish(t))
-	case c.workers < connWorkers:
+		return
+	}
+	t.waits, t.queued = true, true
+	c.backlog = append(c.backlog, t)
+	if c.workers < connWorkers {
 		c.workers++
-		c.background.Go(func() { c.worker(t) })
-	default:
-		c.backlog = append(c.backlog, t)
+		c.background.Go(c.worker)
 	}
 }
 
-// buffer gets memory for the data of a read, when there is some, and then a worker.
-func (c *conn) buffer(t *task) {
+// buffer gets memory for the data of a read, and says that it is there, so that the task wants a worker. Where it is not
+// yet, the task gets one later.
+func (c *conn) buffer(t *task) (work bool) {
 	size := bufferSize(t.piece())
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
 	t.running = false // who ends it must not wait for the memory that it waits for
 	if t.fate != fateOutcome || c.ending {
-		c.enqueue(t)
-		return
+		return true // for enqueue to end it
 	}
 	if c.quota.try(size) {
 		c.loadInto(t, size)
-		return
+		return true
 	}
 	c.background.Go(func() {
-		ctx, cancel := c.unlessStopped(c.ctx, t)
-		defer cancel()
-		if c.quota.wait(ctx, size) != nil {
-			if c.ctx.Err() != nil {
-				c.abandon(t)
-			} else {
-				c.complete(t) // it was stopped
-				c.flush()
-			}
-			return
-		}
+		c.bufferLater(t, size)
+		c.flush()
+	})
+	return false
+}
+
+// bufferLater waits for memory, but not for long: what has it may be the data of commands that come after an ordered one,
+// and wait for this.
+func (c *conn) bufferLater(t *task, size int64) {
+	ctx, cancel := context.WithTimeout(c.ctx, c.srv.cfg.PingTimeout)
+	defer cancel()
+	ctx, stop := c.unlessStopped(ctx, t)
+	defer stop()
+	switch err := c.quota.wait(ctx, size); {
+	case err == nil:
 		c.s.mu.Lock()
 		c.loadInto(t, size)
+		c.enqueue(t)
 		c.s.mu.Unlock()
-	})
+	case c.ctx.Err() != nil:
+		c.abandon(t)
+	default: // stopped, or refused
+		c.refuse(t)
+		c.complete(t)
+	}
 }
 
 // unlessStopped is a context for a task that waits for memory, done also when the task is stopped.
@@ -73,21 +85,32 @@ func (c *conn) unlessStopped(parent context.Context, t *task) (context.Context, 
 	return ctx, cancel
 }
 
-// loadInto gives a task a buffer that was taken of the quota, and a worker. It needs s.mu.
+// loadInto gives a task a buffer that was taken of the quota. It needs s.mu.
 func (c *conn) loadInto(t *task, size int64) {
 	t.memory += size
 	t.in = c.srv.buffers.get(int(size))
-	c.enqueue(t)
 }
 
-// worker works until there is nothing to do.
-func (c *conn) worker(t *task) {
-	for t != nil {
-		c.srv.workers <- struct{}{}
-		c.execute(t)
+// worker works until there is nothing to do. Where it cannot begin before the connection ends, end does the rest.
+func (c *conn) worker() {
+	for {
+		select {
+		case c.srv.workers <- struct{}{}:
+		case <-c.ctx.Done():
+			c.s.mu.Lock()
+			c.workers--
+			c.s.mu.Unlock()
+			return
+		}
+		t := c.nextWork()
+		if t != nil {
+			c.execute(t)
+		}
 		<-c.srv.workers
+		if t == nil {
+			return
+		}
 		c.flush()
-		t = c.nextWork()
 	}
 }
 
@@ -101,16 +124,13 @@ func (c *conn) nextWork() *task {
 		return nil
 	}
 	t := c.backlog[0]
-	c.backlog = c.backlog[1:]
+	c.backlog[0], c.backlog = nil, c.backlog[1:]
+	t.waits, t.queued, t.running = false, false, true
 	return t
 }
 
 // execute does what may wait for a disk: the command, or reading the data of one that is done.
 func (c *conn) execute(t *task) {
-	if !c.mayExecute(t) {
-		c.complete(t)
-		return
-	}
 	if !t.cmd.Done {
 		if t.want > 0 {
 			t.cmd.Out = t.out.b[:t.want]
@@ -128,13 +148,6 @@ func (c *conn) execute(t *task) {
 	}
 }
 
-func (c *conn) mayExecute(t *task) bool {
-	c.s.mu.Lock()
-	defer c.s.mu.Unlock()
-	t.running = t.fate == fateOutcome && !c.ending
-	return t.running
-}
-
 // load gets the next piece of a read into the page cache where it is mapped, and sends it off to get a buffer where it is
 // not. The reader has looked at the first piece (inMemory).
 func (c *conn) load(t *task) {
@@ -144,7 +157,9 @@ func (c *conn) load(t *task) {
 		return
 	}
 	t.parts, t.next = t.parts[:0], 0
-	c.buffer(t)
+	if c.buffer(t) {
+		c.work(t)
+	}
 }
 
 // loadPiece reads the next piece of the data into the buffer, and sends it.
