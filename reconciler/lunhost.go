@@ -70,23 +70,24 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, f lunFacts) error {
 	}
 	wanted, _ := rec.Wanted(f.wants())
 	at := portal{booted: rec.Boot != nil, ready: true}
+	var bad troubles
 	_, err := h.left()
-	errs := []error{err}
+	bad.note(err, false)
 	for _, d := range rec.Disks {
 		if d.ID == rec.Current || d.ID == wanted.ID {
-			errs = append(errs, l.openDisk(ctx, h, rec.Host, d))
+			bad.note(l.openDisk(ctx, h, rec.Host, d), d.ID == wanted.ID)
 		}
 	}
-	errs = append(errs, l.changeDisk(h, rec))
+	bad.note(l.changeDisk(h, rec), rec.Current == wanted.ID)
 	for _, d := range slices.Sorted(maps.Keys(rec.Images)) { // so that the same trouble is told in the same words
 		img := l.image(ctx, d)
-		errs = append(errs, img.err, h.addImage(img, rec.Images[d]))
-		if _, open := h.images[d]; !open && (f.runs(&rec, d) || img.err == nil) {
-			at.ready = false // it may have that one mounted, or it comes at once
+		bad.note(errors.Join(img.err, h.addImage(img, rec.Images[d])), slices.Contains(f.images(), d))
+		if _, open := h.images[d]; !open && awaits(&rec, f, img) {
+			at.ready = false
 		}
 	}
-	errs = append(errs, l.trim(h, rec))
-	if err := errors.Join(errs...); err != nil {
+	bad.note(l.trim(h, rec), false)
+	if err := errors.Join(bad.ofWanted...); err != nil {
 		at.why = troubled(err)
 	}
 	if cur, ok := rec.Disk(h.current); ok {
@@ -108,7 +109,28 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, f lunFacts) error {
 		at.next = at.disk
 	}
 	l.publish(rec.Host, at, f.boot)
-	return errors.Join(errs...)
+	return errors.Join(bad.all...)
+}
+
+// troubles are what goes wrong with the LUNs of a host. What is wrong with those that it does not need any more keeps it
+// from nothing.
+type troubles struct{ all, ofWanted []error }
+
+func (t *troubles) note(err error, wanted bool) {
+	t.all = append(t.all, err)
+	if wanted {
+		t.ofWanted = append(t.ofWanted, err)
+	}
+}
+
+// awaits says whether a host's logins wait for an image that is not open: it may have that mounted, or it comes at once.
+// For one that is lost they wait only while the host is to run it, as it may be built again. Whoever has another one mounted
+// can do nothing but boot anew, and who does that needs it no more.
+func awaits(rec *state.LUNs, f lunFacts, img *openImage) bool {
+	if img.lost(f.now) && !slices.Contains(f.images(), img.digest) {
+		return false
+	}
+	return f.runs(rec, img.digest) || img.err == nil
 }
 
 // troubled says, for people, what keeps a host from its disk.

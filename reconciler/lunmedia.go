@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/atomicfile"
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/netboot/iscsi/lun"
@@ -283,6 +284,16 @@ type openImage struct {
 	opening bool
 	err     error     // also while opening, where it could not be opened before: people were told
 	retry   time.Time // when it is tried again, where err is set
+	failed  time.Time // since when it could not be, where err is set
+}
+
+// lost says whether an image does not come back unless somebody makes it again: it is not in the store, or its bytes are
+// wrong, or it could not be read for as long as a machine may go on that nobody wants.
+func (i *openImage) lost(now time.Time) bool {
+	if i.err == nil {
+		return false
+	}
+	return errors.Is(i.err, store.ErrNotFound) || errors.Is(i.err, digest.ErrMismatch) || now.Sub(i.failed) >= leaveGrace
 }
 
 func (i *openImage) close() error {
@@ -300,7 +311,7 @@ func (l *luns) image(ctx context.Context, d digest.Digest) *openImage {
 	}
 	again := &openImage{digest: d, opening: true}
 	if img != nil {
-		again.err = img.err
+		again.err, again.failed = img.err, img.failed
 	}
 	img = again
 	l.images[d] = img
@@ -316,7 +327,10 @@ func (l *luns) image(ctx context.Context, d digest.Digest) *openImage {
 func (l *luns) took(img *openImage) {
 	if img.err != nil {
 		img.err = fmt.Errorf("opening image %s: %w", img.digest.Short(), img.err)
-		img.retry = l.now().Add(assignAgain)
+		img.retry, img.failed = l.now().Add(assignAgain), l.now()
+		if before := l.images[img.digest]; before != nil && before.err != nil {
+			img.failed = before.failed
+		}
 	}
 	l.images[img.digest] = img
 }

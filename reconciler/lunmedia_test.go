@@ -12,6 +12,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/troupe-dev/troupe/images/store"
+	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
 
@@ -178,5 +180,34 @@ func TestImageKeepsItsErrorWhileItIsTriedAgain(t *testing.T) {
 	}
 	if err := r.close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// An image is given up at once where its bytes are gone or wrong, and only after a while where they cannot be read.
+func TestImageThatIsLost(t *testing.T) {
+	r := newLUNRig(t)
+	now := testStart
+	r.now = func() time.Time { return now }
+	fails := func(err error) *openImage {
+		img := &openImage{digest: r.base.Digest, err: err}
+		r.took(img)
+		return img
+	}
+	for _, err := range []error{store.ErrNotFound, digest.ErrMismatch} {
+		if img := fails(err); !img.lost(now) {
+			t.Errorf("%v: it is not given up", img.err)
+		}
+		delete(r.images, r.base.Digest)
+	}
+	fails(errors.New("input/output error"))
+	for _, after := range []time.Duration{time.Second, leaveGrace - time.Second, leaveGrace} {
+		now = testStart.Add(after)
+		if img := fails(errors.New("input/output error")); img.lost(now) != (after == leaveGrace) {
+			t.Errorf("an image that cannot be read is given up after %s: %t", after, img.lost(now))
+		}
+	}
+	r.took(&openImage{digest: r.base.Digest})
+	if img := fails(errors.New("input/output error")); img.lost(now) {
+		t.Error("an image that was open meanwhile is given up at once")
 	}
 }

@@ -585,7 +585,7 @@ func TestAssignmentOfADisklessHost(t *testing.T) {
 	}
 }
 
-// A machine that runs from an image is let in only with that image, whatever becomes of one that it does not need.
+// A machine that runs from an image waits for that to be open again where that may be, and for none that it does not need.
 func TestLoginWithoutTheImageThatRuns(t *testing.T) {
 	r := newLUNRig(t)
 	runs := r.put(t, "runs")
@@ -596,30 +596,74 @@ func TestLoginWithoutTheImageThatRuns(t *testing.T) {
 	r.until(t, func() bool { return !r.record(t, "n1").Login.IsZero() })
 	stop()
 	r.target.sessions = nil
-	r.assign(t, "n1", r.delta)
+	node := state.Node{MAC: testMAC, LastSeen: time.Now().Add(time.Minute), Running: &agentapi.Running{Host: "n1", Base: r.base.Digest, Delta: runs.Digest}}
+	if err := state.Nodes.Put(t.Context(), r.store, testMAC, node); err != nil {
+		t.Fatal(err)
+	}
 	for _, tt := range []struct {
-		name string
-		gone images.Blob
-		luns int // that are open: its disk, the base, and what runs
-		want error
-	}{{"that is wanted only", r.delta, 3, nil}, {"that runs", runs, 2, iscsi.ErrNotReady}} {
-		if err := r.blobs.Delete(t.Context(), tt.gone.Digest); err != nil {
-			t.Fatal(err)
-		}
-		node := state.Node{MAC: testMAC, LastSeen: time.Now().Add(time.Minute), Running: &agentapi.Running{Host: "n1", Base: r.base.Digest, Delta: runs.Digest}}
-		if err := state.Nodes.Put(t.Context(), r.store, testMAC, node); err != nil {
+		name   string
+		wanted images.Blob
+		gone   images.Blob
+		luns   int // that are open: its disk, the base, and what runs
+		want   error
+	}{
+		{"that is wanted only", r.delta, r.delta, 3, nil},
+		{"that runs, and that nobody builds any more", r.delta, runs, 2, nil},
+		{"that runs, and is wanted: it may be built again", runs, runs, 2, iscsi.ErrNotReady},
+	} {
+		r.assign(t, "n1", tt.wanted)
+		if err := r.blobs.Delete(t.Context(), tt.gone.Digest); err != nil && !errors.Is(err, store.ErrNotFound) {
 			t.Fatal(err)
 		}
 		r.again(r.store)
 		stop := r.start(t)
-		r.until(t, func() bool {
+		r.until(t, func() bool { // the image that is lost was looked for
 			all := r.Targets()
-			return len(all) == 1 && len(all[0].LUNs) == tt.luns && strings.Count(all[0].Waiting, "no such blob") == 4-tt.luns
+			return len(all) == 1 && len(all[0].LUNs) == tt.luns && strings.Count(all[0].Waiting, "no such blob") == 1 &&
+				r.warnings(t, tt.gone.Digest.Short()) > 0
 		})
 		if _, _, err := r.Open(initiatorName("n1"), targetName("n1")); !errors.Is(err, tt.want) {
 			t.Errorf("without an image %s: got %v, want %v", tt.name, err, tt.want)
 		}
 		stop()
+	}
+}
+
+// A host goes on to what it is to run, whatever became of what it ran before.
+func TestLostImageOfTheDiskBefore(t *testing.T) {
+	r := newLUNRig(t)
+	one, two := r.put(t, "one"), r.put(t, "two")
+	a := r.vm(t, "n1", 1, one)
+	stop := r.start(t)
+	r.await(t, ready("n1", a))
+	r.login(t, "n1", 1)
+	r.until(t, func() bool { return !r.record(t, "n1").Login.IsZero() })
+	b := r.vm(t, "n1", 2, two)
+	r.await(t, ready("n1", b))
+	stop()
+	r.target.sessions = nil
+	before := r.record(t, "n1")
+	if err := r.blobs.Delete(t.Context(), one.Digest); err != nil {
+		t.Fatal(err)
+	}
+	r.again(r.store)
+	stop = r.start(t)
+	defer stop()
+	r.await(t, ready("n1", b))
+	told := r.boot(t, b)
+	if told.Disk == nil {
+		t.Fatalf("its boot loader is told %q", told.Title)
+	}
+	if err := r.target.login(r.luns, "n1", 2); !errors.Is(err, iscsi.ErrNotReady) {
+		t.Errorf("a login of what runs from the disk before: %v", err)
+	}
+	if r.warnings(t, "no such blob") == 0 {
+		t.Error("nobody is told of the image")
+	}
+	r.target.has["n1"] = told.Disk.Secret
+	r.login(t, "n1", 3)
+	if rec := r.record(t, "n1"); rec.Current == before.Current || rec.Before != before.Current || len(rec.Disks) != 2 {
+		t.Errorf("after its boot: %+v", rec)
 	}
 }
 
