@@ -31,9 +31,13 @@ type keeper struct {
 	limit  time.Duration // of the pauses between tries; 0 means maxPause
 	login  time.Duration // how long a login may take; 0 means loginTime
 
-	status  Status
-	exists  bool // in the kernel
-	stopped bool // stopConn was the last that the kernel was told of the connection
+	patience func() time.Duration // how long a session that was up may be refused without a break
+	gone     func(time.Duration)  // hears that it was, for that long; called by the goroutine of run
+
+	status   Status
+	refusals refusals
+	exists   bool // in the kernel
+	stopped  bool // stopConn was the last that the kernel was told of the connection
 }
 
 // maxPause is the longest pause between two tries: a server that is back is used at once.
@@ -102,6 +106,23 @@ func (k *keeper) down(why error) {
 	k.tell(k.status)
 	if err := k.stop(); err != nil {
 		k.log.Error("the iSCSI connection does not stop", "error", err)
+	}
+	if k.status.Logins > 0 { // else nothing stands on the session yet
+		k.weigh(why)
+	}
+}
+
+// weigh looks whether a try that failed was one of too many refusals.
+func (k *keeper) weigh(why error) {
+	now, limit := time.Now(), k.patience()
+	since := k.refusals.add(why, now)
+	switch {
+	case since.IsZero():
+	case now.Sub(since) >= limit:
+		k.refusals = refusals{}
+		k.gone(now.Sub(since))
+	case since.Equal(now):
+		k.log.Warn("the target has no disk for this machine any more; where it says nothing else, the machine reboots", "in", limit)
 	}
 }
 

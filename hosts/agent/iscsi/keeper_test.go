@@ -59,6 +59,7 @@ func keepAfter(t *testing.T, cfg Config, first func(*keeper, *fakeDriver)) *run 
 			return r.cfg, r.cfg.check()
 		},
 		tell: func(st Status) { r.told <- st }, online: func(Status) {},
+		patience: func() time.Duration { return 0 }, gone: func(time.Duration) {},
 	}
 	first(r.k, r.driver)
 	go func() { r.done <- r.k.run(ctx) }()

@@ -119,13 +119,16 @@ func serve(ctx context.Context, p places, d driver, log *slog.Logger) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
+	word := &lastWord{log: log, proc: p.proc, isUp: p.isUp, end: cancel}
+	k.patience, k.gone = word.patience, word.gone
 	wg.Go(func() {
 		if !isKept(os.NewFile(controlFD, "control")) {
 			cancel()
 			return
 		}
 		log.Info("the iSCSI session is kept", "process", os.Getpid())
-		(&lastWord{log: log, proc: p.proc, isUp: p.isUp, end: cancel}).run(ctx)
+		word.isKept.Store(true)
+		word.run(ctx)
 	})
 	wg.Go(func() { (&guard{log: log, load: p.config}).run(ctx) })
 	err := k.run(ctx)
