@@ -66,12 +66,7 @@ func openPlaces(dir string) (p places, err error) {
 // Main is the keeper: it holds the session that dir's config names, until its starter ends without a word. It is a
 // process of its own, needs no file system but those in memory, and is to be the last that ends.
 func Main(ctx context.Context, dir string, log *slog.Logger) error {
-	setApart(log)
-	p, err := openPlaces(dir)
-	if err != nil {
-		return err
-	}
-	lock, err := p.lock()
+	p, lock, err := setApart(dir, log)
 	if err != nil {
 		return err
 	}
@@ -84,12 +79,17 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	return errors.Join(serve(ctx, p, d, log), d.close())
 }
 
-// setApart makes this process one that nobody ends, and that waits for no disk.
-func setApart(log *slog.Logger) {
+// setApart makes this process one that nobody ends, that waits for no disk, and, while lock is open, the one keeper with dir.
+func setApart(dir string, log *slog.Logger) (p places, lock *os.File, err error) {
 	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
 	if err := flushesIO(); err != nil {
 		log.Warn("the keeper of the iSCSI session may wait for a disk where it wants memory", "error", err)
 	}
+	if p, err = openPlaces(dir); err != nil {
+		return p, nil, err
+	}
+	lock, err = p.lock()
+	return p, lock, err
 }
 
 // serve holds the session until its starter ends without a word.
