@@ -253,7 +253,7 @@ func (l *luns) facts(ctx context.Context) (map[string]lunFacts, error) {
 	running, reported := newestRunning(nodes)
 	for host, f := range all {
 		f.now, f.began, f.boot, f.proven = now, l.began, booting[host], proven[host]
-		f.running, f.reported, f.lastSeen = running[host], reported[host], l.seen[host]
+		f.running, f.reported, f.lastSeen, f.served = running[host], reported[host], l.seen[host], l.serves(host)
 		all[host] = f
 	}
 	for _, s := range l.target.Sessions() {
@@ -265,6 +265,14 @@ func (l *luns) facts(ctx context.Context) (map[string]lunFacts, error) {
 		}
 	}
 	return all, nil
+}
+
+// serves is the id of the disk that a host's sessions are of; "" while those of one before end.
+func (l *luns) serves(host string) string {
+	if h := l.hosts[host]; h != nil {
+		return h.current
+	}
+	return ""
 }
 
 // newestRunning is what runs as each host, by who was heard of last, and when.
@@ -337,7 +345,7 @@ func (l *luns) clear(before, rec state.LUNs) error {
 // a disk that nobody used may be in use by now.
 func (l *luns) sessionsOf(host string, f *lunFacts) (news bool) {
 	before := len(f.sessions)
-	f.sessions = nil
+	f.sessions, f.served = nil, l.serves(host)
 	for _, s := range l.target.Sessions() {
 		if hostOf(s.Initiator) == host {
 			f.sessions = append(f.sessions, s)

@@ -688,6 +688,10 @@ func TestOneStuckMachine(t *testing.T) {
 	if len(r.files(t)) != 3 {
 		t.Errorf("a disk that may be in use is deleted: %q", r.files(t))
 	}
+	rec := r.record(t, "n1")
+	if d, ok := rec.Disk(rec.Current); !ok || d.ID == before || !d.Opened.IsZero() || !rec.Login.IsZero() {
+		t.Errorf("a disk that nobody had yet is taken to be used, by sessions of the one before: %+v", rec)
+	}
 	close(r.target.stuck)
 	r.login(t, "n1", 3)
 	r.until(t, func() bool { return len(r.files(t)) == 2 })

@@ -34,6 +34,7 @@ type lunFacts struct {
 	running  *agentapi.Running // as its node last told; nil: unknown
 	reported time.Time         // when it did
 	sessions []iscsi.SessionInfo
+	served   string    // id of the disk that they are of; "" where they are ending, or nothing is open
 	lastSeen time.Time // when a session was last seen to be open, in the life of this process
 	boot     *atBoot   // that began since it was looked last; nil for none
 	proven   string    // id of the disk whose secrets a login was made with, while another one is LUN 0; "" for none
@@ -118,6 +119,9 @@ const usedEvery = time.Hour
 func markUsed(rec *state.LUNs, f lunFacts) {
 	if f.lastSeen.Sub(rec.Used) >= usedEvery || len(f.sessions) == 0 && f.lastSeen.After(rec.Used) {
 		rec.Used = f.lastSeen
+	}
+	if f.served != rec.Current {
+		return
 	}
 	for _, s := range f.sessions {
 		if s.Since.After(rec.Login) {

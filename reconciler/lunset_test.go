@@ -18,9 +18,10 @@ import (
 
 // A lunWorld is one host and its LUNs, over some time.
 type lunWorld struct {
-	rec   state.LUNs
-	f     lunFacts
-	disks int
+	rec    state.LUNs
+	f      lunFacts
+	disks  int
+	ending bool // the sessions are those of a disk before the current one
 }
 
 func newLUNWorld() *lunWorld { return &lunWorld{f: lunFacts{now: testStart}} }
@@ -43,6 +44,9 @@ func (w *lunWorld) boots(image string) {
 
 // step decides once. The machine boots in one step only.
 func (w *lunWorld) step() {
+	if w.f.served = w.rec.Current; w.ending {
+		w.f.served = ""
+	}
 	w.rec = nextLUNs(w.rec, w.f, func() state.LUNDisk {
 		w.disks++
 		return state.LUNDisk{ID: fmt.Sprintf("disk%d", w.disks)}
@@ -155,6 +159,21 @@ func TestDiskChangesWhenTheMachineBoots(t *testing.T) {
 	w.boots("cloud 2")
 	w.boot()
 	w.want(t, "disk2 of disk2,disk3;")
+}
+
+// What sessions of the disk before do while they end says nothing of the one that took its place.
+func TestDiskIsNotUsedBySessionsOfTheOneBefore(t *testing.T) {
+	w := newLUNWorld().runs("base", "web")
+	w.step()
+	w.uses()
+	w.reset(0)
+	w.want(t, "disk2 of disk2; 1=base 2=web")
+	for _, w.ending = range []bool{true, false} {
+		w.step()
+		if used := !w.rec.Disks[0].Opened.IsZero() && !w.rec.Login.IsZero(); used == w.ending {
+			t.Errorf("while sessions of the disk before end is %t: %+v", w.ending, w.rec)
+		}
+	}
 }
 
 // A machine that has just logged in has the disk that nobody used before.
