@@ -124,40 +124,45 @@ func TestSeedFiles(t *testing.T) {
 	}
 }
 
-func TestDecide(t *testing.T) {
+// A change makes an assignment that comes after another out of one like that.
+type change struct {
+	name string
+	to   func(*agentapi.Assignment)
+	want decision
+}
+
+func testDecide(t *testing.T, like func(*agentapitest.Server, string, uint64) agentapi.Assignment, changes []change) {
+	t.Helper()
 	var s agentapitest.Server
-	now := assigned(&s, "web", 3)
+	now := like(&s, "web", 3)
 	now.Version = "3"
-	with := func(f func(*agentapi.Assignment)) agentapi.Assignment {
-		a := assigned(&s, "web", 4)
+	for _, tt := range changes {
+		a := like(&s, "web", 4)
 		a.Version = "4"
-		f(&a)
-		return a
-	}
-	for _, tt := range []struct {
-		name string
-		a    agentapi.Assignment
-		want decision
-	}{
-		{"the same", now, goOn},
-		{"waiting", agentapi.Assignment{Version: "4", State: agentapi.Waiting}, goOn},
-		{"unclaimed", agentapi.Assignment{Version: "4", State: agentapi.Unclaimed}, discover},
-		{"only the generation", with(func(*agentapi.Assignment) {}), adopt},
-		{"other checks", with(func(a *agentapi.Assignment) { a.Checks = []agentapi.Check{{Unit: "x"}} }), adopt},
-		{"another name for the role", with(func(a *agentapi.Assignment) { a.Role = "www" }), adopt},
-		{"another release", with(func(a *agentapi.Assignment) { a.Release.ID = digest.Of(nil) }), moveOn},
-		{"other files", with(func(a *agentapi.Assignment) { a.Node.Digest = digest.Of(nil) }), moveOn},
-		{"another host", with(func(a *agentapi.Assignment) { a.Host = "n2" }), moveOn},
-		{"from LUNs", with(func(a *agentapi.Assignment) { a.ISCSI = &agentapi.ISCSI{} }), moveOn},
-		{"a disk image", with(func(a *agentapi.Assignment) {
-			a.ISCSI, a.Release = &agentapi.ISCSI{}, &agentapi.Release{ID: digest.Of(nil)}
-		}), moveOn},
-		{"malformed", with(func(a *agentapi.Assignment) { a.Release = nil }), moveOn},
-	} {
-		if got := decide(now, tt.a); got != tt.want {
+		tt.to(&a)
+		if got := decide(now, a); got != tt.want {
 			t.Errorf("%s: %s, want %s", tt.name, got, tt.want)
 		}
 	}
+}
+
+func TestDecide(t *testing.T) {
+	testDecide(t, assigned, []change{
+		{"the same", func(a *agentapi.Assignment) { a.Version = "3" }, goOn},
+		{"waiting", func(a *agentapi.Assignment) { *a = agentapi.Assignment{Version: "4", State: agentapi.Waiting} }, goOn},
+		{"unclaimed", func(a *agentapi.Assignment) { *a = agentapi.Assignment{Version: "4", State: agentapi.Unclaimed} }, discover},
+		{"only the generation", func(*agentapi.Assignment) {}, adopt},
+		{"other checks", func(a *agentapi.Assignment) { a.Checks = []agentapi.Check{{Unit: "x"}} }, adopt},
+		{"another name for the role", func(a *agentapi.Assignment) { a.Role = "www" }, adopt},
+		{"another release", func(a *agentapi.Assignment) { a.Release.ID = digest.Of(nil) }, moveOn},
+		{"other files", func(a *agentapi.Assignment) { a.Node.Digest = digest.Of(nil) }, moveOn},
+		{"another host", func(a *agentapi.Assignment) { a.Host = "n2" }, moveOn},
+		{"from LUNs", func(a *agentapi.Assignment) { a.ISCSI = &agentapi.ISCSI{} }, moveOn},
+		{"a disk image", func(a *agentapi.Assignment) {
+			a.ISCSI, a.Release = &agentapi.ISCSI{}, &agentapi.Release{ID: digest.Of(nil)}
+		}, moveOn},
+		{"malformed", func(a *agentapi.Assignment) { a.Release = nil }, moveOn},
+	})
 }
 
 // node is a service as a boot would have left it, with everything in temporary directories.

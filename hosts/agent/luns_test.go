@@ -32,32 +32,15 @@ func diskless(s *agentapitest.Server, role string, gen uint64) agentapi.Assignme
 }
 
 func TestDecideFromLUNs(t *testing.T) {
-	var s agentapitest.Server
-	now := diskless(&s, "web", 3)
-	now.Version = "3"
-	with := func(f func(*agentapi.Assignment)) agentapi.Assignment {
-		a := diskless(&s, "web", 4)
-		a.Version = "4"
-		f(&a)
-		return a
-	}
-	for _, tt := range []struct {
-		name string
-		a    agentapi.Assignment
-		want decision
-	}{
-		{"the same", now, goOn},
-		{"only the generation", with(func(*agentapi.Assignment) {}), adopt},
-		{"another secret", with(func(a *agentapi.Assignment) { a.ISCSI.Secret = "new" }), adopt},
-		{"a disk that was reset", with(func(a *agentapi.Assignment) { a.ISCSI.Disk = "d2" }), moveOn},
-		{"another release", with(func(a *agentapi.Assignment) { a.Release.ID = digest.Of(nil) }), moveOn},
-		{"from a disk of its own", with(func(a *agentapi.Assignment) { a.ISCSI = nil }), moveOn},
-		{"waiting", agentapi.Assignment{Version: "4", State: agentapi.Waiting}, goOn},
-	} {
-		if got := decide(now, tt.a); got != tt.want {
-			t.Errorf("%s: %s, want %s", tt.name, got, tt.want)
-		}
-	}
+	testDecide(t, diskless, []change{
+		{"the same", func(a *agentapi.Assignment) { a.Version = "3" }, goOn},
+		{"only the generation", func(*agentapi.Assignment) {}, adopt},
+		{"another secret", func(a *agentapi.Assignment) { a.ISCSI.Secret = "new" }, adopt},
+		{"a disk that was reset", func(a *agentapi.Assignment) { a.ISCSI.Disk = "d2" }, moveOn},
+		{"another release", func(a *agentapi.Assignment) { a.Release.ID = digest.Of(nil) }, moveOn},
+		{"from a disk of its own", func(a *agentapi.Assignment) { a.ISCSI = nil }, moveOn},
+		{"waiting", func(a *agentapi.Assignment) { *a = agentapi.Assignment{Version: "4", State: agentapi.Waiting} }, goOn},
+	})
 }
 
 // A node that runs from LUNs, or shall, fetches nothing before its reboot.

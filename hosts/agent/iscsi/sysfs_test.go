@@ -3,9 +3,12 @@ package iscsi
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"testing/fstest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -14,21 +17,15 @@ import (
 // tree writes files below a directory; a value that begins with "->" is a link.
 func tree(t *testing.T, files map[string]string) string {
 	t.Helper()
-	dir := t.TempDir()
+	dir, all := t.TempDir(), fstest.MapFS{}
 	for name, content := range files {
-		p := filepath.Join(dir, name)
-		if err := os.MkdirAll(filepath.Dir(p), 0o755); err != nil {
-			t.Fatal(err)
+		all[name] = &fstest.MapFile{Data: []byte(content)}
+		if to, isLink := strings.CutPrefix(content, "->"); isLink {
+			all[name] = &fstest.MapFile{Data: []byte(to), Mode: fs.ModeSymlink}
 		}
-		var err error
-		if to, isLink := content, len(content) > 2 && content[:2] == "->"; isLink {
-			err = os.Symlink(to[2:], p)
-		} else {
-			err = os.WriteFile(p, []byte(content), 0o644)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
+	}
+	if err := os.CopyFS(dir, all); err != nil {
+		t.Fatal(err)
 	}
 	return dir
 }
