@@ -66,11 +66,15 @@ func (m lunMedia) disk(host string, d state.LUNDisk, base *lun.Image) (medium, e
 	return lun.OpenDelta(base, m.file(host, d), d.Size, d.Image.Digest.String())
 }
 
-// prepare makes the directory that a disk's file is made in. The file of a disk that was used before is not made: what the
-// host wrote would be gone, and nobody would hear of it.
+// prepare makes the directory that a disk's file is made in. The file of a disk that was used before is not made, nor filled
+// where it is empty: what the host wrote would be gone, and nobody would hear of it.
 func (m lunMedia) prepare(host string, d state.LUNDisk) error {
 	if !d.Opened.IsZero() {
-		if _, err := os.Stat(m.file(host, d)); err != nil {
+		fi, err := os.Stat(m.file(host, d))
+		if err == nil && fi.Size() == 0 {
+			err = fmt.Errorf("file %q is empty", m.file(host, d))
+		}
+		if err != nil {
 			return fmt.Errorf("what the host wrote is not there (troupe reset %s begins anew): %w", host, err)
 		}
 		return nil

@@ -211,3 +211,44 @@ func TestImageThatIsLost(t *testing.T) {
 		t.Error("an image that was open meanwhile is given up at once")
 	}
 }
+
+// The file of a disk that was used has what the host wrote: where it is empty, that is gone, and no blank disk is given in
+// its place.
+func TestDiskWhoseFileIsEmpty(t *testing.T) {
+	r := newLUNRig(t)
+	image := r.put(t, "image")
+	base, err := r.media.image(t.Context(), image.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := base.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	for _, d := range []state.LUNDisk{{ID: "0123456789abcdef", Size: 1 << 20}, {ID: "0123456789abcde0", Size: 1 << 20, Image: &image}} {
+		r.place(t, "n1/"+d.ID)
+		if err := os.Rename(filepath.Join(r.dir, "n1", d.ID), r.media.file("n1", d)); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(r.media.file("n1", d), 0); err != nil {
+			t.Fatal(err)
+		}
+		used := d
+		used.Opened = testStart
+		if _, err := r.media.disk("n1", used, base); err == nil || !strings.Contains(err.Error(), "what the host wrote is not there (troupe reset n1") {
+			t.Errorf("a disk that was used: %v", err)
+		}
+		if fi, err := os.Stat(r.media.file("n1", d)); err != nil || fi.Size() != 0 {
+			t.Errorf("its file was changed: %v, %v", fi, err)
+		}
+		m, err := r.media.disk("n1", d, base)
+		if err != nil {
+			t.Errorf("a disk that nobody used: %v", err)
+			continue
+		}
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
