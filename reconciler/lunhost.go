@@ -211,10 +211,15 @@ func removeLUNs(t *iscsi.Target, numbers []iscsi.LUN) error {
 	return nil
 }
 
-// addImage makes an image that is open a LUN, where it is not.
+// addImage makes an image that is open a LUN, where it is not. It waits for another one that has the number to go.
 func (h *openHost) addImage(img *openImage, n uint16) error {
 	if _, has := h.images[img.digest]; has || h.target == nil || img.medium == nil || h.leaving != nil {
 		return nil
+	}
+	for _, taken := range h.images {
+		if taken == n {
+			return nil // trim takes it, and has the controller look again
+		}
 	}
 	unit, err := scsi.NewUnit(img.medium, scsi.Config{Serial: img.digest.Hex()[:imageSerial]})
 	if err != nil {

@@ -794,3 +794,51 @@ func TestLoginWhileTheRecordCannotBeWritten(t *testing.T) {
 		t.Errorf("people are told that it waits for %q", why)
 	}
 }
+
+// A release that takes the place of another one before the machine booted that comes to the target without trouble.
+func TestImageInPlaceOfAnother(t *testing.T) {
+	r := newLUNRig(t)
+	one, two := r.put(t, "one"), r.put(t, "two")
+	node := state.Node{MAC: testMAC, LastSeen: time.Now().Add(time.Minute), Running: &agentapi.Running{Host: "n1", Base: r.base.Digest, Delta: r.delta.Digest}}
+	if err := state.Nodes.Put(t.Context(), r.store, testMAC, node); err != nil {
+		t.Fatal(err)
+	}
+	a, other := r.assign(t, "n1", r.delta), r.assign(t, "n2", two)
+	stop := r.start(t)
+	defer stop()
+	r.await(t, ready("n1", a))
+	r.await(t, ready("n2", other)) // so that two comes at once
+	r.login(t, "n1", 1)
+	r.until(t, func() bool { return !r.record(t, "n1").Login.IsZero() })
+	for _, delta := range []images.Blob{one, two} {
+		a = r.assign(t, "n1", delta)
+		r.await(t, ready("n1", a))
+	}
+	r.until(t, func() bool { return len(r.views().of["n1"].images) == 3 })
+	if n := r.warnings(t, ""); n != 0 {
+		t.Errorf("people are told of trouble %d times", n)
+	}
+}
+
+// An image whose number another one has still waits for that to go.
+func TestNumberThatIsStillInUse(t *testing.T) {
+	r := newLUNRig(t)
+	h := &openHost{target: iscsi.NewTarget(targetName("n1")), images: map[digest.Digest]uint16{}}
+	for _, b := range []images.Blob{r.base, r.delta} {
+		m, err := r.media.image(t.Context(), b.Digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			if err := m.Close(); err != nil {
+				t.Error(err)
+			}
+		}()
+		if err := h.addImage(&openImage{digest: b.Digest, medium: m}, 1); err != nil {
+			t.Error(err)
+		}
+	}
+	if d := cmp.Diff(map[digest.Digest]uint16{r.base.Digest: 1}, h.images); d != "" {
+		t.Error(d)
+	}
+}

@@ -186,15 +186,15 @@ func nextBoot(rec state.LUNs, f lunFacts) *state.LUNBoot {
 }
 
 // numberImages gives each image that the host is to run its number, and takes it from those that it does not run any more.
+// What it takes is not given away at once: the target still has it.
 func numberImages(rec *state.LUNs, f lunFacts) {
 	wanted := f.images()
 	taken := map[uint16]bool{}
 	for d, n := range rec.Images {
+		taken[n] = true
 		if !slices.Contains(wanted, d) && !f.runs(rec, d) {
 			delete(rec.Images, d)
-			continue
 		}
-		taken[n] = true
 	}
 	for _, d := range wanted {
 		if rec.Images[d] != 0 {

@@ -116,6 +116,10 @@ func TestLUNsAreMadeOnceAndKept(t *testing.T) {
 	w.want(t, "disk1 of disk1; 1=base 3=idle")
 	w.runs("base2", "idle").step()
 	w.want(t, "disk1 of disk1; 1=base 2=base2 3=idle")
+	w.runs("base", "cloud").step() // before it booted: what nobody runs goes, and its number is not given away at once
+	w.want(t, "disk1 of disk1; 1=base 3=idle 4=cloud")
+	w.runs("base2", "cloud").step()
+	w.want(t, "disk1 of disk1; 1=base 2=base2 3=idle 4=cloud")
 }
 
 // While a machine boots, nobody knows which images it has: none goes from under it.
