@@ -5,12 +5,12 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"os/exec"
 	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/troupe-dev/troupe/hosts/agent/command"
 	"github.com/troupe-dev/troupe/internal/backoff"
 	"github.com/troupe-dev/troupe/internal/digest"
 )
@@ -79,7 +79,7 @@ func rebootSystem(ctx context.Context, log *slog.Logger) error {
 }
 
 func askSystemd(ctx context.Context) error {
-	out, err := exec.CommandContext(ctx, "systemctl", "--no-block", "reboot").CombinedOutput()
+	out, err := command.New(ctx, "systemctl", "--no-block", "reboot").CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("%w: %s", err, bytes.TrimSpace(out))
 	}

@@ -10,13 +10,13 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"os/exec"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
+	"github.com/troupe-dev/troupe/hosts/agent/command"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/backoff"
 )
@@ -276,8 +276,8 @@ const (
 )
 
 // output runs a command and returns the end of what it printed, also with an error. The command and all that it
-// started are killed when ctx ends. One that goes on even then is left to a goroutine of its own, so that it holds up
-// nobody, and no other is started before it has ended.
+// started are killed when ctx ends. One that goes on even then, or does not even begin, is left to a goroutine of its own,
+// so that it holds up nobody, and no other is started before it has ended.
 func (p *prober) output(ctx context.Context, name string, args ...string) (string, error) {
 	if p.hung != nil {
 		select {
@@ -287,20 +287,17 @@ func (p *prober) output(ctx context.Context, name string, args ...string) (strin
 			return "", errHangs
 		}
 	}
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	cmd.WaitDelay = closeAfter
 	var t tail
-	cmd.Stdout, cmd.Stderr = &t, &t
-	if err := cmd.Start(); err != nil {
-		return "", err
-	}
 	var err error
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		err = cmd.Wait()
+		cmd := command.New(ctx, name, args...)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+		cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+		cmd.WaitDelay = closeAfter
+		cmd.Stdout, cmd.Stderr = &t, &t
+		err = cmd.Run()
 	}()
 	if !endsWith(ctx, ended) {
 		p.hung = ended

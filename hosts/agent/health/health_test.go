@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -250,6 +251,34 @@ func TestRunnerLeavesACommandThatHangsInTheKernel(t *testing.T) {
 	<-left
 	if err := p.try(t.Context(), c, time.Minute); err != nil {
 		t.Errorf("afterwards: %v", err)
+	}
+}
+
+// TestTryLeavesACommandThatDoesNotBegin has programs that nobody gives a byte of, as on a disk that does not answer.
+func TestTryLeavesACommandThatDoesNotBegin(t *testing.T) {
+	dir := t.TempDir()
+	silent, script := filepath.Join(dir, "silent"), filepath.Join(dir, "script")
+	if err := errors.Join(syscall.Mkfifo(silent, 0o700), os.WriteFile(script, []byte("#! "+silent+" -x\n"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	for _, program := range []string{silent, script} {
+		var p prober
+		err := p.try(t.Context(), agentapi.Check{Exec: []string{program}}, 10*time.Millisecond)
+		if err == nil || err.Error() != "no answer within 10ms: it hangs in the kernel" {
+			t.Fatalf("%s: %v", program, err)
+		}
+		for hangs := true; hangs; { // until its reader was there
+			f, err := os.OpenFile(silent, os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			f.Close()
+			select {
+			case <-p.hung:
+				hangs = false
+			default:
+			}
+		}
 	}
 }
 
