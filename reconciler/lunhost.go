@@ -259,7 +259,7 @@ func (l *luns) trim(h *openHost, rec state.LUNs) error {
 	return nil
 }
 
-// closeHost closes all of a host's LUNs. Where it is not done yet, it is called again in the look after that.
+// closeHost closes all of a host's LUNs, and deletes the files of disks that it lost. Where it is not done yet, it is called again in the look after that.
 func (l *luns) closeHost(host string) (done bool, err error) {
 	h := l.hosts[host]
 	if h == nil {
@@ -277,5 +277,6 @@ func (l *luns) closeHost(host string) (done bool, err error) {
 	for _, m := range h.disks {
 		errs = append(errs, m.Close())
 	}
+	errs = append(errs, l.media.clear(host, state.LUNs{Disks: h.gone}, l.recs[host]))
 	return true, errors.Join(errs...)
 }

@@ -63,7 +63,11 @@ func (m lunMedia) disk(host string, d state.LUNDisk, base *lun.Image) (medium, e
 	if d.Image == nil {
 		return lun.OpenDisk(m.file(host, d), d.Size)
 	}
-	return lun.OpenDelta(base, m.file(host, d), d.Size, d.Image.Digest.String())
+	delta, err := lun.OpenDelta(base, m.file(host, d), d.Size, d.Image.Digest.String())
+	if errors.Is(err, lun.ErrFormat) {
+		err = fmt.Errorf("what the host wrote cannot be read (troupe reset %s begins anew): %w", host, err)
+	}
+	return delta, err
 }
 
 // prepare makes the directory that a disk's file is made in. The file of a disk that was used before is not made, nor filled

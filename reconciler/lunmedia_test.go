@@ -1,7 +1,9 @@
 package reconciler
 
 import (
+	"encoding/binary"
 	"errors"
+	"hash/crc32"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -147,6 +149,41 @@ func TestDisksThatNoRecordKnows(t *testing.T) {
 	}
 }
 
+// A delta of another version of its format keeps its host waiting, with what to do; after a reset the host begins anew.
+func TestDeltaOfAnotherVersion(t *testing.T) {
+	r := newLUNRig(t)
+	a := r.vm(t, "n1", 1, r.base)
+	stop := r.start(t)
+	r.await(t, ready("n1", a))
+	stop()
+
+	disk := r.record(t, "n1").Disks[0]
+	path := r.media.file("n1", disk)
+	delta, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	binary.LittleEndian.PutUint32(delta[8:], 1) // the version, then the checksum of the header
+	binary.LittleEndian.PutUint32(delta[4092:], crc32.Checksum(delta[:4092], crc32.MakeTable(crc32.Castagnoli)))
+	if err := os.WriteFile(path, delta, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.again(r.store)
+	stop = r.start(t)
+	defer stop()
+	r.await(t, func(v lunViews) bool {
+		at, why := v.iscsi("n1", a)
+		return at == nil && strings.Contains(why, "what the host wrote cannot be read (troupe reset n1 begins anew)") && strings.Contains(why, "version 1 ")
+	})
+	if err := r.Reset(t.Context(), "n1", false); err != nil {
+		t.Fatal(err)
+	}
+	r.await(t, ready("n1", a))
+	if now := r.record(t, "n1").Current; now == disk.ID {
+		t.Errorf("it has disk %s still", now)
+	}
+}
+
 // An image that is tried again goes on with the reason why it could not be opened: nobody is told twice of the same.
 func TestImageKeepsItsErrorWhileItIsTriedAgain(t *testing.T) {
 	r := newLUNRig(t)
@@ -249,6 +286,17 @@ func TestDiskWhoseFileIsEmpty(t *testing.T) {
 		}
 		if err := m.Close(); err != nil {
 			t.Error(err)
+		}
+	}
+}
+
+// A disk that is about to be deleted is none that no record knows.
+func TestDiskThatIsAboutToGo(t *testing.T) {
+	r := newLUNRig(t)
+	r.hosts["n1"] = &openHost{gone: []state.LUNDisk{{ID: "0123456789abcdef"}}}
+	for id, want := range map[string]bool{"0123456789abcdef": true, "0123456789abcde0": false} {
+		if got := r.knows("n1", id); got != want {
+			t.Errorf("disk %s is known: %t, want %t", id, got, want)
 		}
 	}
 }

@@ -842,3 +842,36 @@ func TestNumberThatIsStillInUse(t *testing.T) {
 		t.Error(d)
 	}
 }
+
+// A disk that was reset goes also where its host leaves before it is closed, and nobody is told of a disk that no record knows.
+func TestResetDiskOfAHostThatLeaves(t *testing.T) {
+	r := newLUNRig(t)
+	var now atomic.Int64
+	r.now = func() time.Time { return testStart.Add(time.Duration(now.Load())) }
+	r.target.stuck = make(chan struct{})
+	a := r.assign(t, "n1", r.delta)
+	stop := r.start(t)
+	defer stop()
+	r.await(t, ready("n1", a))
+	r.login(t, "n1", 1)
+	if err := r.Reset(t.Context(), "n1", true); err != nil {
+		t.Fatal(err)
+	}
+	if err := state.Assignments.Delete(t.Context(), r.store, "n1"); err != nil {
+		t.Fatal(err)
+	}
+	r.until(t, func() bool { return !r.record(t, "n1").Unused.IsZero() })
+	now.Store(int64(leaveGrace + sweepEvery))
+	for range 2 { // looks, in which it is cut off, and files are looked for that no record knows
+		r.poke()
+		_ = r.Reset(t.Context(), "nobody", false)
+	}
+	close(r.target.stuck)
+	r.until(t, func() bool { return len(r.files(t)) < 2 })
+	if d := cmp.Diff([]string{"n1/" + r.record(t, "n1").Current + ".disk"}, r.files(t)); d != "" {
+		t.Error(d)
+	}
+	if n := r.warnings(t, "no record knows"); n != 0 {
+		t.Errorf("people are told of a disk that no record knows %d times", n)
+	}
+}
