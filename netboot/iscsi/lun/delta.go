@@ -203,7 +203,7 @@ func makeDelta(f osFile, path string, want wanted) error {
 		func() error { _, err := f.WriteAt(unfinished(), 0); return err },
 		f.Sync,
 		func() error { return f.Truncate(h.fileSize()) }, // what is too large for the file system is found out now
-		func() error { return h.writeMaps(f) },
+		func() error { return h.writeRest(f) },
 		f.File.Sync,
 		func() error { _, err := f.WriteAt(h.encode(), 0); return err },
 		f.Sync,
@@ -216,38 +216,42 @@ func makeDelta(f osFile, path string, want wanted) error {
 	return nil
 }
 
-// writeMaps writes what is behind the header of a delta to which nothing was written. The maps are written in full, so
+// writeRest writes what is behind the header of a delta to which nothing was written. The maps are written in full, so
 // that later syncs of them allocate nothing.
-func (h *header) writeMaps(w io.WriterAt) error {
+func (h *header) writeRest(w io.WriterAt) error {
 	if _, err := w.WriteAt(make([]byte, pageSize), sessionOff); err != nil {
 		return err
 	}
 	empty := newClusterMap(h.clusters(), h.sectors())
-	if err := h.writeMap(w, mapOff, &empty); err != nil {
-		return err
-	}
-	return h.writeMap(w, h.liveOff(), &empty)
+	return h.writeMaps(w, &empty)
 }
 
-// writeMap writes the whole of m at off, with no runs.
-func (h *header) writeMap(w io.WriterAt, off int64, m *clusterMap) error {
-	buf := make([]byte, 0, dataUnit)
-	for i := range h.sectors() {
-		var s sector
-		m.load(i, &s)
-		buf = h.encodeSector(buf, i, &s)
-		if len(buf) < dataUnit && i < h.sectors()-1 {
+// writeMaps has both maps be m, with no runs.
+func (h *header) writeMaps(w io.WriterAt, m *clusterMap) error {
+	buf, off := make([]byte, 0, min(h.mapsLen(), dataUnit)), int64(mapsOff)
+	for first := int64(0); first < h.sectors(); first += perPage {
+		buf = h.appendPage(buf, first, m)
+		if len(buf) < cap(buf) && first+perPage < h.sectors() {
 			continue
 		}
-		buf = buf[:roundUp(int64(len(buf)), pageSize)]
 		if _, err := w.WriteAt(buf, off); err != nil {
 			return err
 		}
-		off += int64(len(buf))
-		clear(buf[:cap(buf)])
-		buf = buf[:0]
+		off, buf = off+int64(len(buf)), buf[:0]
 	}
 	return nil
+}
+
+// appendPage appends the page of the maps that begins with sector first, where both are m.
+func (h *header) appendPage(b []byte, first int64, m *clusterMap) []byte {
+	from := len(b)
+	for i := first; i < min(first+perPage, h.sectors()); i++ {
+		var s sector
+		m.load(i, &s)
+		b = h.encodeSector(b, i, &s)
+	}
+	b = append(b, zeros[:from+pageSize/2-len(b)]...)
+	return append(b, b[from:]...)
 }
 
 // readHeader reads the header and checks that the file is all there.

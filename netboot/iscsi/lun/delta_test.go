@@ -2,6 +2,7 @@ package lun
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -36,6 +37,9 @@ func TestDeltaRefused(t *testing.T) {
 	if err := must(OpenDelta(base, path("delta"), 0, "one"))(t).Close(); err != nil {
 		t.Fatal(err)
 	}
+	earlier := must(os.ReadFile(path("delta")))(t)[:pageSize]
+	binary.LittleEndian.PutUint32(earlier[8:], 1)
+	write(t, path("earlier"), sealHeader(earlier))
 	for name, tt := range map[string]struct {
 		open func() error
 		want string
@@ -50,6 +54,7 @@ func TestDeltaRefused(t *testing.T) {
 		"too large":                    {opening(nil, path("new"), maxSize+512, ""), "17592186044416 at most"},
 		"a long id":                    {opening(base, path("new"), 0, strings.Repeat("x", 1025)), "the base's id has 1025 bytes, want 1024 at most"},
 		"no delta":                     {opening(base, path("text"), 0, "one"), "it is no delta"},
+		"an earlier version":           {opening(base, path("earlier"), 0, "one"), "it has a format that this program does not know: version 1 with clusters of 4096 bytes, not version 2 with 4096: open it with the program that made it, or remove it to begin anew without what was written to it"},
 		"zeros":                        {opening(base, path("blank"), 0, "one"), "it is no delta"},
 		"a directory":                  {opening(base, dir, 0, "one"), "is a directory"},
 		"a pipe":                       {opening(base, path("pipe"), 0, "one"), "want a plain file"},
@@ -407,7 +412,7 @@ func TestDamage(t *testing.T) {
 	inUse := 8 + l.h.sectors() // of the header and the map
 	for boot, inUse := range map[string]int64{l.boot: inUse + l.h.sectors(), "another": inUse} {
 		noticed := int64(0)
-		for i := range (l.h.liveOff() + l.h.mapLen()) / sectorSize {
+		for i := range (mapsOff + l.h.mapsLen()) / sectorSize {
 			for kind, damage := range damages(left[i]) {
 				f := recorded(onDisk(left), l.h.fileSize())
 				f.now.set(i, damage)
@@ -690,6 +695,67 @@ func TestSyncsOfFUA(t *testing.T) {
 			t.Errorf("%s: %d syncs, want %d", tt.what, got, tt.want)
 		}
 	}
+}
+
+// TestPagesOfFUA counts what that one fdatasync(2) brings to storage: a page of data, and one of the maps.
+func TestPagesOfFUA(t *testing.T) {
+	l := newLife(t)
+	for _, cluster := range hot(l.h.size) {
+		from := l.f.done()
+		n := min(clusterSize, l.h.size-cluster*clusterSize)
+		if _, err := l.d.WriteAt(randomBytes(int(n)), cluster*clusterSize); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.d.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		pages := map[int64]bool{}
+		for _, o := range l.f.ops[from:] {
+			o.eachBlock(func(i int64, _ []byte) { pages[i/blocksPerPage] = true })
+		}
+		if len(pages) != 2 {
+			t.Fatalf("cluster %d: %d pages, want 2", cluster, len(pages))
+		}
+	}
+}
+
+// TestLargeMaps has maps that are read and written in several pieces, and what is where in them is found again.
+func TestLargeMaps(t *testing.T) {
+	h := must(wanted{base: nothing{}, size: 1100 * perSector * clusterSize}.newHeader())(t)
+	f := newRecorder(t, h)
+	d := must(newDelta("recorded", f, h, nothing{}, "first"))(t)
+	written := map[int64][]byte{}
+	writeAll := func(sectors ...int64) {
+		for _, i := range sectors {
+			c := i*perSector + i%perSector
+			written[c] = randomBytes(clusterSize)
+			if _, err := d.WriteAt(written[c], c*clusterSize); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	check := func(d *Delta) {
+		t.Helper()
+		for c := range d.h.clusters() {
+			if state := d.m.state(c); (state == stateBase) != (written[c] == nil) {
+				t.Fatalf("cluster %d of sector %d is %d", c, c/perSector, state)
+			}
+		}
+		for c, want := range written {
+			checkRange(t, d, int(c*clusterSize), want)
+		}
+	}
+	writeAll(0, 1, 2, 3, 4, 5, 8, 1022, 1023, 1024, 1025, 1099) // some of them side by side
+	if err := d.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	later := recorded(onDisk(f.stable), h.fileSize())
+	check(must(newDelta("after a loss of power", later, h, nothing{}, "second"))(t))
+	check(must(newDelta("after the next", recorded(onDisk(later.stable), h.fileSize()), h, nothing{}, "third"))(t))
+	writeAll(6, 7, 1026, 1027, 1098)
+	killed := recorded(f.disk, h.fileSize())
+	check(must(newDelta("after a kill", killed, h, nothing{}, "first"))(t))
+	check(must(newDelta("after a kill and a loss of power", recorded(onDisk(killed.stable), h.fileSize()), h, nothing{}, "second"))(t))
 }
 
 func TestKeepFile(t *testing.T) {

@@ -33,10 +33,7 @@ func (d *Delta) load(boot string) error {
 		return cutShort(err)
 	}
 	if d.h.sessionIs(page, boot) {
-		if err := d.loadMap(false); err != nil {
-			return err
-		}
-		return d.loadLive()
+		return d.eachSector(d.loadLive)
 	}
 	// After a failed sync the kernel may have pages that storage has not, and takes them for clean (fsync(2)). What is
 	// found in them would be gone after the next loss of power, whatever is synced before that. What is dirty is not
@@ -47,7 +44,7 @@ func (d *Delta) load(boot string) error {
 	if err := d.f.Forget(); err != nil {
 		return err
 	}
-	if err := d.loadMap(true); err != nil {
+	if err := d.eachSector(d.loadLasting); err != nil {
 		return err
 	}
 	return d.beginLive(boot)
@@ -61,67 +58,65 @@ func cutShort(err error) error {
 	return withoutPath(err)
 }
 
-// eachSector reads the sectors of the map at off.
-func (d *Delta) eachSector(off int64, do func(i int64, s *sector) error) error {
-	buf := make([]byte, min(d.h.mapLen(), dataUnit))
+// eachSector reads the maps, and gives do each sector of the map and of the live map.
+func (d *Delta) eachSector(do func(i int64, lasting, live []byte) error) error {
+	buf := make([]byte, min(d.h.mapsLen(), dataUnit))
 	for i := range d.h.sectors() {
-		at := i * sectorSize % dataUnit
-		if at == 0 {
-			part := buf[:min(int64(len(buf)), d.h.mapLen()-i*sectorSize)]
-			if _, err := d.f.ReadAt(part, off+i*sectorSize); err != nil {
+		at := mapAt(i) - mapsOff
+		if at%dataUnit == 0 {
+			if _, err := d.f.ReadAt(buf[:min(int64(len(buf)), d.h.mapsLen()-at)], mapAt(i)); err != nil {
 				return cutShort(err)
 			}
 		}
-		s, err := d.h.parseSector(buf[at:at+sectorSize], i)
-		if err != nil {
-			return err
-		}
-		if err := do(i, s); err != nil {
+		lasting, live := buf[at%dataUnit:], buf[(liveAt(i)-mapsOff)%dataUnit:]
+		if err := do(i, lasting[:sectorSize], live[:sectorSize]); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// loadMap reads the map. With check it looks at the data of runs, and takes for delta what has their sums.
-func (d *Delta) loadMap(check bool) error {
-	return d.eachSector(mapOff, func(i int64, s *sector) error {
-		for _, r := range s.runs {
-			d.dirty.set(i)
-			if !check {
-				continue
-			}
-			got, err := d.sumOf(i*perSector+int64(r.first), int64(r.n))
-			if err != nil {
-				return fmt.Errorf("reading what was written last: %w", err)
-			}
-			for c := r.first; got == r.sum && c < r.first+r.n; c++ {
-				s.set(c, stateDelta)
-			}
+// loadLasting goes by the map alone. It looks at the data of runs, and takes for delta what has their sums.
+func (d *Delta) loadLasting(i int64, lasting, _ []byte) error {
+	s, err := d.h.parseSector(lasting, i)
+	if err != nil {
+		return err
+	}
+	for _, r := range s.runs {
+		got, err := d.sumOf(i*perSector+int64(r.first), int64(r.n))
+		if err != nil {
+			return fmt.Errorf("reading what was written last: %w", err)
 		}
-		d.m.store(i, s)
-		return nil
-	})
+		for c := r.first; got == r.sum && c < r.first+r.n; c++ {
+			s.set(c, stateDelta)
+		}
+	}
+	d.m.store(i, s)
+	return nil
 }
 
-// loadLive reads the live map, which knows of all that was written. Where the map lags behind it is brought up later.
-func (d *Delta) loadLive() error {
-	return d.eachSector(d.h.liveOff(), func(i int64, s *sector) error {
-		var old sector
-		d.m.load(i, &old)
-		if s.words != old.words {
-			d.dirty.set(i)
-		}
-		d.m.store(i, s)
-		return nil
-	})
+// loadLive goes by the live map, which knows of all that was written. Where the map lags behind it is brought up later.
+func (d *Delta) loadLive(i int64, lasting, live []byte) error {
+	old, err := d.h.parseSector(lasting, i)
+	if err != nil {
+		return err
+	}
+	s, err := d.h.parseSector(live, i)
+	if err != nil {
+		return err
+	}
+	if len(old.runs) > 0 || s.words != old.words {
+		d.dirty.set(i)
+	}
+	d.m.store(i, s)
+	return nil
 }
 
-// beginLive makes the live map that of this run of the kernel: first it is what the map is, then the session says so. Up
-// to then another start does the same again.
+// beginLive makes the live map that of this run of the kernel: first it is what was found, then the session says so. Up to
+// then another start does the same again. The map, which lies between, is what was found, too: storage has its data.
 func (d *Delta) beginLive(boot string) error {
-	if err := d.h.writeMap(d.f, d.h.liveOff(), &d.m); err != nil {
-		return fmt.Errorf("writing the live map: %w", withoutPath(err))
+	if err := d.h.writeMaps(d.f, &d.m); err != nil {
+		return fmt.Errorf("writing the maps: %w", withoutPath(err))
 	}
 	if _, err := d.f.WriteAt(d.h.encodeSession(boot), sessionOff); err != nil {
 		return fmt.Errorf("writing the session: %w", withoutPath(err))

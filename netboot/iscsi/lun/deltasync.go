@@ -184,7 +184,7 @@ func (d *Delta) addRuns(i int64, s *sector) bool {
 // readSector reads a sector of the map.
 func (d *Delta) readSector(i int64) (*sector, error) {
 	buf := make([]byte, sectorSize)
-	if _, err := d.f.ReadAt(buf, mapOff+i*sectorSize); err != nil {
+	if _, err := d.f.ReadAt(buf, mapAt(i)); err != nil {
 		return nil, cutShort(err)
 	}
 	return d.h.parseSector(buf, i)
@@ -195,10 +195,10 @@ func (d *Delta) writeSectors(at []int64, versions []sector) error {
 	var buf []byte
 	for n, i := range at {
 		buf = d.h.encodeSector(buf, i, &versions[n])
-		if n+1 < len(at) && at[n+1] == i+1 && len(buf) < dataUnit {
+		if n+1 < len(at) && at[n+1] == i+1 && (i+1)%perPage != 0 {
 			continue
 		}
-		if _, err := d.f.WriteAt(buf, mapOff+(i+1)*sectorSize-int64(len(buf))); err != nil {
+		if _, err := d.f.WriteAt(buf, mapAt(i)+sectorSize-int64(len(buf))); err != nil {
 			return err
 		}
 		buf = buf[:0]

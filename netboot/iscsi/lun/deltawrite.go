@@ -120,7 +120,7 @@ func (d *Delta) changeLive(i int64, change func(s *sector) bool) error {
 		return nil
 	}
 	var buf [sectorSize]byte
-	if _, err := d.f.WriteAt(d.h.encodeSector(buf[:0], i, &s), d.h.liveOff()+i*sectorSize); err != nil {
+	if _, err := d.f.WriteAt(d.h.encodeSector(buf[:0], i, &s), liveAt(i)); err != nil {
 		d.torn.set(i)
 		return err
 	}

@@ -8,18 +8,21 @@ import (
 	"hash/crc32"
 )
 
-// The file of a Delta, version 1. All numbers are little-endian; offsets and lengths are in bytes.
+// The file of a Delta, version 2. All numbers are little-endian; offsets and lengths are in bytes.
 //
 //	   0  header, one page; never changes
 //	4096  session, one page: which run of the kernel the live map is of
-//	8192  map, sectors of 512, filled up to whole pages with zeros: what outlives a loss of power
-//	      live map, as long as the map: what outlives this process
+//	8192  map and live map, sectors of 512: page n has sectors 4n to 4n+3 of the map, then the same of the live map; zeros
+//	      are behind the last. The map outlives a loss of power, the live map outlives this process
 //	      data, from the next multiple of 1 MiB on: cluster n at n*4096, sparse
+//
+// A write and the sync after it change the same sector of both maps, and the kernel brings whole pages to storage: so that
+// is one page for both.
 //
 // A header:
 //
 //	   0    8  "TRPDELTA"
-//	   8    4  version, 1
+//	   8    4  version, 2
 //	  12    4  cluster size, 4096
 //	  16    8  size of the medium
 //	  24    8  size of the base; 0 where there is none
@@ -51,13 +54,14 @@ import (
 // nobody was told that it had, and the 2 bits hold.
 const (
 	magic       = "TRPDELTA"
-	version     = 1
+	version     = 2
 	clusterSize = 4096
 	pageSize    = 4096
 	sectorSize  = 512
 
 	sessionOff = pageSize
-	mapOff     = 2 * pageSize
+	mapsOff    = 2 * pageSize
+	perPage    = pageSize / (2 * sectorSize) // sectors of each map
 	dataUnit   = 1 << 20
 
 	maxID   = 1024
@@ -82,6 +86,9 @@ const (
 	stateZero  = 2
 	stateNew   = 3 // in the delta, and the map on stable storage does not say so, or in a run; in memory only
 )
+
+// ErrFormat says that a delta's file is none that this program can read, though nothing is wrong with it.
+var ErrFormat = errors.New("it has a format that this program does not know")
 
 // errDamaged says that a part of a delta's file is not what was written.
 var errDamaged = errors.New("it is damaged")
@@ -126,7 +133,8 @@ func parseHeader(b []byte) (*header, error) {
 		return nil, fmt.Errorf("%w: wrong checksum of the header", errDamaged)
 	}
 	if v, c := le.Uint32(b[8:]), le.Uint32(b[12:]); v != version || c != clusterSize {
-		return nil, fmt.Errorf("it is of version %d with clusters of %d bytes, this program knows version %d with %d", v, c, version, clusterSize)
+		return nil, fmt.Errorf("%w: version %d with clusters of %d bytes, not version %d with %d: open it with the program that made it, or remove it to begin anew without what was written to it",
+			ErrFormat, v, c, version, clusterSize)
 	}
 	size, base, id := le.Uint64(b[16:]), le.Uint64(b[24:]), int(le.Uint16(b[48:]))
 	if size == 0 || size > maxSize || size%BlockSize != 0 || base > maxSize || base > size || base%BlockSize != 0 || id > maxID {
@@ -142,11 +150,10 @@ func (h *header) clusters() int64 { return roundUp(h.size, clusterSize) / cluste
 
 func (h *header) sectors() int64 { return roundUp(h.clusters(), perSector) / perSector }
 
-func (h *header) mapLen() int64 { return roundUp(h.sectors()*sectorSize, pageSize) }
+// mapsLen is how long the two maps are together.
+func (h *header) mapsLen() int64 { return roundUp(h.sectors(), perPage) / perPage * pageSize }
 
-func (h *header) liveOff() int64 { return mapOff + h.mapLen() }
-
-func (h *header) dataOff() int64 { return roundUp(h.liveOff()+h.mapLen(), dataUnit) }
+func (h *header) dataOff() int64 { return roundUp(mapsOff+h.mapsLen(), dataUnit) }
 
 // fileSize is how long the file is.
 func (h *header) fileSize() int64 { return h.dataOff() + h.clusters()*clusterSize }
@@ -173,6 +180,12 @@ func (h *header) encodeSession(boot string) []byte {
 func (h *header) sessionIs(b []byte, boot string) bool {
 	return boot != "" && len(boot) <= bootLen && h.sealed(b) && bytes.Equal(b, h.encodeSession(boot))
 }
+
+// mapAt is where sector i of the map is.
+func mapAt(i int64) int64 { return mapsOff + i/perPage*pageSize + i%perPage*sectorSize }
+
+// liveAt is where sector i of the live map is.
+func liveAt(i int64) int64 { return mapAt(i) + perPage*sectorSize }
 
 // A sector is a sector of a map.
 type sector struct {

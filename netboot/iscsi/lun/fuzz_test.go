@@ -18,7 +18,7 @@ func FuzzHeader(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if h.fileSize() < h.dataOff() || h.dataOff() < h.liveOff() || h.sectors() < 1 || len(h.id) > maxID {
+		if h.fileSize() < h.dataOff() || h.dataOff() < liveAt(h.sectors()-1)+sectorSize || h.sectors() < 1 || len(h.id) > maxID {
 			t.Errorf("%+v: file of %d bytes, data at %d", h, h.fileSize(), h.dataOff())
 		}
 		if again, err := parseHeader(h.encode()); err != nil || *again != *h {

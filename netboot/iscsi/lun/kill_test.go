@@ -118,7 +118,7 @@ func (c *child) WriteAt(p []byte, off int64) (int, error) {
 // TestKilled kills a process that writes to a delta, at any moment, again and again, and finds all that was acknowledged.
 func TestKilled(t *testing.T) {
 	dir := t.TempDir()
-	size := int64(2*perSector+30) * clusterSize
+	size := int64(4*perSector+30) * clusterSize
 	base := randomBytes(int(size))
 	write(t, filepath.Join(dir, "base"), base)
 	moments := 0

@@ -201,15 +201,17 @@ func (h *history) describe(block int64, acknowledged func(*span) bool) string {
 	return s.String()
 }
 
-// hot are the clusters that a random history works on: few, so that it comes back to each, in three sectors of the map.
+// hot are the clusters that a random history works on: few, so that it comes back to each, in sectors of two pages of the map.
 func hot(size int64) []int64 {
 	last := (size - 1) / clusterSize
 	var all []int64
 	for c := range int64(40) {
 		all = append(all, c)
 	}
-	for c := int64(perSector - 4); c < perSector+4; c++ {
-		all = append(all, c)
+	for _, border := range []int64{perSector, 4 * perSector} {
+		for c := border - 4; c < border+4; c++ {
+			all = append(all, c)
+		}
 	}
 	return append(all, last-2, last-1, last)
 }
@@ -242,10 +244,10 @@ func (h *history) random(m mediumOf, syncs int, allowed ...error) error {
 	return err
 }
 
-// testHeader is that of a delta over base with three sectors in its map, which ends within a cluster.
+// testHeader is that of a delta over base with five sectors in its map, which ends within a cluster.
 func testHeader(t *testing.T, base []byte) *header {
 	t.Helper()
-	size := int64(2*perSector+30)*clusterSize + 3*BlockSize
+	size := int64(4*perSector+30)*clusterSize + 3*BlockSize
 	h, err := wanted{base: memory(base), size: size}.newHeader()
 	if err != nil {
 		t.Fatal(err)

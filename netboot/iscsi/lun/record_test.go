@@ -22,10 +22,22 @@ type recorder struct {
 }
 
 // A disk is what the kernel has of a file, and what storage has. A failed sync makes all clean, as Linux does: what storage
-// does not have of it is still read, but written by no later sync.
+// does not have of it is still read, but written by no later sync, unless its page is written to again.
 type disk struct {
 	now, stable blocks
-	dirty       map[int64]bool
+	dirty       map[int64]bool // by page
+}
+
+// blocksPerPage is how many blocks become dirty at once.
+const blocksPerPage = pageSize / sectorSize
+
+// eachDirty calls do with each block of each page that is dirty.
+func (d disk) eachDirty(do func(i int64)) {
+	for page := range d.dirty {
+		for at := range int64(blocksPerPage) {
+			do(page*blocksPerPage + at)
+		}
+	}
 }
 
 // onDisk is a file that the kernel has no more of than storage.
@@ -89,7 +101,7 @@ func (r *recorder) do(o op) error {
 	}
 	o.eachBlock(func(i int64, b []byte) {
 		r.now.set(i, b)
-		r.dirty[i] = true
+		r.dirty[i/blocksPerPage] = true
 	})
 	r.ops = append(r.ops, o)
 	return err
@@ -98,12 +110,12 @@ func (r *recorder) do(o op) error {
 // sync writes all that is dirty, or some of it where it fails.
 func (r *recorder) sync(fails bool) {
 	o := op{failed: fails, kept: map[int64]bool{}}
-	for i := range r.dirty {
+	r.eachDirty(func(i int64) {
 		if !fails || rand.IntN(2) == 0 {
 			o.kept[i] = true
 			r.stable.set(i, r.now[i])
 		}
-	}
+	})
 	clear(r.dirty)
 	r.ops = append(r.ops, o)
 }
@@ -113,9 +125,7 @@ func (r *recorder) Forget() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := maps.Clone(r.stable)
-	for i := range r.dirty {
-		now.set(i, r.now[i])
-	}
+	r.eachDirty(func(i int64) { now.set(i, r.now[i]) })
 	r.now = now
 	return nil
 }
@@ -166,7 +176,7 @@ func newRecorder(t *testing.T, h *header) *recorder {
 	if _, err := r.WriteAt(h.encode(), 0); err != nil {
 		t.Fatal(err)
 	}
-	if err := h.writeMaps(r); err != nil {
+	if err := h.writeRest(r); err != nil {
 		t.Fatal(err)
 	}
 	return recorded(onDisk(r.now), r.size) // it gets its name only when that is synced
@@ -190,7 +200,10 @@ func (p *player) clone() *player {
 // play adds an op.
 func (p *player) play(o op) {
 	if !o.isSync() {
-		o.eachBlock(func(i int64, b []byte) { p.pending[i] = append(p.pending[i], b) })
+		o.eachBlock(func(i int64, b []byte) {
+			p.takeAlong(i / blocksPerPage)
+			p.pending[i] = append(p.pending[i], b)
+		})
 		return
 	}
 	for i, versions := range p.pending {
@@ -203,6 +216,16 @@ func (p *player) play(o op) {
 		p.stable.set(i, last)
 	}
 	clear(p.pending)
+}
+
+// takeAlong has the next sync write what one that failed did not write of a page, as that is written to again.
+func (p *player) takeAlong(page int64) {
+	for i := page * blocksPerPage; i < (page+1)*blocksPerPage; i++ {
+		if b, ok := p.dropped[i]; ok {
+			p.pending[i] = append(p.pending[i], b)
+			delete(p.dropped, i)
+		}
+	}
 }
 
 // lose is a loss of power: of each block that was not synced some version is there, a newer one the more likely the
@@ -230,7 +253,7 @@ func (p *player) kill() disk {
 	}
 	for i, versions := range p.pending {
 		left.now.set(i, versions[len(versions)-1])
-		left.dirty[i] = true
+		left.dirty[i/blocksPerPage] = true
 	}
 	return left
 }
