@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"sync"
 	"syscall"
 	"time"
 
@@ -27,7 +28,7 @@ type keeper struct {
 	driver driver
 	load   func() (Config, error)
 	tell   func(Status)  // is told how it is; called by one goroutine
-	online func(Status)  // brings disks back that were given up meanwhile; called after each login
+	online func(Status)  // brings disks back that were given up meanwhile; called after each login, in a goroutine of its own
 	limit  time.Duration // of the pauses between tries; 0 means maxPause
 	login  time.Duration // how long a login may take; 0 means loginTime
 
@@ -36,6 +37,7 @@ type keeper struct {
 
 	status   Status
 	refusals refusals
+	beside   sync.WaitGroup
 	exists   bool // in the kernel
 	stopped  bool // stopConn was the last that the kernel was told of the connection
 }
@@ -69,7 +71,8 @@ func (k *keeper) run(ctx context.Context) error {
 	for {
 		err := k.logIn(ctx)
 		if err == nil {
-			k.online(k.status)
+			st := k.status
+			k.beside.Go(func() { k.online(st) }) // the kernel reads a disk that it uses again, and so may wait for the next login
 			k.log.Info("iSCSI session is up", "logins", k.status.Logins)
 			since := time.Now()
 			if err = k.watch(ctx); time.Since(since) > k.limit { // one that breaks at once each time is not tried at once
@@ -141,11 +144,12 @@ func (k *keeper) stop() error {
 	return err
 }
 
-// closeSession takes the session out of the kernel, with its disks.
+// closeSession takes the session out of the kernel, with its disks. So whatever waits for one of these ends.
 func (k *keeper) closeSession() error {
 	if !k.exists {
 		return nil
 	}
+	defer k.beside.Wait()
 	id := k.status.Session
 	_, err1 := ask(k.driver, "stopping the connection", stopRequest(id, stopTerminate))
 	_, err2 := ask(k.driver, "removing the connection", request(destroyConn, id, 0))

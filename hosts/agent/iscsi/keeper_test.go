@@ -165,6 +165,25 @@ func TestKeeperRecovers(t *testing.T) {
 	}
 }
 
+// What brings disks back may wait for one of them, and so for the next login.
+func TestKeeperLogsInWhileADiskIsBroughtBack(t *testing.T) {
+	f := &fakeTarget{secret: testSecret, mutual: testMutual}
+	portal := f.start(t, "127.0.0.1:0")
+	second := make(chan struct{})
+	r := keepAfter(t, testConfig(portal), func(k *keeper, _ *fakeDriver) {
+		k.online = func(st Status) {
+			if st.Logins == 2 {
+				close(second)
+			}
+			<-second
+		}
+	})
+	r.until("it is up", up(1))
+	f.kill()
+	f.start(t, portal.String())
+	r.until("it is up again", up(2))
+}
+
 func TestKeeperObeysALogout(t *testing.T) {
 	f := &fakeTarget{secret: testSecret, mutual: testMutual}
 	r := keep(t, testConfig(f.start(t, "127.0.0.1:0")))
