@@ -266,12 +266,12 @@ func (l *luns) sweep(ctx context.Context) {
 	}
 }
 
-// knows says whether a disk is on record, or still open.
+// knows says whether a disk is on record, or still open, or about to be deleted.
 func (l *luns) knows(host, id string) bool {
 	rec := l.recs[host]
 	_, known := rec.Disk(id)
 	if h := l.hosts[host]; h != nil {
-		known = known || h.disks[id] != nil
+		known = known || h.disks[id] != nil || slices.ContainsFunc(h.gone, func(d state.LUNDisk) bool { return d.ID == id })
 	}
 	return known
 }
