@@ -657,9 +657,7 @@ func TestLostImageOfTheDiskBefore(t *testing.T) {
 	if err := r.target.login(r.luns, "n1", 2); !errors.Is(err, iscsi.ErrNotReady) {
 		t.Errorf("a login of what runs from the disk before: %v", err)
 	}
-	if r.warnings(t, "no such blob") == 0 {
-		t.Error("nobody is told of the image")
-	}
+	r.until(t, func() bool { return r.warnings(t, "no such blob") > 0 }) // people are told of the image
 	r.target.has["n1"] = told.Disk.Secret
 	r.login(t, "n1", 3)
 	if rec := r.record(t, "n1"); rec.Current == before.Current || rec.Before != before.Current || len(rec.Disks) != 2 {

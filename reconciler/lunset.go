@@ -60,11 +60,13 @@ func (f lunFacts) images() []digest.Digest {
 }
 
 // runs says whether the host may have image d mounted: only what was reported after its last login says more than that it
-// may have any of them. A session that is gone says nothing, as the machine may come back to what it has mounted.
+// may have any of them. A session that is gone says nothing, as the machine may come back to what it has mounted. Of a disk
+// that was used and without a login on record it was not kept: an earlier server wrote that.
 func (f lunFacts) runs(rec *state.LUNs, d digest.Digest) bool {
+	cur, _ := rec.Disk(rec.Current)
 	switch {
 	case rec.Login.IsZero():
-		return false
+		return !cur.Opened.IsZero()
 	case f.running == nil || !f.reported.After(rec.Login):
 		return true
 	}
@@ -236,11 +238,11 @@ func dropDisks(rec *state.LUNs, wanted string) {
 	keeps := func(d state.LUNDisk) bool {
 		return d.Ends.IsZero() && !d.Opened.IsZero() && d.ID != rec.Current && d.ID != wanted
 	}
-	before := ""
+	before, named := "", false // it is the one that the record names, or the newest where it names none
 	var opened time.Time
 	for _, d := range rec.Disks {
-		if keeps(d) && (d.ID == rec.Before || before != rec.Before && !d.Opened.Before(opened)) {
-			before, opened = d.ID, d.Opened
+		if keeps(d) && (d.ID == rec.Before || !named && !d.Opened.Before(opened)) {
+			before, opened, named = d.ID, d.Opened, d.ID == rec.Before
 		}
 	}
 	rec.Disks = slices.DeleteFunc(rec.Disks, func(d state.LUNDisk) bool {

@@ -214,6 +214,30 @@ func TestDiskThatIsKept(t *testing.T) {
 	w.want(t, "disk4 of disk1,disk4;") // a was used after c, though for the first time before it
 }
 
+// A record from before it was kept which disk was used before, and when a machine logged in, loses nothing by that.
+func TestRecordOfAnEarlierServer(t *testing.T) {
+	w := newLUNWorld()
+	for i, image := range []string{"a", "b", "c"} {
+		w.boots(image)
+		d := w.f.assigned.ISCSI.Image
+		w.rec.Disks = append(w.rec.Disks, state.LUNDisk{ID: image, Image: d, Size: 1 << 30, Opened: testStart.Add(time.Duration(i) - time.Hour)})
+	}
+	w.rec.Current = "c"
+	w.step()
+	w.want(t, "c of b,c;") // the one that was used last stays
+
+	w = newLUNWorld().runs("base", "idle")
+	w.rec.Disks, w.rec.Current = []state.LUNDisk{{ID: "disk", Size: 1 << 30, Opened: testStart.Add(-time.Hour)}}, "disk"
+	w.rec.Images = map[digest.Digest]uint16{digest.Of([]byte("base")): 1, digest.Of([]byte("web")): 2}
+	w.step()
+	w.want(t, "disk of disk; 1=base 2=web 3=idle") // it may run web still
+	w.uses()
+	w.f.running = &agentapi.Running{Base: digest.Of([]byte("base")), Delta: digest.Of([]byte("idle"))}
+	w.f.reported = w.f.now.Add(time.Second)
+	w.step()
+	w.want(t, "disk of disk; 1=base 3=idle")
+}
+
 func TestResetOfADisk(t *testing.T) {
 	t.Run("in use", func(t *testing.T) {
 		w := newLUNWorld().runs("base", "web")
