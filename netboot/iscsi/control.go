@@ -6,9 +6,10 @@ import (
 )
 
 const (
-	// maxControl is how much text one request may bring, and maxHeld how much data a request that comes before its turn.
+	// maxControl is how much text one request may bring, and maxHeld how much data a request that comes before its turn: so
+	// little that it is not counted.
 	maxControl = 16 << 10
-	maxHeld    = 8 << 10
+	maxHeld    = copySize
 	// maxManaging is how many task management functions of a connection may wait for tasks to end.
 	maxManaging = 16
 )
@@ -44,7 +45,12 @@ func (c *conn) handle() error {
 
 // control reads a request with most bytes of data at most, and does it in its turn.
 func (c *conn) control(most int, do func(p *pdu) error) error {
-	data, bad, err := c.readSmall(most)
+	return c.request(most, most, do)
+}
+
+// request is control that keeps only so much of the data.
+func (c *conn) request(most, keep int, do func(p *pdu) error) error {
+	data, bad, err := c.readSmall(keep)
 	switch {
 	case err != nil:
 		return err
@@ -68,9 +74,9 @@ func (c *conn) control(most int, do func(p *pdu) error) error {
 	case !s.inWindow(cmdSN) || s.holds(cmdSN):
 		s.mu.Unlock()
 		return nil
-	case cmdSN != s.expCmdSN && len(data) > maxHeld:
+	case cmdSN != s.expCmdSN && p.dataLength() > maxHeld:
 		s.mu.Unlock()
-		return fmt.Errorf("%w: %d bytes of data in a request before its turn", errProtocol, len(data))
+		return fmt.Errorf("%w: %d bytes of data in a request before its turn", errProtocol, p.dataLength())
 	case cmdSN != s.expCmdSN:
 		s.held[cmdSN] = held{do: func() error { return do(p) }}
 		s.mu.Unlock()
@@ -85,33 +91,38 @@ func (c *conn) control(most int, do func(p *pdu) error) error {
 	return c.deliverHeld()
 }
 
-// nopOut answers a ping, or takes the answer to ours (section 11.18).
+// nopOut answers a ping, or takes the answer to ours (section 11.18). It gives back as much of the data as the initiator
+// takes in one PDU, and as there is memory for.
 func (c *conn) nopOut() error {
 	if c.header.itt() == noTag {
-		return c.control(c.params.maxRecv, func(*pdu) error { return nil })
+		return c.request(c.params.maxRecv, 0, func(*pdu) error { return nil })
 	}
-	return c.control(c.params.maxRecv, c.answerPing)
+	keep, memory := min(c.header.dataLength(), c.params.maxSend), int64(0)
+	if keep > copySize {
+		if memory = int64(keep); !c.quota.try(memory) {
+			keep, memory = 0, 0
+		}
+	}
+	err := c.request(c.params.maxRecv, keep, func(p *pdu) error {
+		c.answerPing(p, memory)
+		memory = 0
+		return nil
+	})
+	c.quota.release(memory) // of one that was refused: those that are held have none
+	return err
 }
 
-// answerPing gives back as much of the data as the initiator takes in one PDU, and as there is memory for.
-func (c *conn) answerPing(p *pdu) error {
-	r := &pdu{}
+// answerPing takes over the memory that the data was given.
+func (c *conn) answerPing(p *pdu, memory int64) {
+	r := &pdu{data: p.data}
 	r.bhs[0], r.bhs[1] = opNopIn, flagFinal
 	r.setLUN(p.lun())
 	r.setITT(p.itt())
 	r.setTTT(noTag)
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
-	r.data = p.data[:min(len(p.data), c.params.maxSend)]
-	if size := int64(len(r.data)); size > copySize {
-		if c.quota.try(size) {
-			c.batch().charge += size
-		} else {
-			r.data = nil
-		}
-	}
+	c.batch().charge += memory
 	c.put(r, true)
-	return nil
 }
 
 // textRequest answers a Text Request (section 11.10).

@@ -586,6 +586,69 @@ func TestNopOut(t *testing.T) {
 	}
 }
 
+// The data of a ping is counted while it comes, and until its answer is written.
+func TestMemoryOfPing(t *testing.T) {
+	const size = 100_000
+	f := serve(t, func(c *Config) { c.MaxMemory = scsi.MaxTransfer })
+	i := f.login("MaxRecvDataSegmentLength=262144")
+	c := f.connOf(i)
+	taken := func() bool {
+		if f.srv.memory.TryAcquire(scsi.MaxTransfer) {
+			f.srv.memory.Release(scsi.MaxTransfer)
+			return false
+		}
+		return true
+	}
+	p := i.request(opNopOut, 0)
+	p.setTTT(noTag)
+	p.data = pattern(size, 4)
+	b := i.marshal(p)
+	if _, err := i.nc.Write(b[:size/2]); err != nil {
+		t.Fatal(err)
+	}
+	c.until(t, "the ping has memory", taken)
+	if _, err := i.nc.Write(b[size/2:]); err != nil {
+		t.Fatal(err)
+	}
+	if r := i.expectOpcode(opNopIn); !bytes.Equal(r.data, p.data) {
+		t.Errorf("%d bytes come back, want %d", len(r.data), len(p.data))
+	}
+	c.until(t, "the memory is given back", func() bool { return !taken() })
+	p.bhs[0] |= opImmediate
+	if !f.srv.memory.TryAcquire(scsi.MaxTransfer) {
+		t.Fatal("memory is taken")
+	}
+	i.send(p)
+	if r := i.expectOpcode(opNopIn); len(r.data) > 0 {
+		t.Errorf("%d bytes come back without memory", len(r.data))
+	}
+	f.srv.memory.Release(scsi.MaxTransfer)
+	i.quiet()
+}
+
+// A request that comes before its turn brings little.
+func TestDataBeforeItsTurn(t *testing.T) {
+	for n, closes := range map[int]bool{512: false, 513: true} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			i := serve(t, nil).login()
+			first := i.command(testUnitReady(), 0, nil)
+			p := i.request(opNopOut, 0)
+			p.setTTT(noTag)
+			p.data = pattern(n, 4)
+			i.send(p)
+			if closes {
+				i.closed()
+				return
+			}
+			i.send(first)
+			i.expectGood(i.outcome(first))
+			if r := i.expectOpcode(opNopIn); !bytes.Equal(r.data, p.data) {
+				t.Errorf("%d bytes come back, want %d", len(r.data), n)
+			}
+		})
+	}
+}
+
 func TestSendTargetsInSession(t *testing.T) {
 	f := serve(t, func(c *Config) { c.Portals = []string{"192.0.2.1:3260"} })
 	i := f.login()
