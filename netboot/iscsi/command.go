@@ -39,7 +39,7 @@ func (c *conn) command() error {
 	}
 	mine, inTurn := c.register(t)
 	if mine {
-		c.advance(t)
+		c.begin(t)
 	}
 	if inTurn {
 		return c.deliverHeld()

@@ -50,10 +50,17 @@ type conn struct {
 	ready  atomic.Pointer[session] // s, once the login response is out
 	text   *textPhase
 
-	header bhs
-	ahs    []byte
-	midway bool // the PDU of this header has not been read to its end
-	short  bool // there was no memory for data that came unasked, and is none since
+	header   bhs
+	ahs      []byte
+	midway   bool      // the PDU of this header has not been read to its end
+	own      *task     // to be executed by the reader
+	owned    uint64    // how many it executed
+	ownAfter time.Time // until then it executes none
+	short    bool      // there was no memory for data that came unasked, and is none since
+
+	crowd   *crowd
+	unread  atomic.Uint64 // while the reader executes: which execution that is
+	readEnd chan error    // why there is nothing more to read, where the reader was relieved
 
 	pending atomic.Int64 // bytes that were gathered and not written; changed with s.mu
 
@@ -90,15 +97,17 @@ type watch struct {
 	since  uint32 // conn.ticks then; 0: nothing waits
 }
 
-func newConn(ctx context.Context, srv *Server, nc net.Conn) *conn {
+func newConn(ctx context.Context, srv *Server, nc net.Conn, among *crowd) *conn {
 	c := &conn{
-		srv:   srv,
-		wire:  newWire(nc, &srv.buffers, srv.cfg.PingTimeout),
-		peer:  nc.RemoteAddr().String(),
-		from:  networkOf(nc.RemoteAddr()),
-		quota: quota{all: srv.memory},
-		done:  make(chan struct{}),
-		tasks: map[uint32]*task{},
+		srv:     srv,
+		crowd:   among,
+		wire:    newWire(nc, &srv.buffers, srv.cfg.PingTimeout),
+		peer:    nc.RemoteAddr().String(),
+		from:    networkOf(nc.RemoteAddr()),
+		quota:   quota{all: srv.memory},
+		done:    make(chan struct{}),
+		readEnd: make(chan error, 1),
+		tasks:   map[uint32]*task{},
 	}
 	c.ctx, c.cancel = context.WithCancel(ctx)
 	return c
@@ -298,6 +307,15 @@ func (c *conn) fullFeature() error {
 	if err := c.wire.nc.SetReadDeadline(time.Now().Add(c.srv.cfg.IdleTimeout)); err != nil {
 		return err
 	}
+	err := c.read()
+	if errors.Is(err, errRelieved) {
+		err = <-c.readEnd
+	}
+	return err
+}
+
+// read is fullFeature, but also ends with errRelieved.
+func (c *conn) read() error {
 	for {
 		if err := c.readHeader(); err != nil {
 			return err
@@ -312,6 +330,11 @@ func (c *conn) fullFeature() error {
 			return err
 		}
 		c.midway = false
+		if c.own != nil {
+			if err := c.executeOwn(); err != nil {
+				return err
+			}
+		}
 		c.ease()
 	}
 }

@@ -128,7 +128,7 @@ func (c *conn) handOver(t *task) {
 		c.complete(t)
 		return
 	}
-	c.advance(t)
+	c.begin(t)
 }
 
 // misplaced holds a Data-Out against what is expected. All data comes in order here (DataPDUInOrder and

@@ -9,6 +9,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -52,7 +53,7 @@ const (
 // A Server is an iSCSI target node with as many targets as its Directory knows.
 //
 // Each connection has one goroutine that reads (conn.go), and for commands that may wait for a disk a few that work
-// (task.go). Whoever has an answer puts it into the connection's batch, and whoever finds nobody writing writes it
+// (task.go); a single one of these the reader executes itself (own.go). Whoever has an answer puts it into the connection's batch, and whoever finds nobody writing writes it
 // (output.go). Serve waits for all of them.
 type Server struct {
 	cfg       Config
@@ -131,7 +132,7 @@ func (srv *Server) Serve(ctx context.Context, l net.Listener) error {
 		_ = l.Close() // Accept tells
 	})
 	defer stop()
-	mine := &crowd{conns: map[*conn]struct{}{}}
+	mine := &crowd{closing: connCtx.Done(), conns: map[*conn]struct{}{}}
 	err := srv.acceptAll(ctx, connCtx, l, mine)
 	if ctx.Err() != nil {
 		err = nil
@@ -166,7 +167,7 @@ func (srv *Server) acceptAll(ctx, connCtx context.Context, l net.Listener, mine 
 
 // admit starts a connection, if there is room for one or can be made by closing one that is in login.
 func (srv *Server) admit(ctx context.Context, nc net.Conn, mine *crowd) {
-	c := newConn(ctx, srv, nc)
+	c := newConn(ctx, srv, nc, mine)
 	victim, full := srv.enter(c)
 	if full {
 		srv.log.Warn("refusing an iSCSI connection: there are too many", "peer", c.peer, "connections", srv.cfg.MaxConnections)
@@ -226,6 +227,12 @@ func (srv *Server) forget(c *conn) {
 // A crowd is the connections of one listener.
 type crowd struct {
 	running sync.WaitGroup
+	closing <-chan struct{} // closed when all of them are to end
+
+	// Of the lookout (own.go).
+	awake  atomic.Bool // there is one
+	active atomic.Bool // a reader has executed something since it looked
+	looks  atomic.Uint64
 
 	mu    sync.Mutex
 	conns map[*conn]struct{}
