@@ -93,6 +93,7 @@ type watch struct {
 	seen   uint64 // pdus at the last deadline
 	data   uint64 // bytes of data segments
 	pinged bool
+	sent   uint64 // of the wire, when the ping was gathered, and at the last deadline since
 	hole   uint32 // ExpCmdSN when something was first seen to wait for it
 	since  uint32 // conn.ticks then; 0: nothing waits
 }
@@ -439,14 +440,26 @@ func (c *conn) silent() error {
 		return fmt.Errorf("%w: data-out, or a command that others wait for", errStalled)
 	case !idle:
 		w.pinged = false
-	case w.pinged:
+	case w.pinged && !c.taking():
 		return errSilent
 	default:
-		w.pinged = true
-		c.ping()
+		if !w.pinged {
+			w.pinged, w.sent = true, c.wire.sent.Load()
+			c.ping()
+		}
 		return c.wire.nc.SetReadDeadline(time.Now().Add(c.srv.cfg.PingTimeout))
 	}
 	return c.wire.nc.SetReadDeadline(time.Now().Add(c.srv.cfg.IdleTimeout))
+}
+
+// taking says whether more than the ping was written since somebody looked: then the ping may be behind data that the
+// initiator takes, if slowly (bePatient bounds that).
+func (c *conn) taking() bool {
+	w := &c.watch
+	sent := c.wire.sent.Load()
+	taken := sent - w.sent
+	w.sent = sent
+	return taken > bhsLength+digestLength
 }
 
 // ping sends a NOP-In that wants an answer (section 11.19).

@@ -2,6 +2,8 @@ package iscsi
 
 import (
 	"bytes"
+	"io"
+	"net"
 	"testing"
 	"time"
 
@@ -141,6 +143,49 @@ func TestCrawlingData(t *testing.T) {
 			if ends != tt.ends {
 				t.Errorf("%d bytes a second: stalled %v, want %v", tt.each, ends, tt.ends)
 			}
+		})
+	}
+}
+
+// An initiator that says nothing is asked whether it is there, and has to answer, unless it is still taking data.
+func TestSilence(t *testing.T) {
+	srv, err := NewServer(Config{Directory: directory{NewTarget(diskTarget)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct {
+		each uint64 // bytes written in the time of one deadline
+		pdus uint64 // that came
+		ends int    // the deadline at which it does; 0: never
+	}{
+		"nothing":       {0, 0, 2},
+		"the ping":      {bhsLength, 0, 2},
+		"data is taken": {64 << 10, 0, 0},
+		"PDUs come":     {0, 1, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			here, there := net.Pipe()
+			drained := make(chan struct{})
+			go func() {
+				_, _ = io.Copy(io.Discard, there) // to its end
+				close(drained)
+			}()
+			c := newConn(t.Context(), srv, here, &crowd{})
+			c.s = &session{conn: c}
+			c.changed.L = &c.s.mu
+			ended := 0
+			for n := 1; n <= 20 && ended == 0; n++ {
+				c.wire.sent.Add(tt.each)
+				c.watch.pdus += tt.pdus
+				if err := c.silent(); err != nil {
+					ended = n
+				}
+			}
+			if ended != tt.ends {
+				t.Errorf("ended at deadline %d, want %d", ended, tt.ends)
+			}
+			c.close()
+			<-drained
 		})
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -55,6 +56,8 @@ type wire struct {
 	since    time.Time // when the peer was first seen to take less than we write; zero: there is no write deadline
 	taken    int64     // how much it took since
 	writeFn  func(fd uintptr) bool
+
+	sent atomic.Uint64 // bytes that were written, ever
 }
 
 func newWire(nc net.Conn, pool *buffers, patience time.Duration) *wire {
@@ -305,6 +308,7 @@ func (w *wire) bePatient() {
 // wrote takes n bytes off w.iov.
 func (w *wire) wrote(n int) {
 	w.taken += int64(n)
+	w.sent.Add(uint64(n)) //nolint:gosec // not negative
 	for n > 0 {
 		v := &w.iov[0]
 		if uint64(n) < v.Len {
