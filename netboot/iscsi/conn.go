@@ -67,6 +67,7 @@ type conn struct {
 	// Guarded by s.mu.
 	statSN    uint32
 	tasks     map[uint32]*task // by ITT; without those that were aborted
+	aborted   []*task          // that were being executed then, and are not finished
 	alive     int              // tasks that are not finished
 	underWay  int              // of them, not immediate and in turn
 	immediate int              // of them, immediate

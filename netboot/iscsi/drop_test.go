@@ -178,6 +178,90 @@ func TestRemoveOfASlowUnit(t *testing.T) {
 	}
 }
 
+// A command that was aborted and still runs is the medium's to be slow with, too.
+func TestRemoveOfASlowUnitAfterAnAbort(t *testing.T) {
+	f := serve(t, nil)
+	f.srv.sendGrace = time.Millisecond
+	i, other := f.login(), f.other()
+	g := newGate()
+	open := sync.OnceFunc(func() { close(g.open) })
+	t.Cleanup(open)
+	f.disk.hook(g.holding("sync"))
+	cmd := i.command(sync10(), 0, nil)
+	i.send(cmd)
+	<-g.came
+	p := i.manage(taskAbort, cmd)
+	i.send(p)
+	i.quiet()
+	removed := make(chan error, 1)
+	go func() { removed <- f.target.Remove(0) }()
+	for len(f.target.LUNs()) > 0 {
+		other.quiet()
+	}
+	for range 200 { // many times as long as a peer may take
+		i.quiet()
+	}
+	open()
+	i.expectManaged(p, taskComplete)
+	if err := <-removed; err != nil {
+		t.Error(err)
+	}
+}
+
+// A read under way goes no further than the piece at hand when its unit is removed.
+func TestRemoveInALongRead(t *testing.T) {
+	f := serve(t, nil)
+	i := f.login()
+	c := f.connOf(i)
+	g := newGate()
+	open := sync.OnceFunc(func() { close(g.open) })
+	t.Cleanup(open)
+	f.disk.hook(g.holding("read"))
+	cmd := i.command(read10(0, diskSize/512), diskSize, nil)
+	i.send(cmd)
+	<-g.came
+	removed := make(chan error, 1)
+	go func() { removed <- f.target.Remove(0) }()
+	c.until(t, "the session leaves the unit", func() bool { return len(c.s.nexuses) == 0 })
+	open()
+	r := i.outcome(cmd)
+	if r.sense != "5/2500" || len(r.data)+int(r.residual) != diskSize {
+		t.Errorf("sense %s, %d bytes and a residual of %d, want LOGICAL UNIT NOT SUPPORTED, and %d together", r.sense, len(r.data), r.residual, diskSize)
+	}
+	if err := <-removed; err != nil {
+		t.Error(err)
+	}
+	if n := len(g.came); n > 0 {
+		t.Errorf("the medium is read %d times more", n)
+	}
+}
+
+// A peer is slow where data of the unit waits for it and it takes none of anything.
+func TestSlowPeer(t *testing.T) {
+	f := serve(t, nil)
+	f.image(1, pattern(1<<20, 1))
+	i := f.login()
+	i.attend(1)
+	c := f.connOf(i)
+	letGo := c.hold(t)
+	cmd := i.on(1, i.command(read10(0, 8), 4096, nil))
+	i.send(cmd)
+	c.until(t, "the read is gathered", func() bool { return c.out != nil && len(c.out.tasks) == 1 })
+	c.s.mu.Lock()
+	n := c.s.nexuses[1]
+	c.s.mu.Unlock()
+	first := c.s.heed(n)
+	if again := c.s.heed(n); again != first {
+		t.Errorf("it has taken %v and then %v, while nothing is written", first, again)
+	}
+	letGo()
+	i.expectGood(i.outcome(cmd))
+	c.until(t, "the read is let go of", func() bool { return n.uses == 0 })
+	if after := c.s.heed(n); after == first || after.waits {
+		t.Errorf("it has taken %v, before and after data was written", after)
+	}
+}
+
 // A failingListener fails to accept some connections.
 type failingListener struct {
 	net.Listener

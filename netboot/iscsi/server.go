@@ -46,7 +46,7 @@ const (
 	connWorkers = 32
 	// logoutGrace is how long initiators have to log out when the server stops.
 	logoutGrace = 2 * time.Second
-	// sendGrace is how long a peer may take over data of a unit that is being removed.
+	// sendGrace is how long a peer may take nothing while data of a unit that is being removed waits for it.
 	sendGrace = 3 * time.Second
 )
 

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -65,6 +67,7 @@ type nexus struct {
 	ordered *task         // of them, the ordered one
 	waiting []*task       // in order, until the ordered ones before them are done
 	uses    int           // tasks that may still touch the unit or its memory
+	removed bool          // the unit was taken away
 	unused  chan struct{} // closed when uses is 0; nil until somebody waits for that
 }
 
@@ -287,6 +290,7 @@ func (s *session) leave(u *unit) {
 		return
 	}
 	delete(s.nexuses, u.lun)
+	n.removed = true
 	c := s.conn
 	for _, t := range c.tasksOf(n) {
 		if !t.running {
@@ -309,29 +313,44 @@ func (s *session) leave(u *unit) {
 // errSlow is why awaitUnused closes a connection.
 var errSlow = errors.New("initiator is slow to take data of a LUN that is being removed")
 
-// awaitUnused waits until no task touches a unit. A peer that is slow to take what refers to it loses its connection: it can
+// awaitUnused waits until no task touches a unit. A peer that takes nothing of what refers to it loses its connection: it can
 // come again, and the unit cannot wait for it. What the medium itself is slow with is waited for.
 func (s *session) awaitUnused(n *nexus, unused <-chan struct{}) {
 	tick := time.NewTicker(s.srv.sendGrace)
 	defer tick.Stop()
-	for {
+	for before := s.heed(n); ; {
 		select {
 		case <-unused:
 			return
 		case <-tick.C:
 		}
-		s.mu.Lock()
-		c, left := s.conn, n.uses
-		for _, t := range c.tasks {
-			if t.n == n && t.running {
-				left--
-			}
+		now := s.heed(n)
+		if now.waits && now == before {
+			now.c.closeFor(errSlow)
 		}
-		s.mu.Unlock()
-		if left > 0 {
-			c.closeFor(errSlow)
+		before = now
+	}
+}
+
+// A heed is what a peer does about a unit that wants to be left.
+type heed struct {
+	c     *conn
+	waits bool   // tasks wait for the peer, not for the medium
+	taken uint64 // bytes that the peer took of all
+}
+
+func (s *session) heed(n *nexus) heed {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := heed{c: s.conn, taken: s.conn.wire.sent.Load()}
+	left := n.uses
+	for _, t := range slices.Concat(slices.Collect(maps.Values(h.c.tasks)), h.c.aborted) {
+		if t.n == n && t.running {
+			left--
 		}
 	}
+	h.waits = left > 0
+	return h
 }
 
 // abortOn ends all tasks of a nexus without a word, as PREEMPT AND ABORT of another one wants it (SPC-4 5.13.11.2.7). It

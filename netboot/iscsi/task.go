@@ -300,19 +300,27 @@ func (c *conn) complete(t *task) {
 // them take little memory, however small the initiator has its PDUs and however slowly it reads. It needs s.mu, and
 // returns what finish does.
 func (c *conn) proceed(t *task) (ready []*task) {
+	full, more := c.pending.Load() >= maxPending, t.sent+t.next < t.sending
 	switch {
-	case t.next == 0 || t.fate != fateOutcome || c.ending:
+	case t.next == 0 || (!full && !more) || c.stopped(t):
 		return c.finish(t)
-	case c.pending.Load() >= maxPending:
+	case full:
 		t.waits, t.running = true, false
 		c.parked = append(c.parked, t)
-		return nil
-	case t.sent+t.next < t.sending:
+	default:
 		t.running = false
 		c.sendPiece(t)
-		return nil
 	}
-	return c.finish(t)
+	return nil
+}
+
+// stopped says that a task which is to wait for something, or to be executed, is to end in place of that: it was ended
+// from outside, the connection ends, or its unit was removed while it was being executed. It needs s.mu.
+func (c *conn) stopped(t *task) bool {
+	if t.fate == fateOutcome && t.n != nil && t.n.removed {
+		t.fate = fateNoUnit
+	}
+	return t.fate != fateOutcome || c.ending
 }
 
 // finish ends a task and returns those whose turn has come with that; the caller has them in hand. It needs s.mu.
@@ -322,6 +330,8 @@ func (c *conn) finish(t *task) (ready []*task) {
 		delete(c.tasks, t.itt)
 	}
 	switch same := func(o *task) bool { return o == t }; {
+	case t.fate == fateAborted && !t.waits:
+		c.aborted = slices.DeleteFunc(c.aborted, same)
 	case t.queued:
 		c.backlog = slices.DeleteFunc(c.backlog, same)
 	case t.waits && t.next > 0:
@@ -399,6 +409,9 @@ func (c *conn) stop(t *task, how fate) {
 	}
 	if t.fate == fateAborted && c.tasks[t.itt] == t {
 		delete(c.tasks, t.itt) // the initiator may use the tag again
+		if t.running {
+			c.aborted = append(c.aborted, t)
+		}
 	}
 	if t.cancel != nil {
 		t.cancel()

@@ -327,6 +327,7 @@ func (w *wire) writeParts(parts [][]byte) error {
 		return err
 	}
 	b := net.Buffers(parts)
-	_, err := b.WriteTo(w.nc)
+	n, err := b.WriteTo(w.nc)
+	w.sent.Add(uint64(n)) //nolint:gosec // as above
 	return err
 }

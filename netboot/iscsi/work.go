@@ -19,7 +19,7 @@ func (c *conn) work(t *task) {
 // enqueue is work for who has s.mu. Until a worker takes the task it is in nobody's hand, so that it can be ended while
 // all workers hang.
 func (c *conn) enqueue(t *task) {
-	if t.fate != fateOutcome || c.ending {
+	if c.stopped(t) {
 		c.goOn(c.finish(t))
 		return
 	}
@@ -38,7 +38,7 @@ func (c *conn) buffer(t *task) (work bool) {
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
 	t.running = false // who ends it must not wait for the memory that it waits for
-	if t.fate != fateOutcome || c.ending {
+	if c.stopped(t) {
 		return true // for enqueue to end it
 	}
 	if c.quota.try(size) {
