@@ -476,12 +476,12 @@ func (l *luns) reset(ctx context.Context, host string, force bool) error {
 	rec := l.recs[host]
 	wanted, _ := rec.Wanted(f.wants())
 	cur, _ := rec.Disk(rec.Current)
-	if cur.Image != nil && len(f.sessions) > 0 && !force {
-		return &ConflictError{Reason: fmt.Sprintf("host %s is logged in to its disk %s, and nobody can have its system let go of that: "+
-			"shut it down first, or use --force, after which all that it reads and writes fails until it is booted again", host, cur.ID)}
+	inUse := f.mayUse(&rec) && !force
+	if cur.Image != nil && inUse {
+		return &ConflictError{Reason: inUseReason(host, cur.ID, len(f.sessions) > 0)}
 	}
 	ends := f.now
-	if len(f.sessions) > 0 && !force {
+	if inUse {
 		ends = ends.Add(resetGrace)
 	}
 	rec.Disks = slices.Clone(rec.Disks)
@@ -497,4 +497,14 @@ func (l *luns) reset(ctx context.Context, host string, force bool) error {
 	_, _ = l.host(ctx, host, f) // what goes wrong in it is told, and tried again
 	l.poke()
 	return nil
+}
+
+// inUseReason says why the disk of a system without an agent is not reset.
+func inUseReason(host, disk string, open bool) string {
+	if !open {
+		return fmt.Sprintf("host %s may still run from its disk %s: its session broke less than a minute ago, or the server began less than ten minutes ago, "+
+			"and it may log in again; where it is off, wait for that time to pass, or use --force", host, disk)
+	}
+	return fmt.Sprintf("host %s is logged in to its disk %s, and nobody can have its system let go of that: "+
+		"shut it down first, or use --force, after which all that it reads and writes fails until it is booted again", host, disk)
 }

@@ -479,7 +479,8 @@ func TestResetOfAHostThatHasNothingHere(t *testing.T) {
 func TestDiskOfAHostThatLeft(t *testing.T) {
 	r := newLUNRig(t)
 	var now atomic.Int64
-	r.now = func() time.Time { return testStart.Add(time.Duration(now.Load())) }
+	clock := func() time.Time { return testStart.Add(time.Duration(now.Load())) }
+	r.now = clock
 	a := r.assign(t, "n1", r.delta)
 	stop := r.start(t)
 	r.await(t, ready("n1", a))
@@ -512,6 +513,7 @@ func TestDiskOfAHostThatLeft(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.again(r.store)
+	r.now = clock
 	stop = r.start(t)
 	defer stop()
 	r.await(t, func(v lunViews) bool {
@@ -521,7 +523,40 @@ func TestDiskOfAHostThatLeft(t *testing.T) {
 	if err := r.Reset(t.Context(), "n1", false); err != nil {
 		t.Fatal(err)
 	}
+	now.Add(int64(resetGrace)) // before that its machine may come back: the server has just begun
 	r.await(t, ready("n1", a))
+}
+
+// Nobody is cut off from a disk by a reset that comes before its machine has logged in to a server that began anew.
+func TestResetBeforeMachinesAreBack(t *testing.T) {
+	r := newLUNRig(t)
+	vm, node := r.vm(t, "n1", 1, r.put(t, "one")), r.assign(t, "n2", r.delta)
+	stop := r.start(t)
+	for host, a := range map[string]state.Assignment{"n1": vm, "n2": node} {
+		r.await(t, ready(host, a))
+		r.login(t, host, 1)
+		r.until(t, func() bool { return !r.record(t, host).Login.IsZero() })
+	}
+	stop()
+	r.target.sessions = nil
+	r.again(r.store)
+	stop = r.start(t)
+	defer stop()
+	before := map[string]state.LUNs{"n1": r.record(t, "n1"), "n2": r.record(t, "n2")}
+	var conflict *ConflictError
+	if err := r.Reset(t.Context(), "n1", false); !errors.As(err, &conflict) || !strings.Contains(err.Error(), "--force") {
+		t.Errorf("a reset of what may run as it is: %v", err)
+	}
+	if err := r.Reset(t.Context(), "n2", false); err != nil {
+		t.Error(err)
+	}
+	for host, rec := range before {
+		r.target.has[host] = rec.Disks[0].Secret
+		r.login(t, host, 2)
+		if got := r.record(t, host).Current; got != rec.Current {
+			t.Errorf("%s: its disk %s is gone, it has %s", host, rec.Current, got)
+		}
+	}
 }
 
 // An image that the store has lost keeps a host waiting, with the reason, and no other one.

@@ -22,7 +22,8 @@ const (
 	// leaveGrace is how long a machine may go on with the LUNs of a host that left the fleet. An agent reboots within
 	// seconds; nobody reboots an image that is booted as it is.
 	leaveGrace = 10 * time.Minute
-	// resetGrace is how long a node that is told to reboot for a reset keeps the disk that it runs from.
+	// resetGrace is how long a node that is told to reboot for a reset keeps the disk that it runs from, and how long one
+	// whose session broke is believed to come back to it.
 	resetGrace = time.Minute
 	// maxImageLUN is the highest number that an image gets.
 	maxImageLUN = 255
@@ -71,6 +72,13 @@ func (f lunFacts) runs(rec *state.LUNs, d digest.Digest) bool {
 		return true
 	}
 	return f.running.Base == d || f.running.Delta == d
+}
+
+// mayUse says whether a machine may have the current disk mounted: a session is open, or was a moment ago, or the server has
+// just begun, and its machine may not be back yet.
+func (f lunFacts) mayUse(rec *state.LUNs) bool {
+	moment := !f.lastSeen.IsZero() && f.now.Sub(f.lastSeen) < resetGrace
+	return len(f.sessions) > 0 || moment || !rec.Login.IsZero() && f.now.Sub(f.began) < leaveGrace
 }
 
 // forgotten says whether nobody wanted or used what the host has for so long that it may go.
@@ -216,13 +224,13 @@ func numberImages(rec *state.LUNs, f lunFacts) {
 
 // chooseDisk makes wanted LUN 0, at a moment at which nobody has the one before mounted: when somebody logged in with its
 // secrets, which only a machine that boots anew does, or when nobody ever used that. A disk that was reset waits for neither
-// once it is not in use, or its time is up.
+// once its time is up.
 func chooseDisk(rec *state.LUNs, wanted state.LUNDisk, f lunFacts) {
 	if wanted.ID == "" || rec.Current == wanted.ID {
 		return
 	}
 	cur, ok := rec.Disk(rec.Current)
-	ended := !cur.Ends.IsZero() && (len(f.sessions) == 0 || !f.now.Before(cur.Ends))
+	ended := !cur.Ends.IsZero() && !f.now.Before(cur.Ends)
 	if ok && f.proven != wanted.ID && !cur.Opened.IsZero() && !ended {
 		return
 	}

@@ -262,7 +262,19 @@ func TestResetOfADisk(t *testing.T) {
 		w.step()
 		w.uses()
 		w.f.sessions = nil
+		w.reset(0)
+		w.want(t, "disk2 of disk2; 1=base 2=web")
+	})
+	t.Run("cut off for a moment", func(t *testing.T) {
+		w := newLUNWorld().runs("base", "web")
+		w.step()
+		w.uses()
 		w.reset(time.Minute)
+		w.f.sessions = nil
+		w.step()
+		w.want(t, "disk1 of disk1,disk2; 1=base 2=web")
+		w.f.now = w.f.now.Add(time.Minute)
+		w.step()
 		w.want(t, "disk2 of disk2; 1=base 2=web")
 	})
 	t.Run("at once", func(t *testing.T) {
@@ -414,5 +426,36 @@ func TestLookAgain(t *testing.T) {
 	w.step()
 	if got := soon(false); got != 0 {
 		t.Errorf("a disk that nobody wants: in %s", got)
+	}
+}
+
+// A machine may run from its disk also where no session of it is open: for a moment after one was, and while it may not have
+// heard yet that the server is back.
+func TestDiskMayBeInUse(t *testing.T) {
+	for _, tt := range []struct {
+		name             string
+		open             int
+		seen, began, now time.Duration // after testStart; seen 0: never
+		login            bool
+		want             bool
+	}{
+		{"a session is open", 1, time.Hour, 0, time.Hour, true, true},
+		{"one was a moment ago", 0, time.Hour, 0, time.Hour + resetGrace - 1, true, true},
+		{"one was a while ago", 0, time.Hour, 0, time.Hour + resetGrace, true, false},
+		{"the server began", 0, 0, time.Hour, time.Hour + leaveGrace - 1, true, true},
+		{"the server began, and nobody ever used it", 0, 0, time.Hour, time.Hour, false, false},
+		{"the server began a while ago", 0, 0, time.Hour, time.Hour + leaveGrace, true, false},
+	} {
+		f := lunFacts{sessions: make([]iscsi.SessionInfo, tt.open), began: testStart.Add(tt.began), now: testStart.Add(tt.now)}
+		var rec state.LUNs
+		if tt.seen != 0 {
+			f.lastSeen = testStart.Add(tt.seen)
+		}
+		if tt.login {
+			rec.Login = testStart
+		}
+		if got := f.mayUse(&rec); got != tt.want {
+			t.Errorf("%s: got %t, want %t", tt.name, got, tt.want)
+		}
 	}
 }
