@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/troupe-dev/troupe/internal/pipelisten"
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 )
 
@@ -68,40 +67,23 @@ func FuzzConnection(f *testing.F) {
 	f.Add(row, false)
 	f.Add([]byte("GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n"), false)
 	f.Fuzz(func(t *testing.T, b []byte, login bool) {
-		f := &fixture{t: t, target: NewTarget(diskTarget)}
-		f.add(0, newDisk())
-		srv, err := NewServer(Config{Directory: directory{f.target}, MaxMemory: scsi.MaxTransfer})
-		if err != nil {
-			t.Fatal(err)
-		}
-		ctx, cancel := context.WithCancel(context.Background())
-		l := pipelisten.New()
-		done := make(chan error, 1)
-		go func() { done <- srv.Serve(ctx, l) }()
-		nc, err := l.Dial(ctx)
-		if err != nil {
-			t.Fatal(err)
-		}
-		i := &initiator{t: t, nc: nc}
+		f, i := servePipe(t, func(c *Config) { c.MaxMemory = scsi.MaxTransfer })
 		if login && i.login(loginOptions{cmdSN: 1}) != loginOK {
 			t.Fatal("no login")
 		}
 		gone := make(chan struct{})
 		go func() {
-			_, _ = io.Copy(io.Discard, nc) // until either end closes
+			_, _ = io.Copy(io.Discard, i.nc) // until either end closes
 			close(gone)
 		}()
-		_, _ = nc.Write(b) // the server may close before it has it all
-		_ = nc.Close()
+		_, _ = i.nc.Write(b) // the server may close before it has it all
+		_ = i.nc.Close()
 		<-gone
-		for _, s := range srv.sessionList() {
+		for _, s := range f.srv.sessionList() {
 			<-s.ended
 		}
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-		if !srv.memory.TryAcquire(scsi.MaxTransfer) {
+		f.stop()
+		if !f.srv.memory.TryAcquire(scsi.MaxTransfer) {
 			t.Error("memory was not given back")
 		}
 	})

@@ -16,6 +16,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/troupe-dev/troupe/internal/pipelisten"
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 )
 
@@ -146,7 +147,28 @@ type fixture struct {
 
 func serve(t *testing.T, change func(*Config)) *fixture {
 	t.Helper()
-	f := &fixture{t: t, target: NewTarget(diskTarget), disk: newDisk()}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return serveOn(t, l, change)
+}
+
+// servePipe is serve for one connection, that is no socket.
+func servePipe(t *testing.T, change func(*Config)) (*fixture, *initiator) {
+	t.Helper()
+	l := pipelisten.New()
+	f := serveOn(t, l, change)
+	nc, err := l.Dial(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f, &initiator{t: t, nc: nc}
+}
+
+func serveOn(t *testing.T, l net.Listener, change func(*Config)) *fixture {
+	t.Helper()
+	f := &fixture{t: t, target: NewTarget(diskTarget), disk: newDisk(), addr: l.Addr().String()}
 	f.add(0, f.disk)
 	cfg := Config{Directory: directory{f.target}}
 	if change != nil {
@@ -156,11 +178,6 @@ func serve(t *testing.T, change func(*Config)) *fixture {
 	if f.srv, err = NewServer(cfg); err != nil {
 		t.Fatal(err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.addr = l.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- f.srv.Serve(ctx, l) }()

@@ -15,7 +15,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/troupe-dev/troupe/internal/pipelisten"
 	"github.com/troupe-dev/troupe/netboot/iscsi/lun"
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 )
@@ -489,22 +488,7 @@ func TestImageIsCutShort(t *testing.T) {
 
 // A connection that is no socket works as well.
 func TestPipe(t *testing.T) {
-	target := NewTarget(diskTarget)
-	f := &fixture{t: t, target: target}
-	f.add(0, newDisk())
-	srv, err := NewServer(Config{Directory: directory{target}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	l := pipelisten.New()
-	done := make(chan error, 1)
-	go func() { done <- srv.Serve(ctx, l) }()
-	nc, err := l.Dial(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	i := &initiator{t: t, nc: nc}
+	_, i := servePipe(t, nil)
 	if status := i.login(loginOptions{}); status != loginOK {
 		t.Fatalf("login status %#04x", status)
 	}
@@ -517,10 +501,6 @@ func TestPipe(t *testing.T) {
 	i.send(i.request(opLogout, logoutSession))
 	i.expectOpcode(opLogoutResp)
 	i.closed()
-	cancel()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
 }
 
 func TestNewServerRefusals(t *testing.T) {

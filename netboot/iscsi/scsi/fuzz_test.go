@@ -169,30 +169,29 @@ func TestManyCommandsOfOneNexus(t *testing.T) {
 }
 
 func BenchmarkPrepareRead(b *testing.B) {
-	n := benchNexus(b)
-	cdb := cdb16(opRead16, 0, 3, 8)
-	b.RunParallel(func(pb *testing.PB) {
-		c := &Command{}
-		for pb.Next() {
-			c.Reset()
-			c.CDB = cdb
-			n.Prepare(c)
-		}
-	})
+	benchCommand(b, cdb16(opRead16, 0, 3, 8), (*Nexus).Prepare)
 }
 
 // BenchmarkWrite is what a Unit adds to the medium, which here does nothing.
 func BenchmarkWrite(b *testing.B) {
+	data := make([]byte, 4096)
+	benchCommand(b, cdb16(opWrite16, 0, 3, 8), func(n *Nexus, c *Command) {
+		n.Prepare(c)
+		c.Out = data
+		n.Execute(c)
+	})
+}
+
+// benchCommand does one command over and over, in parallel.
+func benchCommand(b *testing.B, cdb []byte, do func(*Nexus, *Command)) {
+	b.Helper()
 	n := benchNexus(b)
-	cdb, data := cdb16(opWrite16, 0, 3, 8), make([]byte, 4096)
 	b.RunParallel(func(pb *testing.PB) {
 		c := &Command{}
 		for pb.Next() {
 			c.Reset()
 			c.CDB = cdb
-			n.Prepare(c)
-			c.Out = data
-			n.Execute(c)
+			do(n, c)
 		}
 	})
 }
