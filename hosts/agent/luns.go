@@ -248,13 +248,13 @@ func (b *boot) openNodeDisk(ctx context.Context, spec *agentapi.ISCSI) error {
 	}
 	maker := disk.Maker{Log: b.log} // nobody's: the server says whose it is
 	found, err := maker.EnsureLUN(ctx, d.Path, d.Size)
+	if err == nil {
+		found, err = maker.MountLUN(ctx, found, d.Size, cacheDir)
+	}
 	if errors.Is(err, disk.ErrHolds) {
 		return fmt.Errorf("%w; troupe reset makes it blank", err)
 	}
 	if err != nil {
-		return err
-	}
-	if found, err = maker.Mount(ctx, found, cacheDir); err != nil {
 		return err
 	}
 	return b.useCache(ctx, &found, fmt.Sprintf(", LUN %d of %s", spec.Node, spec.Target))

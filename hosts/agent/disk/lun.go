@@ -136,7 +136,7 @@ func writeTail(path string, size int64, text string) error {
 func (m Maker) restoreLUN(ctx context.Context, path string, from superblock) (Found, error) {
 	m.Log.Error("the superblock of the node disk is gone; it is repaired from another", "disk", path, "block", from.number)
 	found := Found{Path: path}
-	result, err := m.fsck(ctx, &found, "-y", "-b", strconv.FormatInt(from.number, 10), "-B", strconv.FormatInt(from.block, 10))
+	result, err := m.repairLUN(ctx, &found, "-b", strconv.FormatInt(from.number, 10), "-B", strconv.FormatInt(from.block, 10))
 	if err != nil {
 		return Found{}, err
 	}
@@ -145,6 +145,54 @@ func (m Maker) restoreLUN(ctx context.Context, path string, from superblock) (Fo
 			path, ErrHolds, result.status, result.said))
 	}
 	return found, nil
+}
+
+// repairLUN checks a node disk, and mends what can be mended. Before that it looks whether all can be read, and changes
+// nothing where it cannot: e2fsck would put zeros in the place of what it does not get, and throw away what hangs on it,
+// be it that the server could give it a minute later.
+func (m Maker) repairLUN(ctx context.Context, found *Found, mode ...string) (checked, error) {
+	seen, err := m.fsck(ctx, &Found{Path: found.Path}, append([]string{"-f", "-n"}, mode...)...)
+	if err != nil {
+		return seen, err
+	}
+	if seen.unread != "" {
+		return seen, fmt.Errorf("node disk %s: some of it cannot be read, and so it is not repaired: %s", found.Path, seen.unread)
+	}
+	return m.fsck(ctx, found, append([]string{"-f", "-y"}, mode...)...)
+}
+
+// MountLUN mounts a node disk of size bytes that EnsureLUN returned on dir, as Mount does a cache. But nothing that is on
+// it can be fetched again, and people can have the server make a blank one. So it is made anew only where all of it was
+// read, it has its superblock, and e2fsck says that errors are left; else an error that wraps ErrHolds says how it is.
+func (m Maker) MountLUN(ctx context.Context, found Found, size int64, dir string) (Found, error) {
+	ctx = context.WithoutCancel(ctx) // a repair that is broken off leaves more to repair
+	was, err := m.look(found.Path)
+	if err != nil {
+		return found, err
+	}
+	if was.hasErrors {
+		m.Log.Warn("the node disk has errors, checking it", "disk", found.Path)
+		if _, err := m.repairLUN(ctx, &found); err != nil {
+			return found, err
+		}
+	}
+	if err = Mount(found.Path, dir); !isDamage(err) {
+		return found, err
+	}
+	m.Log.Error("the node disk does not mount, repairing it", "disk", found.Path, "error", err)
+	result, repairErr := m.repairLUN(ctx, &found)
+	if repairErr != nil {
+		return found, errors.Join(err, repairErr)
+	}
+	if err = Mount(found.Path, dir); !m.isBeyondRepair(found.Path, err) {
+		return found, err
+	}
+	is, lookErr := m.look(found.Path)
+	if lookErr != nil || !is.hasMagic || result.status&fsckUncorrected == 0 || result.unread != "" {
+		return found, errors.Join(lookErr, fmt.Errorf("node disk %s: %w that mounts, and e2fsck ended with status %d: %s: %w",
+			found.Path, ErrHolds, result.status, result.said, err))
+	}
+	return m.anew(found, dir, err, func() error { return m.makeLUN(ctx, found.Path, size) })
 }
 
 // Trim gives back the space of what was deleted in the file system at dir (ioctl FITRIM of linux/fs.h). A disk that takes

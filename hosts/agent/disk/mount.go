@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -66,13 +67,13 @@ func (m Maker) Mount(ctx context.Context, found Found, dir string) (Found, error
 		err = fmt.Errorf("repairing the cache: e2fsck ended with status %d: %s: %w", result.status, result.said, err)
 		return found, errors.Join(err, noteFailed(found.Path, true))
 	}
-	return m.anew(ctx, found, dir, err)
+	return m.anew(found, dir, err, func() error { return m.fill(ctx, found.Path) })
 }
 
-// anew makes and mounts a cache in the place of one that nothing repairs.
-func (m Maker) anew(ctx context.Context, found Found, dir string, why error) (Found, error) {
-	m.Log.Error("the cache cannot be repaired and is made anew: what programs wrote on this node is lost", "device", found.Path, "error", why)
-	if err := m.fill(ctx, found.Path); err != nil {
+// anew fills and mounts a cache or a node disk that nothing repairs.
+func (m Maker) anew(found Found, dir string, why error, fill func() error) (Found, error) {
+	m.Log.Error("it cannot be repaired and is made anew: what programs wrote on this node is lost", "device", found.Path, "error", why)
+	if err := fill(); err != nil {
 		return found, err
 	}
 	found = Found{Path: found.Path, Made: true, Note: "anew, since it was damaged beyond repair: what programs wrote on this node is lost"}
@@ -118,6 +119,7 @@ func (m Maker) preen(ctx context.Context, found *Found) error {
 type checked struct {
 	status int
 	said   string // its last line
+	unread string // the line about what could not be read; "" for none
 }
 
 // isFinished says whether it looked at all of the file system. It may have left errors.
@@ -130,18 +132,32 @@ func (m Maker) fsck(ctx context.Context, found *Found, mode ...string) (checked,
 		tool = "/sbin/e2fsck"
 	}
 	cmd := exec.CommandContext(ctx, tool, append(mode, found.Path)...)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	var exit *exec.ExitError
 	if err := cmd.Run(); err != nil && (!errors.As(err, &exit) || exit.ExitCode() < 0 || exit.ExitCode() >= 2*fsckFailed) {
 		return checked{}, fmt.Errorf("checking the cache on %s: %s: %w", found.Path, lastLine(out.String()), err)
 	}
-	c := checked{status: cmd.ProcessState.ExitCode(), said: lastLine(out.String())}
+	c := checked{status: cmd.ProcessState.ExitCode(), said: lastLine(out.String()), unread: unreadLine(out.String())}
 	m.Log.Warn("the cache was checked", "device", found.Path, "how", mode, "status", c.status, "result", c.said)
 	if c.status&(fsckCorrected|fsckReboot|fsckUncorrected) != 0 {
 		found.Repaired = true
 	}
 	return c, nil
+}
+
+// unreadLine is what an e2fsck says of a block that the disk did not give: its own words (ehandler.c), or an error of a
+// system call or of libext2fs. The exit status does not tell.
+func unreadLine(out string) string {
+	for line := range strings.Lines(out) {
+		for _, words := range []string{"Error reading block", "Input/output error", "resulted in short read"} {
+			if strings.Contains(line, words) {
+				return strings.TrimSpace(line)
+			}
+		}
+	}
+	return ""
 }
 
 // isDamage says whether a mount failed for what e2fsck may repair: EUCLEAN and EBADMSG are ext4's EFSCORRUPTED and

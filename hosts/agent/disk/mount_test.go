@@ -38,8 +38,13 @@ func cacheWithFile(t *testing.T, m Maker) Found {
 // mount mounts the cache, reads its file, and unmounts it again.
 func mount(t *testing.T, m Maker, found Found) (Found, string, error) {
 	t.Helper()
+	return mountBy(t, func(dir string) (Found, error) { return m.Mount(t.Context(), found, dir) })
+}
+
+func mountBy(t *testing.T, by func(dir string) (Found, error)) (Found, string, error) {
+	t.Helper()
 	dir := t.TempDir()
-	found, err := m.Mount(t.Context(), found, dir)
+	found, err := by(dir)
 	if err != nil {
 		return found, "", err
 	}
