@@ -318,3 +318,20 @@ func TestRemoveWhileWaitingForMemory(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// The kernel holds little of what is written to a near peer.
+func TestNearPeer(t *testing.T) {
+	f := serve(t, nil)
+	f.login()
+	var held int
+	var got error
+	err := f.srv.sessionList()[0].conn.wire.raw.Control(func(fd uintptr) {
+		held, got = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF)
+	})
+	if err := errors.Join(err, got); err != nil {
+		t.Fatal(err)
+	}
+	if held > nearHeld {
+		t.Errorf("the kernel holds %d bytes, want %d at most", held, nearHeld)
+	}
+}
