@@ -25,20 +25,34 @@ type openHost struct {
 	leaving *leaving          // nil for none
 }
 
-// A leaving is the end of units of one host. It takes as long as what was begun with them takes, and no other host waits.
+// closing says whether disks of the host are being closed: until that is done none is opened, which may be one of them.
+func (h *openHost) closing() bool { return h.leaving != nil && h.leaving.closes }
+
+// A leaving is the end of units of one host, or of disks. It takes as long as what was begun with them takes, or as a disk
+// takes to be written, and no other host waits.
 type leaving struct {
-	done chan struct{}
-	err  error // once done is closed
+	done   chan struct{}
+	err    error // once done is closed
+	closes bool  // disks that are on record
+	drops  int   // how many of those that are gone
 }
 
-// leave ends units of a host in the background, and has the controller look again after that.
-func (l *luns) leave(h *openHost, end func() error) {
-	job := &leaving{done: make(chan struct{})}
-	h.leaving = job
+// leave ends something of a host in the background, after all that ends already, and has the controller look again after that.
+func (l *luns) leave(h *openHost, job leaving, end func() error) {
+	before := h.leaving
+	if before != nil {
+		job.closes, job.drops = job.closes || before.closes, max(job.drops, before.drops)
+	}
+	job.done = make(chan struct{})
+	h.leaving = &job
 	go func() { // close waits for it
 		defer l.poke()
 		defer close(job.done)
-		job.err = end()
+		if before != nil {
+			<-before.done
+			job.err = before.err
+		}
+		job.err = errors.Join(job.err, end())
 	}()
 }
 
@@ -50,11 +64,22 @@ func (h *openHost) left() (bool, error) {
 	select {
 	case <-h.leaving.done:
 		err := h.leaving.err
+		h.gone = h.gone[h.leaving.drops:]
 		h.leaving = nil
 		return true, err
 	default:
 		return false, nil
 	}
+}
+
+// openHost is what is open of a host's LUNs, and has a place for it where nothing is.
+func (l *luns) openHost(host string) *openHost {
+	h := l.hosts[host]
+	if h == nil {
+		h = &openHost{disks: map[string]medium{}}
+		l.hosts[host] = h
+	}
+	return h
 }
 
 // imageSerial is how many hex digits of an image's digest are the serial number of its units: a node compares them with those
@@ -63,11 +88,7 @@ const imageSerial = 32
 
 // serve opens what a host's record says, which was made of f, and publishes it.
 func (l *luns) serve(ctx context.Context, rec state.LUNs, f lunFacts) error {
-	h := l.hosts[rec.Host]
-	if h == nil {
-		h = &openHost{disks: map[string]medium{}}
-		l.hosts[rec.Host] = h
-	}
+	h := l.openHost(rec.Host)
 	wanted, _ := rec.Wanted(f.wants())
 	at := portal{booted: rec.Boot != nil, ready: true}
 	var bad troubles
@@ -86,7 +107,7 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, f lunFacts) error {
 			at.ready = false
 		}
 	}
-	bad.note(l.trim(h, rec), false)
+	l.trim(h, rec)
 	if err := errors.Join(bad.ofWanted...); err != nil {
 		at.why = troubled(err)
 	}
@@ -142,7 +163,7 @@ func chapOf(host string, d state.LUNDisk) iscsi.CHAP {
 
 // openDisk opens a disk that a host writes to, unless it is, or the image under it is not yet.
 func (l *luns) openDisk(ctx context.Context, h *openHost, host string, d state.LUNDisk) error {
-	if h.disks[d.ID] != nil {
+	if h.disks[d.ID] != nil || h.closing() {
 		return nil
 	}
 	var base *lun.Image
@@ -191,12 +212,9 @@ func (l *luns) changeDisk(h *openHost, rec state.LUNs) error {
 
 // endTarget ends a host's sessions and takes all LUNs from its target. The disks stay open.
 func (l *luns) endTarget(h *openHost, host string) {
-	target, before := h.target, h.leaving
+	target := h.target
 	h.target, h.current, h.images = nil, "", nil
-	l.leave(h, func() error {
-		if before != nil {
-			<-before.done
-		}
+	l.leave(h, leaving{}, func() error {
 		l.target.Drop(initiatorName(host))
 		return removeLUNs(target, target.LUNs())
 	})
@@ -233,33 +251,84 @@ func (h *openHost) addImage(img *openImage, n uint16) error {
 }
 
 // trim takes from a host what its record does not have any more, and what is ending already is not in the way of.
-func (l *luns) trim(h *openHost, rec state.LUNs) error {
+func (l *luns) trim(h *openHost, rec state.LUNs) {
 	if h.leaving != nil {
-		return nil
+		return
 	}
-	var gone []iscsi.LUN
+	var numbers []iscsi.LUN
 	for d, n := range h.images {
 		if rec.Images[d] != n {
-			gone = append(gone, n)
+			numbers = append(numbers, n)
 			delete(h.images, d)
 		}
 	}
-	if target := h.target; len(gone) > 0 {
-		l.leave(h, func() error { return removeLUNs(target, gone) })
-	}
+	var dead []medium
 	for id, m := range h.disks {
-		if _, known := rec.Disk(id); known || id == h.current {
-			continue
-		}
-		delete(h.disks, id)
-		if err := m.Close(); err != nil {
-			return err
+		if _, known := rec.Disk(id); !known && id != h.current {
+			dead = append(dead, m)
+			delete(h.disks, id)
 		}
 	}
-	return nil
+	target, gone := h.target, h.gone
+	if len(numbers) == 0 && len(dead) == 0 && len(gone) == 0 {
+		return
+	}
+	l.leave(h, leaving{drops: len(gone)}, func() error {
+		return errors.Join(removeLUNs(target, numbers), l.dispose(rec.Host, nil, dead, gone))
+	})
 }
 
-// closeHost closes all of a host's LUNs, and deletes the files of disks that it lost. Where it is not done yet, it is called again in the look after that.
+// lose notes that a host has no more some disks that were on its record: their files are deleted once they are closed. What
+// a crash leaves of them is found by sweep.
+func (l *luns) lose(host string, before, rec state.LUNs) {
+	for _, d := range before.Disks {
+		if _, has := rec.Disk(d.ID); !has {
+			h := l.openHost(host)
+			h.gone = append(h.gone, d)
+		}
+	}
+}
+
+// disposals is how many hosts' disks are closed or deleted at a time: to write what is dirty, or to give back many GiB,
+// takes one thread of the system each.
+const disposals = 16
+
+// dispose closes disks, of which the dead are not needed any more, and then deletes the files of those that are gone.
+func (l *luns) dispose(host string, disks, dead []medium, gone []state.LUNDisk) error {
+	l.disposing <- struct{}{}
+	defer func() { <-l.disposing }()
+	var errs []error
+	for _, m := range disks {
+		errs = append(errs, m.Close())
+	}
+	for _, m := range dead {
+		errs = append(errs, m.Discard())
+	}
+	return errors.Join(append(errs, l.media.clear(host, gone))...)
+}
+
+// closeDisks closes all of a host's disks in the background, and deletes the files of those that it lost.
+func (l *luns) closeDisks(host string, h *openHost) {
+	var disks, dead []medium
+	for id, m := range h.disks {
+		if slices.ContainsFunc(h.gone, func(d state.LUNDisk) bool { return d.ID == id }) {
+			dead = append(dead, m)
+		} else {
+			disks = append(disks, m)
+		}
+	}
+	gone := h.gone
+	if h.leaving != nil {
+		gone = gone[h.leaving.drops:]
+	}
+	h.disks = map[string]medium{}
+	l.leave(h, leaving{closes: true, drops: len(h.gone)}, func() error {
+		return errors.Join(l.dispose(host, disks, dead, gone), l.media.tidy(host))
+	})
+}
+
+// closeHost closes all of a host's LUNs, and deletes the files of disks that it lost. Where it is not done yet, it is called
+// again in the look after that.
 func (l *luns) closeHost(host string) (done bool, err error) {
 	h := l.hosts[host]
 	if h == nil {
@@ -268,15 +337,11 @@ func (l *luns) closeHost(host string) (done bool, err error) {
 	if h.target != nil {
 		l.endTarget(h, host)
 	}
-	done, err = h.left()
-	if !done {
-		return false, err
+	if len(h.disks) > 0 || len(h.gone) > 0 && !h.closing() {
+		l.closeDisks(host, h)
 	}
-	delete(l.hosts, host)
-	errs := []error{err}
-	for _, m := range h.disks {
-		errs = append(errs, m.Close())
+	if done, err = h.left(); done {
+		delete(l.hosts, host)
 	}
-	errs = append(errs, l.media.clear(host, state.LUNs{Disks: h.gone}, l.recs[host]))
-	return true, errors.Join(errs...)
+	return done, err
 }

@@ -40,6 +40,8 @@ type lunMedia struct {
 type medium interface {
 	scsi.Medium
 	Close() error
+	// Discard is a Close that does not wait for what was written: nobody needs that.
+	Discard() error
 }
 
 // image opens an image of the store, whose bytes are hashed first where this process did not do so yet.
@@ -102,22 +104,17 @@ func (m lunMedia) keeper(host string, d state.LUNDisk) scsi.Keeper {
 	return lun.KeepFile(m.path(host, d, ".reservations"))
 }
 
-// clear deletes the files of the disks that a host had before and has no more. None of them may be open.
-func (m lunMedia) clear(host string, before, rec state.LUNs) error {
-	gone := false
-	for _, d := range before.Disks {
-		if _, has := rec.Disk(d.ID); has {
-			continue
-		}
-		gone = true
+// clear deletes the files of disks that a host has no more. None of them may be open.
+func (m lunMedia) clear(host string, gone []state.LUNDisk) error {
+	for _, d := range gone {
 		if err := m.delete(host, d.ID); err != nil {
 			return err
 		}
 	}
-	if !gone {
+	if len(gone) == 0 {
 		return nil
 	}
-	return m.tidy(host)
+	return m.synced(atomicfile.SyncDir(filepath.Join(m.dir, host)))
 }
 
 // diskFiles are how the names of a disk's files end, behind its id.
@@ -133,13 +130,19 @@ func (m lunMedia) delete(host, id string) error {
 	return nil
 }
 
-// tidy has deletions be on stable storage, and removes the directory of a host that has nothing in it any more.
+// tidy removes the directory of a host where nothing is in it any more, and else has deletions be on stable storage. No disk
+// of the host may be opened meanwhile.
 func (m lunMedia) tidy(host string) error {
 	dir := filepath.Join(m.dir, host)
 	err := os.Remove(dir)
 	if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) { // rmdir(2): it may be either
 		err = atomicfile.SyncDir(dir)
 	}
+	return m.synced(err)
+}
+
+// synced is the error of having deletions be on stable storage.
+func (m lunMedia) synced(err error) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("deleting what a host's disk was: %w", err)
 	}

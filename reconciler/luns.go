@@ -48,6 +48,8 @@ type luns struct {
 	asks  chan lunAsk
 	ended chan struct{} // closed when Run has ended: nothing is opened any more
 
+	disposing chan struct{} // has room for as many as may dispose of disks
+
 	portals
 
 	// Owned by run:
@@ -72,7 +74,7 @@ type lunAsk struct {
 func newLUNs(store *state.Store, m lunMedia, port uint16, events *recorder, log *slog.Logger) *luns {
 	return &luns{
 		store: store, media: m, port: port, events: events, log: log, refresh: func() {}, observe: func(netboot.Event) {}, now: time.Now,
-		wake: make(chan struct{}, 1), asks: make(chan lunAsk), ended: make(chan struct{}),
+		wake: make(chan struct{}, 1), asks: make(chan lunAsk), ended: make(chan struct{}), disposing: make(chan struct{}, disposals),
 		portals: newPortals(), hosts: map[string]*openHost{}, images: map[digest.Digest]*openImage{},
 		opened: make(chan *openImage), told: map[string]string{}, seen: map[string]time.Time{},
 	}
@@ -141,16 +143,17 @@ func (l *luns) settle() {
 
 // close closes everything. Nobody may use the target, and run must have ended.
 func (l *luns) close() error {
-	var errs []error
 	for name, h := range l.hosts {
 		if h.target != nil {
 			l.endTarget(h, name)
 		}
-		if h.leaving != nil {
-			<-h.leaving.done
-		}
-		_, err := l.closeHost(name)
-		errs = append(errs, err)
+		l.closeDisks(name, h)
+	}
+	var errs []error
+	for name, h := range l.hosts {
+		<-h.leaving.done
+		errs = append(errs, h.leaving.err)
+		delete(l.hosts, name)
 	}
 	for d, img := range l.images {
 		errs = append(errs, img.close())
@@ -245,6 +248,9 @@ func (l *luns) facts(ctx context.Context) (map[string]lunFacts, error) {
 	for host := range l.recs {
 		all[host] = lunFacts{}
 	}
+	for host := range l.hosts { // of which there is no record any more
+		all[host] = lunFacts{}
+	}
 	for host, a := range assigned {
 		if _, known := all[host]; known || a.ISCSI != nil {
 			all[host] = lunFacts{assigned: &a}
@@ -301,13 +307,14 @@ func (l *luns) host(ctx context.Context, host string, f lunFacts) (next time.Tim
 		l.hold(host, troubled(err))
 		return next, err
 	}
+	l.lose(host, before, rec)
 	l.tellBoot(before.Boot, rec)
 	if f.assigned == nil && f.now.Sub(rec.Unused) >= leaveGrace {
 		return next, l.shut(ctx, host, len(f.sessions) > 0)
 	}
 	err = l.serve(ctx, rec, f)
 	l.tell(ctx, host, err)
-	return lookAgain(rec, f, err != nil), errors.Join(err, l.clear(before, rec))
+	return lookAgain(rec, f, err != nil), err
 }
 
 // lookAgain is when time alone may change what a host is to have; zero: never.
@@ -323,22 +330,6 @@ func lookAgain(rec state.LUNs, f lunFacts, failed bool) (next time.Time) {
 		next = sooner(next, f.now.Add(loaderGone))
 	}
 	return next
-}
-
-// clear deletes the files of disks that a host lost, once they are closed.
-func (l *luns) clear(before, rec state.LUNs) error {
-	h := l.hosts[rec.Host]
-	for _, d := range before.Disks {
-		if _, has := rec.Disk(d.ID); !has {
-			h.gone = append(h.gone, d)
-		}
-	}
-	if len(h.gone) == 0 || h.leaving != nil {
-		return nil
-	}
-	gone := state.LUNs{Disks: h.gone}
-	h.gone = nil // what cannot be deleted now is found by sweep
-	return l.media.clear(rec.Host, gone, rec)
 }
 
 // sessionsOf looks again which sessions a host has, and says whether that is news: a look at a thousand hosts takes time, and
@@ -404,23 +395,20 @@ func (l *luns) write(ctx context.Context, before, rec state.LUNs) error {
 	return nil
 }
 
-// remove lets go of all that a host had.
+// remove lets go of all that a host had. It is called in each look until that is gone.
 func (l *luns) remove(ctx context.Context, host string) error {
 	l.unpublish(host)
-	if done, err := l.closeHost(host); !done || err != nil {
-		return err
+	if before, known := l.recs[host]; known {
+		if err := state.LUNSets.Delete(ctx, l.store, host); err != nil {
+			return err
+		}
+		l.lose(host, before, state.LUNs{})
+		delete(l.recs, host)
+		delete(l.seen, host)
+		l.events.note(ctx, state.Event{Kind: "disk", Subject: host, Message: "its disk on the server is deleted: nothing wanted it for a week"})
 	}
-	if err := state.LUNSets.Delete(ctx, l.store, host); err != nil {
-		return err
-	}
-	before := l.recs[host]
-	delete(l.recs, host)
-	delete(l.seen, host)
-	if err := l.media.clear(host, before, state.LUNs{}); err != nil {
-		return err
-	}
-	l.events.note(ctx, state.Event{Kind: "disk", Subject: host, Message: "its disk on the server is deleted: nothing wanted it for a week"})
-	return nil
+	_, err := l.closeHost(host)
+	return err
 }
 
 // tell notes trouble with a host's LUNs, once while it is the same.

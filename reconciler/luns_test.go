@@ -908,3 +908,71 @@ func TestResetDiskOfAHostThatLeaves(t *testing.T) {
 		t.Errorf("people are told of a disk that no record knows %d times", n)
 	}
 }
+
+// A slowMedium is a disk whose end takes until it is let go.
+type slowMedium struct {
+	medium
+	ends chan struct{}
+}
+
+func (m slowMedium) Close() error   { <-m.ends; return m.medium.Close() }
+func (m slowMedium) Discard() error { <-m.ends; return m.medium.Discard() }
+
+// look has the controller, which does not run, look until cond holds.
+func (r *lunRig) look(t *testing.T, cond func() bool) {
+	t.Helper()
+	for !cond() {
+		if _, err := r.step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case img := <-r.opened:
+			r.took(img)
+		default:
+		}
+	}
+}
+
+// A disk that takes long to close or to delete keeps no other host waiting, and its own only where it is to have that again.
+func TestDiskThatTakesLongToClose(t *testing.T) {
+	r := newLUNRig(t)
+	now := testStart
+	r.now = func() time.Time { return now }
+	ends := make(chan struct{})
+	a, gone := r.assign(t, "n1", r.delta), r.assign(t, "n2", r.delta)
+	r.look(t, func() bool { return ready("n1", a)(r.views()) && ready("n2", gone)(r.views()) })
+	first := r.record(t, "n1").Current
+	for host, h := range r.hosts {
+		id := r.record(t, host).Current
+		h.disks[id] = slowMedium{medium: h.disks[id], ends: ends}
+	}
+	if err := r.reset(t.Context(), "n1", true); err != nil {
+		t.Fatal(err)
+	}
+	r.look(t, func() bool {
+		at, _ := r.views().iscsi("n1", a)
+		_, _, err := r.Open(initiatorName("n1"), targetName("n1"))
+		return at != nil && at.Disk != first && err == nil
+	})
+
+	if err := state.Assignments.Delete(t.Context(), r.store, "n2"); err != nil {
+		t.Fatal(err)
+	}
+	r.look(t, func() bool { return !r.record(t, "n2").Unused.IsZero() })
+	now = now.Add(leaveGrace)
+	r.look(t, func() bool { return r.hosts["n2"].closing() })
+	gone = r.assign(t, "n2", r.delta) // it comes back while its disk is being written
+	other := r.assign(t, "n3", r.delta)
+	r.look(t, func() bool { return ready("n3", other)(r.views()) })
+	if ready("n2", gone)(r.views()) || len(r.files(t)) != 4 {
+		t.Errorf("while disks are being closed: files %q, targets %+v", r.files(t), r.Targets())
+	}
+	close(ends)
+	r.look(t, func() bool { return ready("n2", gone)(r.views()) && len(r.files(t)) == 3 })
+	if n := r.warnings(t, ""); n != 0 {
+		t.Errorf("people are told of trouble %d times", n)
+	}
+	if err := r.close(); err != nil {
+		t.Error(err)
+	}
+}

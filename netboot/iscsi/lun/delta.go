@@ -444,3 +444,11 @@ func (d *Delta) Close() error {
 	}
 	return nil
 }
+
+// Discard is Close for a delta that nobody needs any more: what no Sync was called after may be lost, and no more than that.
+func (d *Delta) Discard() error {
+	if err := errors.Join(d.mem.close(), d.f.Close()); err != nil {
+		return fmt.Errorf("closing delta %q: %w", d.path, err)
+	}
+	return nil
+}

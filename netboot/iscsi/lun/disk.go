@@ -225,6 +225,14 @@ func (d *Disk) Close() error {
 	return nil
 }
 
+// Discard is Close for a disk that nobody needs any more: what no Sync was called after may be lost.
+func (d *Disk) Discard() error {
+	if err := errors.Join(d.mem.close(), d.f.Close()); err != nil {
+		return fmt.Errorf("closing disk %q: %w", d.path, err)
+	}
+	return nil
+}
+
 // lostWrites remembers why what was written may be lost. A sync failed: the kernel may have dropped the pages that it could
 // not write, and the next fdatasync(2) would report success; so no later one is believed, until the file is opened anew.
 // Or the file was cut short: what is written behind its end would make it long again, with zeros before.
