@@ -44,7 +44,7 @@ const (
 func prepareReserveOut(_ *Nexus, c *Command) {
 	length := binary.BigEndian.Uint32(c.CDB[5:])
 	switch action := c.CDB[1] & 0x1f; {
-	case c.CDB[2]&0xf0 != 0 && action != outRegister && action != outRegisterIgnore && action != outClear:
+	case c.CDB[2]&0xf0 != 0 && scoped(action):
 		c.fail(invalidCDB(2, 7)) // no scope but that of the logical unit
 	case length < outLength || length > maxOutLength:
 		c.fail(senseListLength)
@@ -53,6 +53,15 @@ func prepareReserveOut(_ *Nexus, c *Command) {
 	default:
 		c.OutLength = int(length)
 	}
+}
+
+// scoped says whether a service action looks at SCOPE and TYPE (SPC-4 5.13.7, 5.13.8 and 6.16.2).
+func scoped(action byte) bool {
+	switch action {
+	case outReserve, outRelease, outPreempt, outPreemptAbort:
+		return true
+	}
+	return false
 }
 
 // executeReserveOut works out what the reservations are to be, keeps that, and lets it hold.

@@ -380,6 +380,27 @@ func TestRegisterAndMove(t *testing.T) {
 	wantGood(t, do(c.c, cdb10(opRead10, 0, 0, 1), nil))
 }
 
+// SCOPE and TYPE mean something where a reservation is made, released or preempted, and else nothing (SPC-4 5.13.7, 5.13.8).
+func TestScopeAndTypeThatMeanNothing(t *testing.T) {
+	const scopeAndType = 0x1f
+	c := newCluster(t)
+	for _, action := range []byte{outReserve, outRelease, outPreempt, outPreemptAbort} {
+		wantSense(t, out(c.a, action, scopeAndType, 0, 0, 0), invalidCDB(2, 7))
+	}
+	wantGood(t, out(c.a, outRegister, scopeAndType, 0, 1, 0))
+	wantGood(t, out(c.b, outRegisterIgnore, scopeAndType, 0, 2, 0))
+	c.reserve(c.a, 1, exclusiveAccess)
+	list := binary.BigEndian.AppendUint64(nil, 1)
+	list = append(binary.BigEndian.AppendUint64(list, 2), 0, 0, 0, 1)
+	b := transportID(portName("b"))
+	list = append(binary.BigEndian.AppendUint32(list, uint32(len(b))), b...)
+	wantGood(t, outList(c.a, outRegisterMove, scopeAndType, list))
+	c.wantReserved(2, exclusiveAccess)
+	wantGood(t, out(c.b, outClear, scopeAndType, 2, 0, 0))
+	c.wantAttention(c.a, attentionPreempted)
+	c.wantKeys()
+}
+
 func specify(ids ...[]byte) []byte {
 	all := bytes.Join(ids, nil)
 	return append(binary.BigEndian.AppendUint32(nil, uint32(len(all))), all...)
@@ -398,6 +419,7 @@ func TestRegisterForOthers(t *testing.T) {
 	c.wantKeys(5, 5, 5)
 	c.reserve(c.b, 5, exclusiveAccess)
 	wantSense(t, out(c.a, outRegister, 0, 5, 6, outSpecIPT, specify(b)...), invalidParameter(20, 3))
+	wantStatus(t, out(c.a, outRegister, 0, 9, 6, outSpecIPT, specify(b)...), ReservationConflict)
 }
 
 func TestRegisterForAllTargetPorts(t *testing.T) {

@@ -79,6 +79,13 @@ func (t *transition) do(action, kind byte, list []byte, canKeep bool) verdict {
 
 // register is REGISTER and REGISTER AND IGNORE EXISTING KEY (SPC-4 5.13.7).
 func (t *transition) register(mine int, checked bool, list []byte, canKeep bool) verdict {
+	have := uint64(0)
+	if mine >= 0 {
+		have = t.Registrations[mine].Key
+	}
+	if checked && have != t.key {
+		return conflict // whatever else the list says
+	}
 	flags := list[20]
 	if flags&outAPTPL != 0 && !canKeep {
 		return refused(invalidParameter(20, 0))
@@ -88,13 +95,6 @@ func (t *transition) register(mine int, checked bool, list []byte, canKeep bool)
 	}
 	if flags&outSpecIPT == 0 && len(list) != outLength {
 		return refused(senseListLength)
-	}
-	have := uint64(0)
-	if mine >= 0 {
-		have = t.Registrations[mine].Key
-	}
-	if checked && have != t.key {
-		return conflict
 	}
 	switch {
 	case mine < 0 && t.actionKey == 0:
