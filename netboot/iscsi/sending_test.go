@@ -143,8 +143,13 @@ func TestParkedReadsEnd(t *testing.T) {
 	removed := make(chan error, 1)
 	go func() { removed <- f.target.Remove(1) }()
 	c.until(t, "none is parked", func() bool { return len(c.parked) == 0 })
-	letGo()
+	written := make(chan struct{})
+	go func() {
+		letGo() // writes more than the kernel holds
+		close(written)
+	}()
 	i.expectGood(i.outcome(cmds[0]))
+	<-written
 	waiting := map[uint32]bool{cmds[1].itt(): true, cmds[2].itt(): true}
 	for range 2 { // they are ended by two goroutines, in either order
 		p := i.recv()
