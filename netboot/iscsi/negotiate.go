@@ -175,6 +175,7 @@ type negotiation struct {
 	names   names
 	leading bool
 	rows    int               // taken so far
+	first   bool              // FirstBurstLength was granted
 	said    map[string]string // the keys that the initiator said so far; of those of turnNames what it said
 	out     []byte            // the answers
 }
@@ -251,13 +252,13 @@ func (n *negotiation) answer(r keyRule, value string) (string, error) {
 }
 
 // check holds the two bursts to each other (section 13.14): where the initiator only lowered the one, the default of the
-// other follows. If it named both, firstBurst saw to it, unless MaxBurstLength came later.
+// other follows. If both were granted, firstBurst saw to it, unless MaxBurstLength came later.
 func (n *negotiation) check() error {
 	p := &n.params
 	if p.firstBurst <= p.maxBurst {
 		return nil
 	}
-	if _, named := n.said["FirstBurstLength"]; named {
+	if n.first {
 		return fmt.Errorf("%w: MaxBurstLength %d below FirstBurstLength %d", errText, p.maxBurst, p.firstBurst)
 	}
 	p.firstBurst = p.maxBurst
@@ -324,7 +325,9 @@ func firstBurst(n *negotiation, value string) (string, error) {
 		return valueIrrelevant, nil
 	}
 	ours := min(ourFirstBurst, p.maxBurst)
-	return number(minSegment, maxSegment, ours, lowest, func(p *params) *int { return &p.firstBurst })(n, value)
+	answer, err := number(minSegment, maxSegment, ours, lowest, func(p *params) *int { return &p.firstBurst })(n, value)
+	n.first = answer != valueReject
+	return answer, err
 }
 
 func obsolete(*negotiation, string) (string, error) { return valueReject, nil }

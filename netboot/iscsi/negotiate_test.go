@@ -147,6 +147,15 @@ func TestNegotiateFirstBurst(t *testing.T) {
 			hear: []string{"FirstBurstLength=Irrelevant", "ImmediateData=No", "InitialR2T=Yes"}, want: 65536,
 		},
 		{
+			name: "no unsolicited data, and short bursts",
+			say:  [][]string{{"FirstBurstLength=8192", "ImmediateData=No", "InitialR2T=Yes", "MaxBurstLength=16384"}},
+			hear: []string{"FirstBurstLength=Irrelevant", "ImmediateData=No", "InitialR2T=Yes", "MaxBurstLength=16384"}, want: 16384,
+		},
+		{
+			name: "rejected, and short bursts", say: [][]string{{"FirstBurstLength=1", "MaxBurstLength=16384"}},
+			hear: []string{"FirstBurstLength=Reject", "MaxBurstLength=16384"}, want: 16384,
+		},
+		{
 			name: "immediate data alone", say: [][]string{{"FirstBurstLength=8192", "InitialR2T=Yes"}},
 			hear: []string{"FirstBurstLength=8192", "InitialR2T=Yes"}, want: 8192,
 		},
