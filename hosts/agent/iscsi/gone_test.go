@@ -21,10 +21,10 @@ type episode struct {
 }
 
 var (
-	refused = &RefusedError{Class: 2, Detail: 1}
-	noDisk  = &RefusedError{Class: 2, Detail: 3}
-	busy    = &RefusedError{Class: 3, Detail: 1}
-	odd     = &RefusedError{Class: 2, Detail: 0}
+	errRefused = &RefusedError{Class: 2, Detail: 1}
+	errNoDisk  = &RefusedError{Class: 2, Detail: 3}
+	errBusy    = &RefusedError{Class: 3, Detail: 1}
+	errOdd     = &RefusedError{Class: 2, Detail: 0}
 )
 
 // A machine whose target has no disk for it any more is rebooted. One whose target is away, busy, not ready or wrong for a
@@ -39,26 +39,26 @@ func TestAMachineWithoutItsTargetIsRebooted(t *testing.T) {
 		episodes []episode
 		want     string // of sysrq-trigger
 	}{
-		{"refused", 1, true, "", []episode{{refused, goneTime + refusalGap}}, "b"},
-		{"of another name", 3, true, "", []episode{{noDisk, goneTime + refusalGap}}, "b"},
-		{"away, then refused", 1, true, "", []episode{{unix.ECONNREFUSED, day}, {refused, goneTime + refusalGap}}, "b"},
-		{"refused in both ways", 1, true, "", []episode{{noDisk, goneTime / 2}, {refused, goneTime/2 + refusalGap}}, "b"},
-		{"in the initramfs", 1, false, "", []episode{{refused, goneTimeAtBoot + refusalGap}}, "b"},
-		{"powered off", 1, true, "/usr/lib/systemd/systemd-shutdown\x00poweroff\x00", []episode{{refused, goneTime + refusalGap}}, "o"},
-		{"not for long enough", 1, true, "", []episode{{refused, goneTime - refusalGap}}, ""},
-		{"not for long enough in the initramfs", 1, false, "", []episode{{refused, goneTimeAtBoot - refusalGap}}, ""},
-		{"never let in", 0, false, "", []episode{{refused, day}}, ""},
+		{"refused", 1, true, "", []episode{{errRefused, goneTime + refusalGap}}, "b"},
+		{"of another name", 3, true, "", []episode{{errNoDisk, goneTime + refusalGap}}, "b"},
+		{"away, then refused", 1, true, "", []episode{{unix.ECONNREFUSED, day}, {errRefused, goneTime + refusalGap}}, "b"},
+		{"refused in both ways", 1, true, "", []episode{{errNoDisk, goneTime / 2}, {errRefused, goneTime/2 + refusalGap}}, "b"},
+		{"in the initramfs", 1, false, "", []episode{{errRefused, goneTimeAtBoot + refusalGap}}, "b"},
+		{"powered off", 1, true, "/usr/lib/systemd/systemd-shutdown\x00poweroff\x00", []episode{{errRefused, goneTime + refusalGap}}, "o"},
+		{"not for long enough", 1, true, "", []episode{{errRefused, goneTime - refusalGap}}, ""},
+		{"not for long enough in the initramfs", 1, false, "", []episode{{errRefused, goneTimeAtBoot - refusalGap}}, ""},
+		{"never let in", 0, false, "", []episode{{errRefused, day}}, ""},
 		{"away", 1, true, "", []episode{{unix.ECONNREFUSED, day}}, ""},
-		{"not ready", 1, true, "", []episode{{busy, day}}, ""},
-		{"of another protocol", 1, true, "", []episode{{odd, day}}, ""},
+		{"not ready", 1, true, "", []episode{{errBusy, day}}, ""},
+		{"of another protocol", 1, true, "", []episode{{errOdd, day}}, ""},
 		{"somebody else", 1, true, "", []episode{{ErrImpostor, day}}, ""},
 		{
 			"restarting", 1, true, "",
-			[]episode{{refused, goneTime - refusalGap}, {unix.ECONNREFUSED, time.Second}, {refused, goneTime - refusalGap}, {busy, time.Second}, {refused, goneTime - refusalGap}},
+			[]episode{{errRefused, goneTime - refusalGap}, {unix.ECONNREFUSED, time.Second}, {errRefused, goneTime - refusalGap}, {errBusy, time.Second}, {errRefused, goneTime - refusalGap}},
 			"",
 		},
-		{"let in meanwhile", 1, true, "", []episode{{refused, goneTime - refusalGap}, {connError(1020), time.Second}, {refused, goneTime - refusalGap}}, ""},
-		{"asleep", 1, true, "", []episode{{refused, time.Second}, {nil, day}, {refused, time.Second}}, ""},
+		{"let in meanwhile", 1, true, "", []episode{{errRefused, goneTime - refusalGap}, {connError(1020), time.Second}, {errRefused, goneTime - refusalGap}}, ""},
+		{"asleep", 1, true, "", []episode{{errRefused, time.Second}, {nil, day}, {errRefused, time.Second}}, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := tree(t, map[string]string{"1/comm": "systemd\n", "1/cmdline": tt.cmdline, "sysrq-trigger": ""})
@@ -136,12 +136,12 @@ func TestKeeperKnowsATargetThatIsGone(t *testing.T) {
 }
 
 func TestIsGone(t *testing.T) {
-	for _, err := range []error{refused, noDisk, &RefusedError{2, 2}, &RefusedError{2, 4}, errors.Join(errDestroyed, noDisk)} {
+	for _, err := range []error{errRefused, errNoDisk, &RefusedError{2, 2}, &RefusedError{2, 4}, errors.Join(errDestroyed, errNoDisk)} {
 		if !isGone(err) {
 			t.Errorf("%v says nothing", err)
 		}
 	}
-	for _, err := range []error{odd, busy, &RefusedError{2, 6}, &RefusedError{2, 10}, &RefusedError{3, 2}, ErrImpostor, errDigests, unix.ECONNREFUSED} {
+	for _, err := range []error{errOdd, errBusy, &RefusedError{2, 6}, &RefusedError{2, 10}, &RefusedError{3, 2}, ErrImpostor, errDigests, unix.ECONNREFUSED} {
 		if isGone(err) {
 			t.Errorf("%v says that the disk is gone", err)
 		}

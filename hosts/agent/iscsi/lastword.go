@@ -70,7 +70,7 @@ func (w *lastWord) patience() time.Duration {
 
 // gone ends a machine whose target is gone.
 func (w *lastWord) gone(after time.Duration) {
-	w.speak(fmt.Sprintf("the iSCSI target has refused the session for %v", after.Round(time.Second)))
+	w.speak(fmt.Sprintf("it has refused the session for %v", after.Round(time.Second)))
 }
 
 // shutdownName is what PID 1 is called in the end (its name is cut to 15 bytes).
@@ -95,7 +95,7 @@ func (w *lastWord) run(ctx context.Context) {
 			if now.Sub(since) < lastWordTime {
 				continue
 			}
-			w.speak("the shutdown waits for an iSCSI target that is away")
+			w.speak("the shutdown waits for it, and it is away")
 		}
 	}
 }
@@ -104,11 +104,13 @@ func (w *lastWord) run(ctx context.Context) {
 // background: there the disks have to fail before it comes to its end, and so the session ends. Where the kernel has no
 // such power, the shutdown itself goes on then.
 func (w *lastWord) speak(why string) {
-	how, key := "rebooting", "b"
+	key := "b"
 	if w.isToStayOff() {
-		how, key = "powering off", "o"
+		key = "o"
+		w.log.Error("powering off without the iSCSI target", "why", why)
+	} else {
+		w.log.Error("rebooting without the iSCSI target", "why", why)
 	}
-	w.log.Error(why + ": " + how + " without it")
 	if err := writeIn(w.proc, "sysrq-trigger", key); err != nil {
 		w.log.Error("the kernel does not end the machine", "error", err)
 	}
