@@ -21,7 +21,7 @@ const testMAC = "52:54:00:77:00:01"
 
 var testStart = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 
-func openStore(t *testing.T) *state.Store {
+func openStore(t testing.TB) *state.Store {
 	t.Helper()
 	s, err := state.Open(t.Context(), t.TempDir(), nil)
 	if err != nil {

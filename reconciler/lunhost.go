@@ -144,14 +144,15 @@ func (t *troubles) note(err error, wanted bool) {
 	}
 }
 
-// awaits says whether a host's logins wait for an image that is not open: it may have that mounted, or it comes at once.
+// awaits says whether a host's logins wait for an image that is not open: it may have that mounted, or nobody ever logged in
+// and it comes at once. An image that comes for the next boot is waited for by nobody: the agent is told of it when it is open.
 // For one that is lost they wait only while the host is to run it, as it may be built again. Whoever has another one mounted
 // can do nothing but boot anew, and who does that needs it no more.
 func awaits(rec *state.LUNs, f lunFacts, img *openImage) bool {
 	if img.lost(f.now) && !slices.Contains(f.images(), img.digest) {
 		return false
 	}
-	return f.runs(rec, img.digest) || img.err == nil
+	return f.runs(rec, img.digest) || rec.Login.IsZero() && img.err == nil
 }
 
 // troubled says, for people, what keeps a host from its disk.

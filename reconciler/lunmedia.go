@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -314,6 +315,9 @@ func (i *openImage) close() error {
 	return i.medium.Close()
 }
 
+// openings is how many images are opened at a time. Each is read whole for that, and more at a time are there no earlier.
+const openings = 2
+
 // image is the image d, which may be opening still. The caller looks again when the controller is told that it is open.
 func (l *luns) image(ctx context.Context, d digest.Digest) *openImage {
 	img := l.images[d]
@@ -324,18 +328,42 @@ func (l *luns) image(ctx context.Context, d digest.Digest) *openImage {
 	if img != nil {
 		again.err, again.failed = img.err, img.failed
 	}
-	img = again
-	l.images[d] = img
-	go func() {
-		done := &openImage{digest: d}
-		done.medium, done.err = l.media.image(ctx, d)
-		l.opened <- done // run takes it, or settle
-	}()
-	return img
+	l.images[d], l.queue = again, append(l.queue, d)
+	l.openNext(ctx)
+	return again
+}
+
+// openRunning has those images opened first that machines may have mounted: they wait for them.
+func (l *luns) openRunning(ctx context.Context, all map[string]lunFacts) {
+	for _, host := range slices.Sorted(maps.Keys(l.recs)) {
+		rec, f := l.recs[host], all[host]
+		for d := range rec.Images {
+			if f.runs(&rec, d) {
+				l.image(ctx, d)
+			}
+		}
+		if cur, _ := rec.Disk(rec.Current); cur.Image != nil && !cur.Opened.IsZero() {
+			l.image(ctx, cur.Image.Digest)
+		}
+	}
+}
+
+// openNext opens images that wait for that, as many as may be opened now.
+func (l *luns) openNext(ctx context.Context) {
+	for ; l.opening < openings && len(l.queue) > 0; l.opening++ {
+		d := l.queue[0]
+		l.queue = l.queue[1:]
+		go func() {
+			done := &openImage{digest: d}
+			done.medium, done.err = l.media.image(ctx, d)
+			l.opened <- done // run takes it, or settle
+		}()
+	}
 }
 
 // took takes over an image that was opened, or could not be.
 func (l *luns) took(img *openImage) {
+	l.opening--
 	if img.err != nil {
 		img.err = fmt.Errorf("opening image %s: %w", img.digest.Short(), img.err)
 		img.retry, img.failed = l.now().Add(assignAgain), l.now()

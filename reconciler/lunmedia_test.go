@@ -227,6 +227,7 @@ func TestImageThatIsLost(t *testing.T) {
 	r.now = func() time.Time { return now }
 	fails := func(err error) *openImage {
 		img := &openImage{digest: r.base.Digest, err: err}
+		r.opening++
 		r.took(img)
 		return img
 	}
@@ -243,6 +244,7 @@ func TestImageThatIsLost(t *testing.T) {
 			t.Errorf("an image that cannot be read is given up after %s: %t", after, img.lost(now))
 		}
 	}
+	r.opening++
 	r.took(&openImage{digest: r.base.Digest})
 	if img := fails(errors.New("input/output error")); img.lost(now) {
 		t.Error("an image that was open meanwhile is given up at once")

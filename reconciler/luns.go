@@ -53,15 +53,20 @@ type luns struct {
 	portals
 
 	// Owned by run:
-	recs   map[string]state.LUNs // by host, as in the store; nil: not read yet
-	hosts  map[string]*openHost
-	images map[digest.Digest]*openImage
-	opened chan *openImage
-	seen   map[string]time.Time // when a session of a host was last seen
-	began  time.Time            // when it was looked first
-	told   map[string]string    // of which trouble people were told, by host
-	swept  time.Time            // when files were last looked for that no record knows
-	lean   bool                 // there is little room left, and people were told
+	recs     map[string]state.LUNs       // by host, as in the store; nil: not read yet
+	assigned map[string]state.Assignment // by host; nil: to be read again
+	nodes    *nodeFacts                  // nil: to be read again
+	hosts    map[string]*openHost
+	images   map[digest.Digest]*openImage
+	queue    []digest.Digest // of images that are to be opened
+	opening  int             // how many are
+	opened   chan *openImage
+	shown    time.Time            // when it was last told, amid a look, that something is open
+	seen     map[string]time.Time // when a session of a host was last seen
+	began    time.Time            // when it was looked first
+	told     map[string]string    // of which trouble people were told, by host
+	swept    time.Time            // when files were last looked for that no record knows
+	lean     bool                 // there is little room left, and people were told
 }
 
 // A lunAsk is an operator's wish to reset a host's disk.
@@ -98,6 +103,7 @@ func (l *luns) run(ctx context.Context) error {
 	changed := l.store.Watch(ctx, state.Assignments.Prefix())
 	tick := time.NewTicker(lunsEvery)
 	defer tick.Stop()
+	l.assigned, l.nodes = nil, nil
 	for {
 		var soon <-chan time.Time
 		select {
@@ -115,11 +121,14 @@ func (l *luns) run(ctx context.Context) error {
 		}
 		select {
 		case <-changed:
+			l.assigned = nil
 		case <-l.wake:
 		case <-tick.C:
+			l.nodes = nil
 		case <-soon:
 		case img := <-l.opened:
 			l.took(img)
+			l.openNext(ctx)
 		case a := <-l.asks:
 			a.done <- l.reset(ctx, a.host, a.force)
 		case <-ctx.Done():
@@ -128,17 +137,15 @@ func (l *luns) run(ctx context.Context) error {
 	}
 }
 
-// settle waits for images that are being opened.
+// settle waits for images that are being opened, and forgets those that wait for that.
 func (l *luns) settle() {
-	opening := 0
-	for _, img := range l.images {
-		if img.opening {
-			opening++
-		}
-	}
-	for range opening { // took changes which are
+	for l.opening > 0 {
 		l.took(<-l.opened)
 	}
+	for _, d := range l.queue {
+		delete(l.images, d)
+	}
+	l.queue = nil
 }
 
 // close closes everything. Nobody may use the target, and run must have ended.
@@ -164,10 +171,15 @@ func (l *luns) close() error {
 
 // step writes and opens what is to be there. It returns when to look again, at the latest; zero: when something changes.
 func (l *luns) step(ctx context.Context) (next time.Time, err error) {
+	first := l.recs == nil
 	all, err := l.facts(ctx)
 	if err != nil {
 		return next, err
 	}
+	if first {
+		l.openRunning(ctx, all)
+	}
+	l.openNext(ctx)
 	var errs []error
 	for _, host := range slices.Sorted(maps.Keys(all)) {
 		at, err := l.host(ctx, host, all[host])
@@ -196,13 +208,21 @@ func sooner(a, b time.Time) time.Time {
 	return a
 }
 
-// meanwhile is what cannot wait until all of a thousand hosts were looked at: those that are ready may boot, and operators
-// are answered.
+// showEvery is how often, at most, those who answer machines are told amid a look that something is open: to hear of it they
+// read all records.
+const showEvery = 250 * time.Millisecond
+
+// meanwhile is what cannot wait until all of a thousand hosts were looked at: those that are ready may boot, images are
+// opened, and operators are answered.
 func (l *luns) meanwhile(ctx context.Context) {
-	if l.fresh() {
+	if now := l.now(); now.Sub(l.shown) >= showEvery && l.fresh() {
+		l.shown = now
 		l.refresh()
 	}
 	select {
+	case img := <-l.opened:
+		l.took(img)
+		l.openNext(ctx)
 	case a := <-l.asks:
 		a.done <- l.reset(ctx, a.host, a.force)
 	default:
@@ -219,24 +239,45 @@ func (l *luns) anyLeaves() bool {
 	return false
 }
 
-// facts reads what decides, of each host that has LUNs or is to have some.
-func (l *luns) facts(ctx context.Context) (map[string]lunFacts, error) {
+// nodeFacts are what runs as each host, and when that was reported.
+type nodeFacts struct {
+	running  map[string]*agentapi.Running
+	reported map[string]time.Time
+}
+
+// readRecords reads the records that decide, where it does not have them. Those of nodes may be as old as lunsEvery: only what was
+// reported after a host's last login says anything.
+func (l *luns) readRecords(ctx context.Context) error {
 	if l.recs == nil {
 		recs, err := state.LUNSets.List(ctx, l.store)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if err := os.MkdirAll(l.media.dir, 0o700); err != nil {
-			return nil, fmt.Errorf("making the directory of hosts' disks: %w", err)
+			return fmt.Errorf("making the directory of hosts' disks: %w", err)
 		}
 		l.recs = recs
 	}
-	assigned, err := state.Assignments.List(ctx, l.store)
-	if err != nil {
-		return nil, err
+	if l.assigned == nil {
+		assigned, err := state.Assignments.List(ctx, l.store)
+		if err != nil {
+			return err
+		}
+		l.assigned = assigned
 	}
-	nodes, err := state.Nodes.List(ctx, l.store)
-	if err != nil {
+	if l.nodes == nil {
+		nodes, err := state.Nodes.List(ctx, l.store)
+		if err != nil {
+			return err
+		}
+		l.nodes = newestRunning(nodes)
+	}
+	return nil
+}
+
+// facts are what decides, of each host that has LUNs or is to have some.
+func (l *luns) facts(ctx context.Context) (map[string]lunFacts, error) {
+	if err := l.readRecords(ctx); err != nil {
 		return nil, err
 	}
 	now := l.now()
@@ -251,15 +292,15 @@ func (l *luns) facts(ctx context.Context) (map[string]lunFacts, error) {
 	for host := range l.hosts { // of which there is no record any more
 		all[host] = lunFacts{}
 	}
-	for host, a := range assigned {
+	for host, a := range l.assigned {
 		if _, known := all[host]; known || a.ISCSI != nil {
 			all[host] = lunFacts{assigned: &a}
 		}
 	}
-	running, reported := newestRunning(nodes)
 	for host, f := range all {
 		f.now, f.began, f.boot, f.proven = now, l.began, booting[host], proven[host]
-		f.running, f.reported, f.lastSeen, f.served = running[host], reported[host], l.seen[host], l.serves(host)
+		f.running, f.reported = l.nodes.running[host], l.nodes.reported[host]
+		f.lastSeen, f.served = l.seen[host], l.serves(host)
 		all[host] = f
 	}
 	for _, s := range l.target.Sessions() {
@@ -281,15 +322,15 @@ func (l *luns) serves(host string) string {
 	return ""
 }
 
-// newestRunning is what runs as each host, by who was heard of last, and when.
-func newestRunning(nodes map[string]state.Node) (running map[string]*agentapi.Running, seen map[string]time.Time) {
-	out, seen := map[string]*agentapi.Running{}, map[string]time.Time{}
+// newestRunning is what runs as each host, by who was heard of last.
+func newestRunning(nodes map[string]state.Node) *nodeFacts {
+	f := nodeFacts{running: map[string]*agentapi.Running{}, reported: map[string]time.Time{}}
 	for _, n := range nodes {
-		if n.Running != nil && !n.LastSeen.Before(seen[n.Running.Host]) {
-			out[n.Running.Host], seen[n.Running.Host] = n.Running, n.LastSeen
+		if n.Running != nil && !n.LastSeen.Before(f.reported[n.Running.Host]) {
+			f.running[n.Running.Host], f.reported[n.Running.Host] = n.Running, n.LastSeen
 		}
 	}
-	return out, seen
+	return &f
 }
 
 // host brings one host to what it is to be: first its record, then what is open, then the files of what it lost.
@@ -451,8 +492,28 @@ func (l *luns) Reset(ctx context.Context, host string, force bool) error {
 	}
 }
 
+// readAssignment reads one host's assignment again: whoever asks may know of a change that the controller has yet to hear of.
+func (l *luns) readAssignment(ctx context.Context, host string) error {
+	if err := l.readRecords(ctx); err != nil {
+		return err
+	}
+	a, err := state.Assignments.Get(ctx, l.store, host)
+	switch {
+	case errors.Is(err, state.ErrNotFound):
+		delete(l.assigned, host)
+	case err != nil:
+		return err
+	default:
+		l.assigned[host] = a
+	}
+	return nil
+}
+
 // reset is Reset, by run.
 func (l *luns) reset(ctx context.Context, host string, force bool) error {
+	if err := l.readAssignment(ctx, host); err != nil {
+		return err
+	}
 	all, err := l.facts(ctx)
 	if err != nil {
 		return err

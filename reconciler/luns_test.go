@@ -93,7 +93,7 @@ type lunRig struct {
 	base, delta images.Blob
 }
 
-func newLUNRig(t *testing.T) *lunRig {
+func newLUNRig(t testing.TB) *lunRig {
 	t.Helper()
 	dir := t.TempDir()
 	blobs, err := store.Open(filepath.Join(dir, "store"))
@@ -114,7 +114,7 @@ func (r *lunRig) again(s *state.Store) {
 	r.luns.target = r.target
 }
 
-func (r *lunRig) put(t *testing.T, text string) images.Blob {
+func (r *lunRig) put(t testing.TB, text string) images.Blob {
 	t.Helper()
 	b, err := r.blobs.Put(t.Context(), bytes.NewReader(bytes.Repeat([]byte(text+"\n"), 4096)))
 	if err != nil {
@@ -138,7 +138,7 @@ func (r *lunRig) start(t *testing.T) (stop func()) {
 }
 
 // assign gives a host a role that runs from the server.
-func (r *lunRig) assign(t *testing.T, host string, delta images.Blob) state.Assignment {
+func (r *lunRig) assign(t testing.TB, host string, delta images.Blob) state.Assignment {
 	t.Helper()
 	a := state.Assignment{
 		Host: host, ISCSI: &state.ISCSI{Size: 1 << 20},
@@ -784,19 +784,27 @@ func (r *lunRig) told(t *testing.T) int {
 	return n
 }
 
-// All that is being opened when the controller ends is waited for.
+// All that is being opened when the controller ends is waited for, and what waits for that is not begun. Two are at a time.
 func TestSettleWaitsForAllOpenings(t *testing.T) {
 	r := newLUNRig(t)
 	const many = 32
 	for i := range many {
 		b := r.put(t, fmt.Sprint("image", i))
-		r.image(t.Context(), b.Digest)
+		if img := r.image(t.Context(), b.Digest); !img.opening {
+			t.Errorf("image %d is not being opened", i)
+		}
+	}
+	if r.opening != openings {
+		t.Errorf("%d images are being opened, want %d", r.opening, openings)
 	}
 	r.settle()
 	for d, img := range r.images {
 		if img.opening || img.medium == nil {
 			t.Errorf("image %s: %+v", d, img)
 		}
+	}
+	if len(r.images) != openings {
+		t.Errorf("%d images are known, want %d", len(r.images), openings)
 	}
 	if err := r.close(); err != nil {
 		t.Error(err)
@@ -919,9 +927,10 @@ func (m slowMedium) Close() error   { <-m.ends; return m.medium.Close() }
 func (m slowMedium) Discard() error { <-m.ends; return m.medium.Discard() }
 
 // look has the controller, which does not run, look until cond holds.
-func (r *lunRig) look(t *testing.T, cond func() bool) {
+func (r *lunRig) look(t testing.TB, cond func() bool) {
 	t.Helper()
 	for !cond() {
+		r.assigned, r.nodes = nil, nil
 		if _, err := r.step(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -971,6 +980,98 @@ func TestDiskThatTakesLongToClose(t *testing.T) {
 	r.look(t, func() bool { return ready("n2", gone)(r.views()) && len(r.files(t)) == 3 })
 	if n := r.warnings(t, ""); n != 0 {
 		t.Errorf("people are told of trouble %d times", n)
+	}
+	if err := r.close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// heldBlobs has one image be opened only when it is let go.
+type heldBlobs struct {
+	*store.Store
+	held digest.Digest
+	let  chan struct{}
+}
+
+func (b *heldBlobs) Stat(ctx context.Context, d digest.Digest) (images.Blob, error) {
+	if d == b.held {
+		<-b.let
+	}
+	return b.Store.Stat(ctx, d)
+}
+
+// A server that starts opens the images first that machines run from, and lets those machines in before it has the others.
+func TestImagesThatRunComeFirst(t *testing.T) {
+	r := newLUNRig(t)
+	next := r.put(t, "next")
+	blobs := &heldBlobs{Store: r.blobs, held: next.Digest, let: make(chan struct{})}
+	r.media.blobs = blobs
+	const hosts = 8
+	for i := range hosts {
+		host, mac, disk := fmt.Sprint("n", i), fmt.Sprintf("52:54:00:00:00:%02x", i), fmt.Sprintf("%016x", i)
+		runs := r.put(t, "runs "+host)
+		rec := state.LUNs{
+			Host: host, Images: map[digest.Digest]uint16{r.base.Digest: 1, runs.Digest: 2, next.Digest: 3}, Login: testStart,
+			Disks: []state.LUNDisk{{ID: disk, Size: 1 << 20}}, Current: disk,
+		}
+		node := state.Node{MAC: mac, LastSeen: testStart.Add(time.Hour), Running: &agentapi.Running{Host: host, Base: r.base.Digest, Delta: runs.Digest}}
+		if err := errors.Join(state.LUNSets.Put(t.Context(), r.store, host, rec), state.Nodes.Put(t.Context(), r.store, mac, node)); err != nil {
+			t.Fatal(err)
+		}
+		r.assign(t, host, next)
+	}
+	if all, err := r.facts(t.Context()); err != nil {
+		t.Fatal(err)
+	} else if r.openRunning(t.Context(), all); len(r.queue)+r.opening != hosts+1 {
+		t.Errorf("%d images are opened first, want %d", len(r.queue)+r.opening, hosts+1)
+	}
+	r.look(t, func() bool {
+		for i := range hosts {
+			host := fmt.Sprint("n", i)
+			if _, _, err := r.Open(initiatorName(host), targetName(host)); err != nil {
+				return false
+			}
+		}
+		return true
+	})
+	close(blobs.let)
+	r.settle()
+	if err := r.close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A look reads no record again that did not change, and tells those who answer machines of what it opened no oftener than
+// every moment.
+func TestLookReadsNoRecordTwice(t *testing.T) {
+	r := newLUNRig(t)
+	now, shown := testStart, 0
+	r.now, r.refresh = func() time.Time { return now }, func() { shown++ }
+	for i := range 8 {
+		r.assign(t, fmt.Sprint("n", i), r.delta)
+	}
+	r.look(t, func() bool { return len(r.views().of) == 8 && r.opening == 0 && len(r.views().of["n7"].images) == 2 })
+	r.assign(t, "n8", r.delta)
+	for range 2 {
+		if _, err := r.step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(r.views().of) != 8 {
+		t.Error("a look read all assignments, which nobody told it to")
+	}
+	if err := r.reset(t.Context(), "n8", false); err != nil {
+		t.Errorf("a reset of a host that was assigned a moment ago: %v", err)
+	}
+	before := shown
+	for range 3 {
+		r.publish("n9", portal{lunView: lunView{why: "news"}}, nil)
+		r.meanwhile(t.Context())
+	}
+	now = now.Add(showEvery)
+	r.meanwhile(t.Context())
+	if shown != before+1 {
+		t.Errorf("told %d times amid a look, want once", shown-before)
 	}
 	if err := r.close(); err != nil {
 		t.Error(err)
