@@ -47,6 +47,9 @@ var batches sync.Pool
 
 // grow appends n bytes, zero, to what is to be written.
 func (b *batch) grow(n int) []byte {
+	if n == 0 {
+		return nil // an empty part is one more to write, for which a pipe would wait
+	}
 	start := len(b.arena)
 	if start+n > cap(b.arena) {
 		// Parts go on referring to the old one.

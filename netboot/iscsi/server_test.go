@@ -589,8 +589,10 @@ func TestNopOut(t *testing.T) {
 // The data of a ping is counted while it comes, and until its answer is written.
 func TestMemoryOfPing(t *testing.T) {
 	const size = 100_000
-	f := serve(t, func(c *Config) { c.MaxMemory = scsi.MaxTransfer })
-	i := f.login("MaxRecvDataSegmentLength=262144")
+	f, i := servePipe(t, func(c *Config) { c.MaxMemory = scsi.MaxTransfer })
+	if status := i.login(loginOptions{keys: []string{"MaxRecvDataSegmentLength=262144"}}); status != loginOK {
+		t.Fatalf("login status %#04x", status)
+	}
 	c := f.connOf(i)
 	taken := func() bool {
 		if f.srv.memory.TryAcquire(scsi.MaxTransfer) {
@@ -603,11 +605,16 @@ func TestMemoryOfPing(t *testing.T) {
 	p.setTTT(noTag)
 	p.data = pattern(size, 4)
 	b := i.marshal(p)
-	if _, err := i.nc.Write(b[:size/2]); err != nil {
-		t.Fatal(err)
+	const header, some = bhsLength, 1000
+	for _, piece := range [][]byte{b[:header], b[header:some], b[some : 2*some]} { // a pipe waits until it is read
+		if _, err := i.nc.Write(piece); err != nil {
+			t.Fatal(err)
+		}
 	}
-	c.until(t, "the ping has memory", taken)
-	if _, err := i.nc.Write(b[size/2:]); err != nil {
+	if !taken() {
+		t.Error("no memory is taken while data comes")
+	}
+	if _, err := i.nc.Write(b[2*some:]); err != nil {
 		t.Fatal(err)
 	}
 	if r := i.expectOpcode(opNopIn); !bytes.Equal(r.data, p.data) {
@@ -624,6 +631,7 @@ func TestMemoryOfPing(t *testing.T) {
 	}
 	f.srv.memory.Release(scsi.MaxTransfer)
 	i.quiet()
+	_ = i.nc.Close() // in place of a logout
 }
 
 // A request that comes before its turn brings little.
