@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/netboot/iscsi"
@@ -21,6 +22,8 @@ type openHost struct {
 	current string        // id of the disk that is its LUN 0
 	images  map[digest.Digest]uint16
 	disks   map[string]medium // by id: those that are open, whether or not they are LUNs
+	failed  time.Time         // when LUN 0 was first seen to have lost something; zero: it has not
+	heard   bool              // whoever runs from it has heard that, by now
 	gone    []state.LUNDisk   // that the record has no more, and whose files are still there
 	leaving *leaving          // nil for none
 }
@@ -94,6 +97,8 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, f lunFacts) error {
 	var bad troubles
 	_, err := h.left()
 	bad.note(err, false)
+	ofWanted := h.current == wanted.ID
+	bad.note(l.renew(h, rec.Host, f), ofWanted)
 	for _, d := range rec.Disks {
 		if d.ID == rec.Current || d.ID == wanted.ID {
 			bad.note(l.openDisk(ctx, h, rec.Host, d), d.ID == wanted.ID)
@@ -111,6 +116,12 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, f lunFacts) error {
 	if err := errors.Join(bad.ofWanted...); err != nil {
 		at.why = troubled(err)
 	}
+	l.show(h, rec, f, at)
+	return errors.Join(bad.all...)
+}
+
+// show publishes what is open of a host, beside what at says of it already.
+func (l *luns) show(h *openHost, rec state.LUNs, f lunFacts, at portal) {
 	if cur, ok := rec.Disk(h.current); ok {
 		at.current, at.file = cur, l.media.file(rec.Host, cur)
 	}
@@ -123,6 +134,7 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, f lunFacts) error {
 	if cur, ok := rec.Disk(rec.Current); ok {
 		at.chap = chapOf(rec.Host, cur)
 	}
+	wanted, _ := rec.Wanted(f.wants())
 	if h.disks[wanted.ID] != nil {
 		at.disk = wanted
 	}
@@ -130,7 +142,6 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, f lunFacts) error {
 		at.next = at.disk
 	}
 	l.publish(rec.Host, at, f.boot)
-	return errors.Join(bad.all...)
 }
 
 // troubles are what goes wrong with the LUNs of a host. What is wrong with those that it does not need any more keeps it
@@ -214,11 +225,36 @@ func (l *luns) changeDisk(h *openHost, rec state.LUNs) error {
 // endTarget ends a host's sessions and takes all LUNs from its target. The disks stay open.
 func (l *luns) endTarget(h *openHost, host string) {
 	target := h.target
-	h.target, h.current, h.images = nil, "", nil
+	h.target, h.current, h.images, h.failed, h.heard = nil, "", nil, time.Time{}, false
 	l.leave(h, leaving{}, func() error {
 		l.target.Drop(initiatorName(host))
 		return removeLUNs(target, target.LUNs())
 	})
+}
+
+// renew has a disk opened anew that has lost something, and to which all writes fail since then: when whoever ran from it is
+// gone. It says what was lost. Who runs from it must hear of it first, by writes that fail: a connection may have broken just
+// when that was to be said, and then its machine asks again. Nobody is taken to have heard of it in the first minute, or where
+// nobody came back for ten.
+func (l *luns) renew(h *openHost, host string, f lunFacts) error {
+	m := h.disks[h.current]
+	if h.target == nil || m == nil || m.Lost() == nil {
+		return nil
+	}
+	lost := m.Lost()
+	if h.failed.IsZero() {
+		h.failed = f.now
+	}
+	since, open := f.now.Sub(h.failed), len(f.sessions) > 0
+	h.heard = h.heard || open && f.served == h.current && since >= resetGrace
+	away := since >= leaveGrace && f.now.Sub(f.lastSeen) >= leaveGrace
+	if !open && (h.heard || away) && h.leaving == nil {
+		delete(h.disks, h.current)
+		l.unready(host)
+		l.endTarget(h, host)
+		l.leave(h, leaving{closes: true}, m.Discard)
+	}
+	return fmt.Errorf("what is written to it fails until its machine boots again: %w", lost)
 }
 
 func removeLUNs(t *iscsi.Target, numbers []iscsi.LUN) error {

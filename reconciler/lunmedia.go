@@ -41,8 +41,9 @@ type lunMedia struct {
 type medium interface {
 	scsi.Medium
 	Close() error
-	// Discard is a Close that does not wait for what was written: nobody needs that.
+	// Discard is a Close that does not wait for what was written: nobody needs that, or it is lost.
 	Discard() error
+	Lost() error // why all writes fail until it is opened anew; nil: they do not
 }
 
 // image opens an image of the store, whose bytes are hashed first where this process did not do so yet.

@@ -445,6 +445,9 @@ func (d *Delta) Close() error {
 	return nil
 }
 
+// Lost says why what was written to the delta may be lost, so that all writes fail until it is opened anew; nil: it is not.
+func (d *Delta) Lost() error { return d.lost.err() }
+
 // Discard is Close for a delta that nobody needs any more: what no Sync was called after may be lost, and no more than that.
 func (d *Delta) Discard() error {
 	if err := errors.Join(d.mem.close(), d.f.Close()); err != nil {

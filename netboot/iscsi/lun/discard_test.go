@@ -2,6 +2,7 @@ package lun
 
 import (
 	"bytes"
+	"errors"
 	"path/filepath"
 	"testing"
 
@@ -43,5 +44,48 @@ func TestDiscard(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// A medium whose storage failed takes no write, and says why, until it is discarded and opened anew.
+func TestLost(t *testing.T) {
+	disk, err := OpenDisk(filepath.Join(t.TempDir(), "disk"), 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	delta, err := OpenDelta(nil, filepath.Join(t.TempDir(), "delta"), 1<<20, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct {
+		m interface {
+			scsi.Medium
+			Lost() error
+			Discard() error
+		}
+		lost *lostWrites
+	}{"disk": {disk, &disk.lost}, "delta": {delta, &delta.lost}} {
+		if _, err := tt.m.WriteAt(make([]byte, BlockSize), 0); err != nil || tt.m.Lost() != nil {
+			t.Errorf("%s: while nothing is wrong: %v, lost %v", name, err, tt.m.Lost())
+		}
+		_ = tt.lost.note(errors.New("input/output error"))
+		if _, err := tt.m.WriteAt(make([]byte, BlockSize), 0); err == nil || tt.m.Lost() == nil {
+			t.Errorf("%s: after a sync failed: %v, lost %v", name, err, tt.m.Lost())
+		}
+		if err := tt.m.Discard(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if disk, err = OpenDisk(disk.path, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	if delta, err = OpenDelta(nil, delta.path, 1<<20, ""); err != nil {
+		t.Fatal(err)
+	}
+	if disk.Lost() != nil || delta.Lost() != nil {
+		t.Errorf("opened anew: the disk has lost %v, the delta %v", disk.Lost(), delta.Lost())
+	}
+	if err := errors.Join(disk.Close(), delta.Close()); err != nil {
+		t.Error(err)
 	}
 }

@@ -225,9 +225,17 @@ func (d *Disk) Close() error {
 	return nil
 }
 
-// Discard is Close for a disk that nobody needs any more: what no Sync was called after may be lost.
+// Lost says why what was written to the disk may be lost, so that all writes fail until it is opened anew; nil: it is not.
+func (d *Disk) Lost() error { return d.lost.err() }
+
+// Discard is Close without a Sync: for a disk that nobody needs any more, or one that has lost something. Of that, whoever
+// opens it next is given what storage has: pages that the kernel could not write would be read as if they were there.
 func (d *Disk) Discard() error {
-	if err := errors.Join(d.mem.close(), d.f.Close()); err != nil {
+	err := d.mem.close()
+	if d.Lost() != nil {
+		err = errors.Join(err, d.f.Forget())
+	}
+	if err := errors.Join(err, d.f.Close()); err != nil {
 		return fmt.Errorf("closing disk %q: %w", d.path, err)
 	}
 	return nil
