@@ -60,8 +60,8 @@ func (c *conn) request(most, keep int, do func(p *pdu) error) error {
 	case c.header.dataLength() > most:
 		c.reject(rejectInvalidField)
 		return nil
-	case c.header.itt() == noTag && c.header.opcode() != opNopOut:
-		c.reject(rejectProtocol)
+	case c.header.itt() == noTag && (c.header.opcode() != opNopOut || !c.header.immediate()):
+		c.reject(rejectProtocol) // the answer to a ping uses up no CmdSN (section 11.18)
 		return nil
 	}
 	p := &pdu{bhs: c.header, data: data}

@@ -356,6 +356,12 @@ func TestRejects(t *testing.T) {
 			p.data = make([]byte, maxControl+4)
 			return p
 		}, false},
+		{"answer to a ping, with a number", rejectProtocol, func(i *initiator) *pdu {
+			p := i.request(opNopOut, 0)
+			i.cmdSN--
+			p.setITT(noTag)
+			return p
+		}, false},
 		{"text without a tag", rejectProtocol, func(i *initiator) *pdu {
 			p := i.immediate(i.request(opText, 0))
 			p.setITT(noTag)
