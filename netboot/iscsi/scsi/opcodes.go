@@ -40,11 +40,12 @@ func prepareReportOpcodes(n *Nexus, c *Command) {
 		c.fail(invalidCDB(2, 2))
 		return
 	}
-	if r != nil && r.action != noAction {
+	switch {
+	case r == nil || option == reportOpcode:
+	case r.action == noAction && action != 0 || action > 0x1f:
 		r = nil
-		if action <= 0x1f {
-			r = t.byAction[actionKey(opcode, action)]
-		}
+	case r.action != noAction:
+		r = t.byAction[actionKey(opcode, action)]
 	}
 	c.reply(r.describe(timeouts), allocation)
 }

@@ -58,6 +58,7 @@ func TestReportOpcodes(t *testing.T) {
 		{"READ CAPACITY (16)", reportOpcodes(reportAction, opServiceActionIn, actionReadCapacity, 255), "00 03 0010 9e 10 0000000000000000 ffffffff 00 00"},
 		{"unknown", reportOpcodes(reportOpcode, 0x04, 0, 255), "00 01 0000"},
 		{"unknown action", reportOpcodes(reportAction, opServiceActionIn, 0x1f, 255), "00 01 0000"},
+		{"action of what has none", reportOpcodes(reportEither, opRead10, 1, 255), "00 01 0000"},
 		{"impossible action", reportOpcodes(reportAction, opServiceActionIn, 0x0110, 255), "00 01 0000"},
 		{"cut", reportOpcodes(reportOpcode, opRead10, 0, 3), "00 03 00"},
 	} {
