@@ -103,6 +103,20 @@ func (f *lunBench) serve() {
 	}
 }
 
+// login has a session of each host be open, and that be on record.
+func (f *lunBench) login() {
+	f.b.Helper()
+	for i := range lunBenchHosts {
+		host := fmt.Sprintf("n%04d", i)
+		f.target.sessions = append(f.target.sessions, iscsi.SessionInfo{Initiator: initiatorName(host), Target: targetName(host), Since: time.Now()})
+	}
+	for range 2 { // the first writes
+		if _, err := f.rec.luns.step(f.b.Context()); err != nil {
+			f.b.Fatal(err)
+		}
+	}
+}
+
 func (f *lunBench) close() {
 	f.b.Helper()
 	if err := f.rec.luns.close(); err != nil {
@@ -128,6 +142,7 @@ func BenchmarkLUNs(b *testing.B) {
 		f := newLUNBench(b)
 		f.begin()
 		f.serve()
+		f.login()
 		f.close()
 		b.StartTimer()
 		for b.Loop() {
@@ -143,15 +158,7 @@ func BenchmarkLUNs(b *testing.B) {
 		f := newLUNBench(b)
 		f.begin()
 		f.serve()
-		for i := range lunBenchHosts {
-			host := fmt.Sprintf("n%04d", i)
-			f.target.sessions = append(f.target.sessions, iscsi.SessionInfo{Initiator: initiatorName(host), Target: targetName(host), Since: time.Now()})
-		}
-		for range 2 { // the first writes of each that somebody logged in
-			if _, err := f.rec.luns.step(b.Context()); err != nil {
-				b.Fatal(err)
-			}
-		}
+		f.login()
 		b.StartTimer()
 		for b.Loop() {
 			if _, err := f.rec.luns.step(b.Context()); err != nil {

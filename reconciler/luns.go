@@ -10,6 +10,7 @@ import (
 	"os"
 	"reflect"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
@@ -181,13 +182,16 @@ func (l *luns) step(ctx context.Context) (next time.Time, err error) {
 	}
 	l.openNext(ctx)
 	var errs []error
-	for _, host := range slices.Sorted(maps.Keys(all)) {
-		at, err := l.host(ctx, host, all[host])
-		if err != nil {
-			errs = append(errs, fmt.Errorf("host %s: %w", host, err))
+	for hosts := range slices.Chunk(slices.Sorted(maps.Keys(all)), together) {
+		l.ahead(ctx, hosts, all)
+		for _, host := range hosts {
+			at, err := l.host(ctx, host, all[host])
+			if err != nil {
+				errs = append(errs, fmt.Errorf("host %s: %w", host, err))
+			}
+			next = sooner(next, at)
+			l.meanwhile(ctx)
 		}
-		next = sooner(next, at)
-		l.meanwhile(ctx)
 	}
 	l.sweep(ctx)
 	if !l.anyLeaves() { // what ends may still read an image
@@ -198,6 +202,47 @@ func (l *luns) step(ctx context.Context) (next time.Time, err error) {
 		l.refresh()
 	}
 	return next, errors.Join(errs...)
+}
+
+// together is how many hosts' records and disks are made at a time: what storage takes for one is shared by others.
+const together = 64
+
+// ahead writes the records of hosts that have none yet, and then makes the disks of those that begin blank. What goes wrong
+// with one is left to host, which tries again and says so.
+func (l *luns) ahead(ctx context.Context, hosts []string, all map[string]lunFacts) {
+	type made struct {
+		rec   state.LUNs
+		wrote bool
+		disk  medium // nil where it is not made
+	}
+	var fresh []*made
+	for _, host := range hosts {
+		if _, has := l.recs[host]; !has && all[host].wants() != nil {
+			rec := nextLUNs(state.LUNs{}, all[host], newDisk)
+			rec.Host = host
+			fresh = append(fresh, &made{rec: rec})
+		}
+	}
+	var making sync.WaitGroup
+	for _, m := range fresh {
+		making.Go(func() {
+			m.wrote = state.LUNSets.Put(ctx, l.store, m.rec.Host, m.rec) == nil
+			if d := m.rec.Disks[0]; m.wrote && d.Image == nil {
+				if disk, err := l.media.disk(m.rec.Host, d, nil); err == nil {
+					m.disk = disk
+				}
+			}
+		})
+	}
+	making.Wait()
+	for _, m := range fresh {
+		if m.wrote {
+			l.recs[m.rec.Host] = m.rec
+		}
+		if m.disk != nil {
+			l.openHost(m.rec.Host).disks[m.rec.Current] = m.disk
+		}
+	}
 }
 
 // sooner is the earlier time of two, of which the zero one is never.

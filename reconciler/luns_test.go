@@ -1134,3 +1134,30 @@ func TestDiskWhoseStorageFailed(t *testing.T) {
 		})
 	}
 }
+
+// A first disk that cannot be made keeps no other host from its own, and is the same when it can.
+func TestDiskThatCannotBeMade(t *testing.T) {
+	r := newLUNRig(t)
+	var assigned []state.Assignment
+	for i := range 3 {
+		assigned = append(assigned, r.assign(t, fmt.Sprint("n", i), r.delta))
+	}
+	if err := errors.Join(os.MkdirAll(r.dir, 0o700), os.WriteFile(filepath.Join(r.dir, "n1"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	r.look(t, func() bool { return ready("n0", assigned[0])(r.views()) && ready("n2", assigned[2])(r.views()) })
+	if why := r.Waiting()["n1"]; !strings.Contains(why, "making the directory of a host's disks") {
+		t.Errorf("n1 waits for %q", why)
+	}
+	disk := r.record(t, "n1").Current
+	if err := os.Remove(filepath.Join(r.dir, "n1")); err != nil {
+		t.Fatal(err)
+	}
+	r.look(t, func() bool { return ready("n1", assigned[1])(r.views()) })
+	if got := r.record(t, "n1").Current; got != disk || len(r.files(t)) != 3 {
+		t.Errorf("its disk is %s, was %s; files %q", got, disk, r.files(t))
+	}
+	if err := r.close(); err != nil {
+		t.Error(err)
+	}
+}
