@@ -94,7 +94,7 @@ type watch struct {
 	seen   uint64 // pdus at the last deadline
 	data   uint64 // bytes of data segments
 	pinged bool
-	sent   uint64 // of the wire, when the ping was gathered, and at the last deadline since
+	taken  uint64 // by the peer, when the ping was gathered, and at the last deadline since
 	hole   uint32 // ExpCmdSN when something was first seen to wait for it
 	since  uint32 // conn.ticks then; 0: nothing waits
 }
@@ -159,8 +159,16 @@ func (c *conn) serve() {
 	c.end(err)
 }
 
-// end closes, waits until no task runs, and ends the session if nobody takes it over.
-func (c *conn) end(err error) {
+// cease closes, and ends what can be ended at once; a second call does nothing.
+func (c *conn) cease(err error) {
+	s := c.s
+	s.mu.Lock()
+	ceased := c.ending
+	c.ending = true
+	s.mu.Unlock()
+	if ceased {
+		return
+	}
 	if errors.Is(err, errLogout) || errors.Is(err, io.EOF) {
 		c.srv.log.Debug("iSCSI connection ends", "peer", c.peer, "err", err)
 		c.close()
@@ -168,12 +176,16 @@ func (c *conn) end(err error) {
 		c.closeFor(err)
 	}
 	c.broken.Store(true)
-	s := c.s
 	s.mu.Lock()
-	c.ending = true
 	c.abort(c.tasksOf(nil))
 	s.mu.Unlock()
 	c.flush() // of a broken connection: what was to go on when something is written is let go of
+}
+
+// end is cease, waits until no task runs, and ends the session if nobody takes it over.
+func (c *conn) end(err error) {
+	c.cease(err)
+	s := c.s
 	s.mu.Lock()
 	for c.alive > 0 {
 		c.changed.Wait()
@@ -446,7 +458,8 @@ func (c *conn) silent() error {
 		return errSilent
 	default:
 		if !w.pinged {
-			w.pinged, w.sent = true, c.wire.sent.Load()
+			w.pinged = true
+			w.taken, _ = c.wire.moved()
 			c.ping()
 		}
 		return c.wire.nc.SetReadDeadline(time.Now().Add(c.srv.cfg.PingTimeout))
@@ -454,14 +467,14 @@ func (c *conn) silent() error {
 	return c.wire.nc.SetReadDeadline(time.Now().Add(c.srv.cfg.IdleTimeout))
 }
 
-// taking says whether more than the ping was written since somebody looked: then the ping may be behind data that the
-// initiator takes, if slowly (bePatient bounds that).
+// taking says whether the initiator took more than the ping since somebody looked: then the ping may be behind data that it
+// takes, if slowly (bePatient bounds that).
 func (c *conn) taking() bool {
 	w := &c.watch
-	sent := c.wire.sent.Load()
-	taken := sent - w.sent
-	w.sent = sent
-	return taken > bhsLength+digestLength
+	taken, _ := c.wire.moved()
+	more := taken - w.taken
+	w.taken = taken
+	return more > bhsLength+digestLength
 }
 
 // ping sends a NOP-In that wants an answer (section 11.19).

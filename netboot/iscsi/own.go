@@ -36,16 +36,21 @@ func (c *conn) begin(t *task) {
 	}
 }
 
-// keeps says whether the reader is to execute a task that it has in hand.
+// keeps says whether the reader is to execute a task that it has in hand. Then it has a place among those that work.
 func (c *conn) keeps(t *task) bool {
 	if c.wire.buffered() > 0 || !c.ownAfter.IsZero() && time.Now().Before(c.ownAfter) {
 		return false
 	}
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
-	// What is held comes next, and may be a logout that waits for this task.
-	if c.alive > 1 || len(c.s.held) > 0 || t.fate != fateOutcome {
+	// What is held comes next, and may be a logout that waits for this task; what is gathered must not wait for it.
+	if c.alive > 1 || len(c.s.held) > 0 || c.out != nil || t.fate != fateOutcome {
 		return false
+	}
+	select {
+	case c.srv.workers <- struct{}{}:
+	default:
+		return false // who waits for a place can be ended, and a reader not
 	}
 	t.running = true
 	return true
@@ -57,13 +62,8 @@ func (c *conn) executeOwn() error {
 	c.own = nil
 	began := time.Now()
 	token := c.crowd.begin(c)
-	select {
-	case c.srv.workers <- struct{}{}:
-		c.execute(t)
-		<-c.srv.workers
-	case <-c.ctx.Done():
-		c.abandon(t)
-	}
+	c.execute(t)
+	<-c.srv.workers
 	c.flush()
 	if !c.unread.CompareAndSwap(token, 0) {
 		c.worker()
@@ -86,7 +86,7 @@ func (c *conn) relieve(token uint64) {
 	c.background.Go(func() {
 		c.ownAfter = time.Now().Add(ownPause * ownLooks * lookEvery)
 		if err := c.read(); !errors.Is(err, errRelieved) {
-			c.close() // the one that serves may still execute
+			c.cease(err) // the one that serves may still execute
 			c.readEnd <- err
 		}
 	})

@@ -53,6 +53,46 @@ func TestCloseWhileTheReaderExecutes(t *testing.T) {
 	<-s.ended
 }
 
+// When a connection is lost whose reader hangs in a command, all else of it ends.
+func TestLossWhileTheReaderExecutes(t *testing.T) {
+	f := serve(t, nil)
+	syncs := newGate()
+	f.disk.hook(syncs.holding("sync"))
+	defer close(syncs.open)
+	f.add(1, newDisk())
+	i := f.login()
+	i.attend(1)
+	c := f.connOf(i)
+	i.send(i.command(sync10(), 0, nil))
+	<-syncs.came
+	write := i.on(1, i.command(write10(0, 8), 0, []byte{}))
+	write.setTTT(8 * 512)
+	i.send(write)
+	i.expectOpcode(opR2T) // and it has memory
+	_ = i.nc.Close()
+	c.until(t, "only the command that hangs is left", func() bool { return c.alive == 1 })
+}
+
+// A reader does not execute with answers in hand.
+func TestAnswersBeforeTheReaderExecutes(t *testing.T) {
+	f := serve(t, nil)
+	f.image(1, pattern(4096, 1))
+	syncs := newGate()
+	f.disk.hook(syncs.holding("sync"))
+	f.believe()
+	i := f.login()
+	i.attend(1)
+	i.expectGood(i.do(i.on(1, i.command(read10(0, 8), 4096, nil))))
+	f.connOf(i).crowd.awake.Store(true) // so that nobody looks out
+	read := i.on(1, i.command(read10(0, 8), 4096, nil))
+	hangs := i.command(sync10(), 0, nil)
+	i.together(read, hangs)
+	<-syncs.came
+	i.expectGood(i.outcome(read))
+	close(syncs.open)
+	i.expectGood(i.outcome(hangs))
+}
+
 // A lookout goes when there is nothing to look out for, and comes again when there is.
 func TestLookout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -313,7 +313,7 @@ func (s *session) leave(u *unit) {
 // errSlow is why awaitUnused closes a connection.
 var errSlow = errors.New("initiator is slow to take data of a LUN that is being removed")
 
-// awaitUnused waits until no task touches a unit. A peer that takes nothing of what refers to it loses its connection: it can
+// awaitUnused waits until no task touches a unit. A peer that neither takes nor sends anything loses its connection: it can
 // come again, and the unit cannot wait for it. What the medium itself is slow with is waited for.
 func (s *session) awaitUnused(n *nexus, unused <-chan struct{}) {
 	tick := time.NewTicker(s.srv.sendGrace)
@@ -334,15 +334,16 @@ func (s *session) awaitUnused(n *nexus, unused <-chan struct{}) {
 
 // A heed is what a peer does about a unit that wants to be left.
 type heed struct {
-	c     *conn
-	waits bool   // tasks wait for the peer, not for the medium
-	taken uint64 // bytes that the peer took of all
+	c           *conn
+	waits       bool   // tasks wait for the peer, not for the medium
+	taken, came uint64 // bytes that the peer took and sent, of all
 }
 
 func (s *session) heed(n *nexus) heed {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	h := heed{c: s.conn, taken: s.conn.wire.sent.Load()}
+	h := heed{c: s.conn}
+	h.taken, h.came = h.c.wire.moved()
 	left := n.uses
 	for _, t := range slices.Concat(slices.Collect(maps.Values(h.c.tasks)), h.c.aborted) {
 		if t.n == n && t.running {

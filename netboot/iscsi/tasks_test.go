@@ -159,8 +159,9 @@ func TestEndOfTasksThatWaitForAWorker(t *testing.T) {
 	}
 }
 
-// A connection ends though its command waits for one of the places that all connections share, and those hang.
-func TestEndOfAConnectionThatWaitsForAPlace(t *testing.T) {
+// A command that waits for one of the places that all connections share can be aborted, and its connection ends, though
+// all that have places hang.
+func TestEndOfTasksThatWaitForAPlace(t *testing.T) {
 	f := serve(t, nil)
 	f.srv.workers = make(chan struct{}, 1)
 	syncs := newGate()
@@ -173,12 +174,20 @@ func TestEndOfAConnectionThatWaitsForAPlace(t *testing.T) {
 		t.Fatalf("login status %#04x", status)
 	}
 	i.ready()
-	i.do(i.on(1, i.command(testUnitReady(), 0, nil)))
+	i.attend(1)
+	c := f.srv.sessionList()[1].conn
+	cmd := i.on(1, i.command(sync10(), 0, nil))
+	i.send(cmd)
+	c.until(t, "it waits for a place", func() bool { return len(c.backlog) == 1 })
+	abort := i.manage(taskAbort, cmd)
+	abort.setLUN(cmd.lun())
+	i.send(abort)
+	i.expectManaged(abort, taskComplete)
+
 	i.send(i.on(1, i.command(sync10(), 0, nil)))
-	i.quiet()
-	ended := f.srv.sessionList()[1].ended
+	c.until(t, "another one waits", func() bool { return len(c.backlog) == 1 })
 	_ = i.nc.Close()
-	<-ended
+	<-c.s.ended
 }
 
 // A read that gets no memory for long is refused: what has the memory may be waiting for it.

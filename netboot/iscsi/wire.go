@@ -57,7 +57,7 @@ type wire struct {
 	taken    int64     // how much it took since
 	writeFn  func(fd uintptr) bool
 
-	sent atomic.Uint64 // bytes that were written, ever
+	sent atomic.Uint64 // bytes that were written
 }
 
 func newWire(nc net.Conn, pool *buffers, patience time.Duration) *wire {
@@ -211,6 +211,22 @@ const (
 	nearRTT  = 300 // µs
 	nearHeld = 512 << 10
 )
+
+// moved is how many bytes the peer's kernel took, and how many came from it, ever. Where nobody knows, the first is how many
+// were written.
+func (w *wire) moved() (taken, came uint64) {
+	taken = w.sent.Load()
+	if w.raw == nil {
+		return taken, 0
+	}
+	// Of a closed connection nobody asks for long.
+	_ = w.raw.Control(func(fd uintptr) {
+		if info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+			taken, came = info.Bytes_acked, info.Bytes_received
+		}
+	})
+	return taken, came
+}
 
 // keepNear bounds what the kernel holds, for a peer that is near. It is asked when both sides have said something.
 func (w *wire) keepNear() {
