@@ -14,7 +14,6 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
@@ -542,38 +541,32 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// TestFailedSyncIsFinal has a sync fail, or the start of one: the kernel may have dropped what it could not write, so no later
-// one succeeds.
+// TestFailedSyncIsFinal has a sync fail: the kernel may have dropped what it could not write, so no later one succeeds.
 func TestFailedSyncIsFinal(t *testing.T) {
-	for name, started := range map[string]bool{"when it starts": false, "when it ends": true} {
-		t.Run(name, func(t *testing.T) {
-			l := newLife(t)
-			if err := l.history.write(l.d, 0, 8); err != nil {
-				t.Fatal(err)
-			}
-			l.f.fault = func(o op) error {
-				if o.isSync() && (o.off == 0) == started {
-					return syscall.EIO
-				}
-				return nil
-			}
-			if err := l.history.sync(l.d); !errors.Is(err, syscall.EIO) || !errors.Is(err, scsi.ErrMedium) {
-				t.Errorf("Sync: %v", err)
-			}
-			l.f.fault = nil
-			_, err := l.d.WriteAt(make([]byte, 512), 0)
-			for what, err := range map[string]error{"Sync": l.d.Sync(), "WriteAt": err, "Zero": l.d.Zero(0, 4096, true)} {
-				// Not what the sync said: space, for one, is not what is missing now.
-				if !errors.Is(err, scsi.ErrMedium) || errors.Is(err, syscall.EIO) || !strings.Contains(err.Error(), "an earlier sync failed") {
-					t.Errorf("%s after that: %v", what, err)
-				}
-			}
-			l.check(crash{l.f.done(), true}, l.f.disk, l.boot, 0)
-			l.open()
-			if err := errors.Join(l.history.write(l.d, 0, 8), l.d.Sync()); err != nil {
-				t.Errorf("opened anew: %v", err)
-			}
-		})
+	l := newLife(t)
+	if err := l.history.write(l.d, 0, 8); err != nil {
+		t.Fatal(err)
+	}
+	l.f.fault = func(o op) error {
+		if o.isSync() {
+			return syscall.EIO
+		}
+		return nil
+	}
+	if err := l.d.Sync(); !errors.Is(err, syscall.EIO) || !errors.Is(err, scsi.ErrMedium) {
+		t.Errorf("Sync: %v", err)
+	}
+	l.f.fault = nil
+	_, err := l.d.WriteAt(make([]byte, 512), 0)
+	for what, err := range map[string]error{"Sync": l.d.Sync(), "WriteAt": err, "Zero": l.d.Zero(0, 4096, true)} {
+		// Not what the sync said: space, for one, is not what is missing now.
+		if !errors.Is(err, scsi.ErrMedium) || errors.Is(err, syscall.EIO) || !strings.Contains(err.Error(), "an earlier sync failed") {
+			t.Errorf("%s after that: %v", what, err)
+		}
+	}
+	l.open()
+	if err := errors.Join(l.history.write(l.d, 0, 8), l.d.Sync()); err != nil {
+		t.Errorf("opened anew: %v", err)
 	}
 }
 
@@ -723,54 +716,6 @@ func TestPagesOfFUA(t *testing.T) {
 		if len(pages) != 2 {
 			t.Fatalf("cluster %d: %d pages, want 2", cluster, len(pages))
 		}
-	}
-}
-
-// A starter is a recorder that knows what was started.
-type starter struct {
-	*recorder
-	started []extent
-}
-
-type extent struct{ Off, N int64 }
-
-func (s *starter) Start(off, n int64) error {
-	s.started = append(s.started, extent{off, n})
-	return s.recorder.Start(off, n)
-}
-
-// TestDataIsStarted has the data of a write through the cache be on its way before the map is, once.
-func TestDataIsStarted(t *testing.T) {
-	h := testHeader(t, lifeBase())
-	f := &starter{recorder: newRecorder(t, h)}
-	d := must(newDelta("recorded", f, h, memory(lifeBase()), "first"))(t)
-	for _, tt := range []struct {
-		what     string
-		clusters []int64
-		want     []extent
-	}{
-		{"a new cluster", []int64{3}, []extent{{3, 1}}},
-		{"the same", []int64{3}, []extent{{3, 1}}}, // by the sync that it waits for, and finds written
-		{"three, with one between that is not new", []int64{2, 4, 5}, []extent{{2, 4}}},
-		{"of two sectors", []int64{7, perSector}, nil},
-	} {
-		t.Run(tt.what, func(t *testing.T) {
-			f.started = nil
-			for _, c := range tt.clusters {
-				if _, err := d.WriteAt(randomBytes(clusterSize), c*clusterSize); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if err := d.Sync(); err != nil {
-				t.Fatal(err)
-			}
-			for i, s := range f.started {
-				f.started[i] = extent{(s.Off - h.dataOff()) / clusterSize, s.N / clusterSize}
-			}
-			if diff := cmp.Diff(tt.want, f.started); diff != "" {
-				t.Errorf("clusters that were started:\n%s", diff)
-			}
-		})
 	}
 }
 

@@ -48,26 +48,18 @@ func (d *Delta) commit() error {
 		return err
 	}
 	p := d.decide()
-	if err := d.bring(p); err != nil {
+	var err error
+	if versions, ok := d.quickVersions(p); ok {
+		err = d.commitQuick(p, versions)
+	} else {
+		err = d.commitSlow(p)
+	}
+	if err != nil {
 		d.undecide(p)
 		return err
 	}
 	d.unsure = false
 	return nil
-}
-
-// bring does what p says.
-func (d *Delta) bring(p *plan) error {
-	if !p.quick || len(p.sectors) == 0 {
-		return d.commitSlow(p)
-	}
-	if err := d.start(p); err != nil {
-		return err
-	}
-	if versions, ok := d.quickVersions(p); ok {
-		return d.commitQuick(p, versions)
-	}
-	return d.commitSlow(p)
 }
 
 // decide says what a commit is about. Where it is to be quick, all that is new is held from here on.
@@ -90,25 +82,6 @@ func (d *Delta) decide() *plan {
 	return p
 }
 
-// start has storage take the data of one sector, as of one write, while the map is made: that takes 2 % from a write of 4 KiB
-// and its sync (measured). More writes than that keep storage busy without it.
-func (d *Delta) start(p *plan) error {
-	if len(p.sectors) != 1 {
-		return nil
-	}
-	fresh := p.versions[0].fresh(func(int) bool { return true })
-	if len(fresh) == 0 {
-		return nil
-	}
-	first, last := fresh[0], fresh[len(fresh)-1]
-	from, n := p.sectors[0]*perSector+int64(first.first), int64(last.first+last.n-first.first)
-	err := d.f.Start(d.h.dataOff()+from*clusterSize, n*clusterSize)
-	if err != nil {
-		d.disbelieve(err, nil, nil)
-	}
-	return err
-}
-
 // undecide has the next commit do what this one could not. As nobody knows what of it was done, that one is not quick.
 func (d *Delta) undecide(p *plan) {
 	d.unsure = true
@@ -118,19 +91,14 @@ func (d *Delta) undecide(p *plan) {
 	d.wrote.Store(true)
 }
 
-// flush is fdatasync(2), also of versions of sectors.
+// flush is fdatasync(2), also of versions of sectors. When it fails nobody knows what the kernel dropped, so no live map
+// is believed any more: the next start goes by the map, as after a loss of power, and by what storage has. The sectors are
+// written again without the runs of this sync, which nobody was told of: what else they say was so before it.
 func (d *Delta) flush(sectors []int64, versions []sector) error {
 	err := d.f.Sync()
-	if err != nil {
-		d.disbelieve(err, sectors, versions)
+	if err == nil {
+		return nil
 	}
-	return err
-}
-
-// disbelieve is what follows from a sync that failed. Nobody knows what the kernel dropped, so no live map is believed any
-// more: the next start goes by the map, as after a loss of power, and by what storage has. The sectors are written again
-// without the runs of this sync, which nobody was told of: what else they say was so before it.
-func (d *Delta) disbelieve(err error, sectors []int64, versions []sector) {
 	_ = d.lost.note(err)
 	_, _ = d.f.WriteAt(make([]byte, sectorSize), sessionOff) // all that can be tried
 	safe := slices.Clone(versions)
@@ -138,6 +106,7 @@ func (d *Delta) disbelieve(err error, sectors []int64, versions []sector) {
 		safe[at].runs = nil
 	}
 	_ = d.writeSectors(sectors, safe) // as above
+	return err
 }
 
 // commitSlow syncs the data, then the map.
@@ -174,9 +143,12 @@ func (d *Delta) commitQuick(p *plan, versions []sector) error {
 	return nil
 }
 
-// quickVersions are the sectors of p with sums of the data that is not known to be on stable storage. It says no where there
-// is too much of that, or it cannot be read.
+// quickVersions are the sectors of p with sums of the data that is not known to be on stable storage. It says no where p
+// is not quick, there is too much of that, or it cannot be read.
 func (d *Delta) quickVersions(p *plan) (versions []sector, ok bool) {
+	if !p.quick || len(p.sectors) == 0 {
+		return nil, false
+	}
 	versions = slices.Clone(p.versions)
 	for at, i := range p.sectors {
 		if !d.addRuns(i, &versions[at]) {

@@ -19,9 +19,6 @@ type file interface {
 	io.WriterAt
 	// Sync brings the bytes of the file, and what is needed to find them, to stable storage: fdatasync(2).
 	Sync() error
-	// Start has the kernel begin to write [off, off+n) to storage, and does not wait for that. The next Sync has less to
-	// do then, and an error means what one of Sync means.
-	Start(off, n int64) error
 	// Punch makes [off, off+n) a hole, which reads as zeros and takes no space.
 	Punch(off, n int64) error
 	// Forget has what is read next come from stable storage, but for what was written since the last Sync. It must not be
@@ -40,16 +37,6 @@ func (f osFile) fd() int { return int(f.Fd()) }
 // Sync implements file.
 func (f osFile) Sync() error {
 	return again(func() error { return unix.Fdatasync(f.fd()) })
-}
-
-// Start implements file. Where the kernel cannot, or this process may not, Sync does all. Else errors count: where a file
-// system drops a page that it has no room for, it may be that only who started its writing is told.
-func (f osFile) Start(off, n int64) error {
-	err := again(func() error { return unix.SyncFileRange(f.fd(), off, n, unix.SYNC_FILE_RANGE_WRITE) })
-	if errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EOPNOTSUPP) {
-		return nil
-	}
-	return err
 }
 
 // Punch implements file. On a file system without holes it writes zeros, as far as the file is long.

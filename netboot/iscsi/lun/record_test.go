@@ -53,7 +53,7 @@ func recorded(d disk, size int64) *recorder { return &recorder{disk: d.clone(), 
 // blocks are the blocks of a file that are not all zeros. No block is changed, only replaced.
 type blocks map[int64][]byte
 
-// An op is a write, a punch (data is nil) or a sync (n is 0) of all that is behind off.
+// An op is a write, a punch (data is nil) or a sync (n is 0).
 type op struct {
 	off, n int64
 	data   []byte
@@ -93,7 +93,7 @@ func (r *recorder) do(o op) error {
 		err = r.fault(o)
 	}
 	if o.isSync() {
-		r.sync(o.off, err != nil)
+		r.sync(err != nil)
 		return err
 	}
 	if err != nil {
@@ -107,16 +107,16 @@ func (r *recorder) do(o op) error {
 	return err
 }
 
-// sync writes all that is dirty behind off, or some of it where it fails.
-func (r *recorder) sync(off int64, fails bool) {
-	o := op{off: off, failed: fails, kept: map[int64]bool{}}
+// sync writes all that is dirty, or some of it where it fails.
+func (r *recorder) sync(fails bool) {
+	o := op{failed: fails, kept: map[int64]bool{}}
 	r.eachDirty(func(i int64) {
-		if i >= off/sectorSize && (!fails || rand.IntN(2) == 0) {
+		if !fails || rand.IntN(2) == 0 {
 			o.kept[i] = true
 			r.stable.set(i, r.now[i])
 		}
 	})
-	maps.DeleteFunc(r.dirty, func(page int64, _ bool) bool { return page >= off/pageSize })
+	clear(r.dirty)
 	r.ops = append(r.ops, o)
 }
 
@@ -166,21 +166,6 @@ func (r *recorder) Punch(off, n int64) error { return r.do(op{off: off, n: n}) }
 func (r *recorder) Sync() error              { return r.do(op{}) }
 func (r *recorder) Close() error             { return nil }
 
-// Start implements file. When it does not fail it does what the kernel may do at any time. What it loses is more than what
-// it was told to write.
-func (r *recorder) Start(off, _ int64) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.fault == nil {
-		return nil
-	}
-	err := r.fault(op{off: off})
-	if err != nil {
-		r.sync(off, true)
-	}
-	return err
-}
-
 // Length implements file.
 func (r *recorder) Length() (int64, error) { return r.size, nil }
 
@@ -222,10 +207,6 @@ func (p *player) play(o op) {
 		return
 	}
 	for i, versions := range p.pending {
-		if i < o.off/sectorSize {
-			continue
-		}
-		delete(p.pending, i)
 		last := versions[len(versions)-1]
 		if o.failed && !o.kept[i] {
 			p.dropped[i] = last
@@ -234,6 +215,7 @@ func (p *player) play(o op) {
 		delete(p.dropped, i)
 		p.stable.set(i, last)
 	}
+	clear(p.pending)
 }
 
 // takeAlong has the next sync write what one that failed did not write of a page, as that is written to again.
