@@ -103,7 +103,7 @@ func newConn(ctx context.Context, srv *Server, nc net.Conn, among *crowd) *conn 
 	c := &conn{
 		srv:     srv,
 		crowd:   among,
-		wire:    newWire(nc, &srv.buffers, srv.cfg.PingTimeout),
+		wire:    newWire(nc, &srv.buffers, srv.stays, srv.cfg.PingTimeout),
 		peer:    nc.RemoteAddr().String(),
 		from:    networkOf(nc.RemoteAddr()),
 		quota:   quota{all: srv.memory},

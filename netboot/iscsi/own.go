@@ -17,7 +17,7 @@ const (
 	lastLooks = 100
 	// ownQuick is how long a command may take that was not worth a worker. After one that took longer, all are left to workers
 	// for ownPause times as long, so that a slow disk makes others on its connection wait for little of the time.
-	ownQuick = time.Millisecond
+	ownQuick = 2 * time.Millisecond
 	ownPause = 16
 )
 
@@ -69,6 +69,7 @@ func (c *conn) executeOwn() error {
 		c.worker()
 		return errRelieved
 	}
+	c.wire.stay = true
 	if took := time.Since(began); took > ownQuick {
 		c.ownAfter = time.Now().Add(ownPause * took)
 	}

@@ -118,3 +118,24 @@ func TestLookout(t *testing.T) {
 		w.running.Wait()
 	})
 }
+
+// A reader that may wait in the kernel for the next command hears of it, and gives its place back. It needs none.
+func TestReaderStays(t *testing.T) {
+	f := serve(t, nil)
+	i := f.login()
+	c := f.connOf(i)
+	for range 100 {
+		i.expectGood(i.do(i.command(sync10(), 0, nil)))
+	}
+	for range cap(f.srv.stays) {
+		f.srv.stays <- struct{}{} // as all readers give theirs back
+	}
+	for range 100 {
+		i.expectGood(i.do(i.command(sync10(), 0, nil)))
+	}
+	_ = i.nc.Close()
+	<-c.done
+	if c.owned == 0 {
+		t.Error("the reader executed nothing itself")
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -62,6 +63,7 @@ type Server struct {
 	memory    *semaphore.Weighted
 	share     int64         // of memory, for one initiator
 	workers   chan struct{} // has an element for each that works
+	stays     chan struct{} // has an element for each reader that waits in the kernel
 	residency residency
 	sendGrace time.Duration
 
@@ -103,6 +105,7 @@ func NewServer(cfg Config) (*Server, error) {
 		memory:    semaphore.NewWeighted(cfg.MaxMemory),
 		share:     max(cfg.MaxMemory/memoryShare, scsi.MaxTransfer),
 		workers:   make(chan struct{}, maxWorkers),
+		stays:     make(chan struct{}, runtime.GOMAXPROCS(0)/2),
 		residency: residency{start: time.Now()},
 		sendGrace: sendGrace,
 

@@ -25,6 +25,10 @@ const (
 	lingerBytes = 1 << 20
 )
 
+// maxStay is how long a read may wait in the kernel before it leaves the waiting to the runtime: for an initiator that has
+// one command under way, and goes on at once.
+const maxStay = time.Millisecond
+
 // maxIOV is how many pieces one writev takes (IOV_MAX).
 const maxIOV = 1024
 
@@ -37,6 +41,12 @@ type wire struct {
 	raw      syscall.RawConn // nil where nc is no socket: then mapped memory must not be written
 	pool     *buffers
 	patience time.Duration // how long the peer may take no byte while we write
+
+	// stay has the next read, where nothing has come, wait in the kernel for maxStay at most: to be woken through the runtime's
+	// poller takes 50 µs more (measured: a server of sockets and nothing else, beside one that blocks). Meanwhile it keeps a
+	// thread, so that stays bounds how many do.
+	stay  bool
+	stays chan struct{}
 
 	// silence, where it is set, is called when a read deadline has passed; a read goes on unless it returns an error.
 	silence func() error
@@ -60,8 +70,8 @@ type wire struct {
 	sent atomic.Uint64 // bytes that were written
 }
 
-func newWire(nc net.Conn, pool *buffers, patience time.Duration) *wire {
-	w := &wire{nc: nc, pool: pool, patience: patience}
+func newWire(nc net.Conn, pool *buffers, stays chan struct{}, patience time.Duration) *wire {
+	w := &wire{nc: nc, pool: pool, stays: stays, patience: patience}
 	if sc, ok := nc.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
 			w.raw = raw
@@ -180,6 +190,7 @@ func (w *wire) tryRead(fd uintptr) bool {
 		n, err := unix.Read(int(fd), p)
 		switch {
 		case err == unix.EINTR:
+		case err == unix.EAGAIN && w.stay && w.comesSoon(fd):
 		case err == unix.EAGAIN:
 			w.giveBack()
 			return false
@@ -194,6 +205,19 @@ func (w *wire) tryRead(fd uintptr) bool {
 			return true
 		}
 	}
+}
+
+// comesSoon waits for something to read.
+func (w *wire) comesSoon(fd uintptr) bool {
+	w.stay = false
+	select {
+	case w.stays <- struct{}{}:
+	default:
+		return false
+	}
+	defer func() { <-w.stays }()
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd & 0x7fffffff), Events: unix.POLLIN}}, int(maxStay/time.Millisecond))
+	return n > 0 && err == nil
 }
 
 // giveBack returns the read buffer to the pool if it is empty.

@@ -27,7 +27,7 @@ func TestWireForgetsWhatItWrote(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = near.Close() }()
-	w := newWire(near, &buffers{}, time.Minute)
+	w := newWire(near, &buffers{}, nil, time.Minute)
 	for name, n := range map[string]int{"one call": 3, "a full call and a short one": maxIOV + 3} {
 		parts := make([][]byte, n)
 		for i := range parts {
