@@ -870,11 +870,11 @@ func TestNumberThatIsStillInUse(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer func() {
+		t.Cleanup(func() {
 			if err := m.Close(); err != nil {
 				t.Error(err)
 			}
-		}()
+		})
 		if err := h.addImage(&openImage{digest: b.Digest, medium: m}, 1); err != nil {
 			t.Error(err)
 		}
