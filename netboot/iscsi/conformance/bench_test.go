@@ -146,7 +146,7 @@ func (n *bench) reads() {
 // that no round before it wrote, and then writes it again.
 func (n *bench) writes(round int) {
 	for _, depth := range []int{1, 32} {
-		l := load{requests: 400 * min(depth, 8), depth: depth, size: 4 << 10, offset: int64(round*2*window + depth/32*window), fua: true}
+		l := load{requests: max(1500, 100*depth), depth: depth, size: 4 << 10, offset: int64(round*2*window + depth/32*window), fua: true}
 		for _, state := range []string{"new clusters", "old clusters"} {
 			row := n.report.row(fmt.Sprintf("write 4 KiB with FUA, depth %d, %s: /s", depth, state), ">= 1")
 			row.add("ours", qemuImg(n.B, n.ours.url("written"), l))
