@@ -7,13 +7,11 @@ import (
 	"log/slog"
 	"maps"
 	"net"
-	"os"
 	"reflect"
 	"slices"
 	"sync"
 	"time"
 
-	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/netboot/iscsi"
@@ -284,100 +282,6 @@ func (l *luns) anyLeaves() bool {
 	return false
 }
 
-// nodeFacts are what runs as each host, and when that was reported.
-type nodeFacts struct {
-	running  map[string]*agentapi.Running
-	reported map[string]time.Time
-}
-
-// readRecords reads the records that decide, where it does not have them. Those of nodes may be as old as lunsEvery: only what was
-// reported after a host's last login says anything.
-func (l *luns) readRecords(ctx context.Context) error {
-	if l.recs == nil {
-		recs, err := state.LUNSets.List(ctx, l.store)
-		if err != nil {
-			return err
-		}
-		if err := os.MkdirAll(l.media.dir, 0o700); err != nil {
-			return fmt.Errorf("making the directory of hosts' disks: %w", err)
-		}
-		l.recs = recs
-	}
-	if l.assigned == nil {
-		assigned, err := state.Assignments.List(ctx, l.store)
-		if err != nil {
-			return err
-		}
-		l.assigned = assigned
-	}
-	if l.nodes == nil {
-		nodes, err := state.Nodes.List(ctx, l.store)
-		if err != nil {
-			return err
-		}
-		l.nodes = newestRunning(nodes)
-	}
-	return nil
-}
-
-// facts are what decides, of each host that has LUNs or is to have some.
-func (l *luns) facts(ctx context.Context) (map[string]lunFacts, error) {
-	if err := l.readRecords(ctx); err != nil {
-		return nil, err
-	}
-	now := l.now()
-	if l.began.IsZero() {
-		l.began = now
-	}
-	booting, proven := l.heard()
-	all := map[string]lunFacts{}
-	for host := range l.recs {
-		all[host] = lunFacts{}
-	}
-	for host := range l.hosts { // of which there is no record any more
-		all[host] = lunFacts{}
-	}
-	for host, a := range l.assigned {
-		if _, known := all[host]; known || a.ISCSI != nil {
-			all[host] = lunFacts{assigned: &a}
-		}
-	}
-	for host, f := range all {
-		f.now, f.began, f.boot, f.proven = now, l.began, booting[host], proven[host]
-		f.running, f.reported = l.nodes.running[host], l.nodes.reported[host]
-		f.lastSeen, f.served = l.seen[host], l.serves(host)
-		all[host] = f
-	}
-	for _, s := range l.target.Sessions() {
-		host := hostOf(s.Initiator)
-		if f, known := all[host]; known {
-			f.sessions, f.lastSeen = append(f.sessions, s), now
-			l.seen[host] = now
-			all[host] = f
-		}
-	}
-	return all, nil
-}
-
-// serves is the id of the disk that a host's sessions are of; "" while those of one before end.
-func (l *luns) serves(host string) string {
-	if h := l.hosts[host]; h != nil {
-		return h.current
-	}
-	return ""
-}
-
-// newestRunning is what runs as each host, by who was heard of last.
-func newestRunning(nodes map[string]state.Node) *nodeFacts {
-	f := nodeFacts{running: map[string]*agentapi.Running{}, reported: map[string]time.Time{}}
-	for _, n := range nodes {
-		if n.Running != nil && !n.LastSeen.Before(f.reported[n.Running.Host]) {
-			f.running[n.Running.Host], f.reported[n.Running.Host] = n.Running, n.LastSeen
-		}
-	}
-	return &f
-}
-
 // host brings one host to what it is to be: first its record, then what is open, then the files of what it lost.
 func (l *luns) host(ctx context.Context, host string, f lunFacts) (next time.Time, err error) {
 	before := l.recs[host]
@@ -507,98 +411,4 @@ func (l *luns) tell(ctx context.Context, host string, err error) {
 		l.told[host] = err.Error()
 		l.events.note(ctx, state.Event{Kind: "disk", Subject: host, Message: err.Error(), Warning: true})
 	}
-}
-
-// A ConflictError says that what was asked for is not possible as things are.
-type ConflictError struct{ Reason string }
-
-func (e *ConflictError) Error() string { return e.Reason }
-
-// Conflict marks the error for package api, which answers it with 409.
-func (e *ConflictError) Conflict() bool { return true }
-
-// Reset has a host begin with a disk as it was made first. A node with an agent reboots for it, and loses its old disk when
-// it does, or after resetGrace. It returns when that is on record.
-func (l *luns) Reset(ctx context.Context, host string, force bool) error {
-	if l.port == 0 {
-		return &ConflictError{Reason: "the server's iSCSI target is off (serve --iscsi-listen)"}
-	}
-	done := make(chan error, 1)
-	select {
-	case l.asks <- lunAsk{host: host, force: force, done: done}:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// readAssignment reads one host's assignment again: whoever asks may know of a change that the controller has yet to hear of.
-func (l *luns) readAssignment(ctx context.Context, host string) error {
-	if err := l.readRecords(ctx); err != nil {
-		return err
-	}
-	a, err := state.Assignments.Get(ctx, l.store, host)
-	switch {
-	case errors.Is(err, state.ErrNotFound):
-		delete(l.assigned, host)
-	case err != nil:
-		return err
-	default:
-		l.assigned[host] = a
-	}
-	return nil
-}
-
-// reset is Reset, by run.
-func (l *luns) reset(ctx context.Context, host string, force bool) error {
-	if err := l.readAssignment(ctx, host); err != nil {
-		return err
-	}
-	all, err := l.facts(ctx)
-	if err != nil {
-		return err
-	}
-	f := all[host]
-	if f.wants() == nil {
-		return &ConflictError{Reason: fmt.Sprintf("host %s has no disk on the server: what it writes lies on a disk of its own, which cannot be reset yet", host)}
-	}
-	rec := l.recs[host]
-	wanted, _ := rec.Wanted(f.wants())
-	cur, _ := rec.Disk(rec.Current)
-	inUse := f.mayUse(&rec) && !force
-	if cur.Image != nil && inUse {
-		return &ConflictError{Reason: inUseReason(host, cur.ID, len(f.sessions) > 0)}
-	}
-	ends := f.now
-	if inUse {
-		ends = ends.Add(resetGrace)
-	}
-	rec.Disks = slices.Clone(rec.Disks)
-	for i := range rec.Disks {
-		if d := &rec.Disks[i]; d.ID == cur.ID || d.ID == wanted.ID {
-			d.Ends = ends
-		}
-	}
-	if err := l.write(ctx, l.recs[host], rec); err != nil {
-		return err
-	}
-	l.events.note(ctx, state.Event{Kind: "disk", Subject: host, Message: "reset: what it wrote is dropped, and its next boot begins anew"})
-	_, _ = l.host(ctx, host, f) // what goes wrong in it is told, and tried again
-	l.poke()
-	return nil
-}
-
-// inUseReason says why the disk of a system without an agent is not reset.
-func inUseReason(host, disk string, open bool) string {
-	if !open {
-		return fmt.Sprintf("host %s may still run from its disk %s: its session broke less than a minute ago, or the server began less than ten minutes ago, "+
-			"and it may log in again; where it is off, wait for that time to pass, or use --force", host, disk)
-	}
-	return fmt.Sprintf("host %s is logged in to its disk %s, and nobody can have its system let go of that: "+
-		"shut it down first, or use --force, after which all that it reads and writes fails until it is booted again", host, disk)
 }
