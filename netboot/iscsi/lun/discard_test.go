@@ -3,8 +3,11 @@ package lun
 import (
 	"bytes"
 	"errors"
+	"os"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 )
@@ -87,5 +90,37 @@ func TestLost(t *testing.T) {
 	}
 	if err := errors.Join(disk.Close(), delta.Close()); err != nil {
 		t.Error(err)
+	}
+}
+
+// What a disk that has lost something leaves in the page cache is not what storage has: no end of it leaves that there.
+func TestLostPagesAreForgotten(t *testing.T) {
+	for name, end := range map[string]func(*Disk) error{"discarded": (*Disk).Discard, "closed": (*Disk).Close} {
+		t.Run(name, func(t *testing.T) {
+			d, err := OpenDisk(filepath.Join(t.TempDir(), "disk"), 1<<20)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if d.f.onTmpfs() {
+				t.Skip("tmpfs has nothing but the page cache")
+			}
+			if _, err := d.WriteAt(make([]byte, 4096), 0); err != nil {
+				t.Fatal(err)
+			}
+			if err := d.Sync(); err != nil {
+				t.Fatal(err)
+			}
+			_ = d.lost.note(errors.New("input/output error"))
+			_ = end(d) // whether it says what was lost is not the matter here
+			f, err := os.Open(d.path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			n, err := unix.Preadv2(int(f.Fd()), [][]byte{make([]byte, 4096)}, 0, unix.RWF_NOWAIT)
+			if !errors.Is(err, unix.EAGAIN) {
+				t.Errorf("%d bytes are in the page cache: %v", n, err)
+			}
+		})
 	}
 }

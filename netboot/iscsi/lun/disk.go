@@ -218,12 +218,7 @@ func (d *Disk) Allocated() int64 {
 }
 
 // Close syncs the disk and ends the use of the file. Nobody may use d, or a segment of it, any more.
-func (d *Disk) Close() error {
-	if err := errors.Join(d.Sync(), d.mem.close(), d.f.Close()); err != nil {
-		return fmt.Errorf("closing disk %q: %w", d.path, err)
-	}
-	return nil
-}
+func (d *Disk) Close() error { return errors.Join(d.Sync(), d.Discard()) }
 
 // Lost says why what was written to the disk may be lost, so that all writes fail until it is opened anew; nil: it is not.
 func (d *Disk) Lost() error { return d.lost.err() }
