@@ -71,7 +71,7 @@ func (b *boot) closeStorage(ctx context.Context) error {
 	s := b.luns.session
 	b.luns = nil
 	err := b.endOrReboot(ctx, closeLimit, "its iSCSI session does not end", s.Close)
-	return errors.Join(err, iscsi.Forget(runDir))
+	return errors.Join(err, s.Forget())
 }
 
 // closeCache unmounts the cache. A node disk that was reset does not answer any more, and its unmount would wait for ever.

@@ -285,11 +285,11 @@ func changeConfig(dir string, change func(*Config)) error {
 	return writeConfig(dir, c)
 }
 
-// Forget removes what a keeper that has ended left in dir.
-func Forget(dir string) error {
+// Forget removes what the keeper of a session that was closed left.
+func (s *Session) Forget() error {
 	var errs []error
 	for _, name := range []string{configFile, statusFile, lockFile} {
-		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := os.Remove(filepath.Join(s.dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}

@@ -80,7 +80,7 @@ func TestSession(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Error(err)
 	}
-	if err := Forget(s.dir); err != nil {
+	if err := s.Forget(); err != nil {
 		t.Error(err)
 	}
 	if _, err := ReadStatus(s.dir); !errors.Is(err, os.ErrNotExist) {
