@@ -525,10 +525,19 @@ func TestCleanOfSubordinateUsers(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer self.Close()
-	for _, tt := range []struct{ subuid, left string }{
-		{fmt.Sprintf("%d:%d:65536\n", nobody, subs), ""},
-		{"", "base-1"},
+	namespaces := exec.Command("setpriv", fmt.Sprint("--reuid=", nobody), "--clear-groups", "unshare", "--user", "true").Run() == nil
+	for _, tt := range []struct {
+		subuid string
+		chroot bool // where Linux gives nobody a user namespace
+		left   string
+	}{
+		{fmt.Sprintf("%d:%d:65536\n", nobody, subs), false, ""},
+		{fmt.Sprintf("%d:%d:65536\n", nobody, subs), true, "base-1"},
+		{"", false, "base-1"},
 	} {
+		if !namespaces { // we are in a chroot ourselves, or in a container
+			tt.left = "base-1"
+		}
 		dir, err := os.MkdirTemp("", "troupe-build-test-") //nolint:usetesting // all above it can be entered by everybody
 		if err != nil {
 			t.Fatal(err)
@@ -541,9 +550,14 @@ func TestCleanOfSubordinateUsers(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		root := "/"
+		if tt.chroot {
+			root = t.TempDir()
+		}
 		cmd := exec.Command("unshare", "--mount", "sh", "-ec", `mount --bind "$1" /etc/subuid; mount --bind "$1" /etc/subgid
-			exec setpriv --reuid="$2" --regid="$2" --clear-groups /proc/self/fd/3 -test.run='^TestCleanOfSubordinateUsers$' -test.v`,
-			"sh", ids, fmt.Sprint(nobody))
+			[ "$3" = / ] || mount --rbind / "$3"
+			exec chroot "$3" setpriv --reuid="$2" --regid="$2" --clear-groups /proc/self/fd/3 -test.run='^TestCleanOfSubordinateUsers$' -test.v`,
+			"sh", ids, fmt.Sprint(nobody), root)
 		cmd.Env, cmd.Dir, cmd.ExtraFiles = append(os.Environ(), env+"="+dir), "/", []*os.File{self}
 		out, err := cmd.CombinedOutput()
 		if err != nil || !strings.Contains(string(out), "PASS: TestCleanOfSubordinateUsers") {
@@ -558,10 +572,10 @@ func TestCleanOfSubordinateUsers(t *testing.T) {
 			names = append(names, e.Name())
 		}
 		if got := strings.Join(names, " "); got != tt.left {
-			t.Errorf("with subordinate users %q: left %q, want %q\n%s", tt.subuid, got, tt.left, out)
+			t.Errorf("with subordinate users %q, chroot %v: left %q, want %q\n%s", tt.subuid, tt.chroot, got, tt.left, out)
 		}
 		if told := strings.Contains(string(out), "level=ERROR"); told != (tt.left != "") {
-			t.Errorf("with subordinate users %q: told of an error: %v\n%s", tt.subuid, told, out)
+			t.Errorf("with subordinate users %q, chroot %v: told of an error: %v\n%s", tt.subuid, tt.chroot, told, out)
 		}
 	}
 }

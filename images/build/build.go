@@ -103,9 +103,13 @@ func removeAll(dir string) error {
 	if err == nil || isRoot() {
 		return err
 	}
-	cmd := exec.Command("unshare", "--user", "--map-root-user", "--map-auto", "rm", "-rf", "--", dir) //nolint:noctx // its work is finite
-	if out, uerr := cmd.CombinedOutput(); uerr != nil {
-		return fmt.Errorf("%w; in a user namespace: %w: %s", err, uerr, bytes.TrimSpace(out))
+	// Alone first: where it gets no namespace, unshare (util-linux 2.38) leaves a process behind that was to fill in the maps and
+	// waits for that for ever, with the output open.
+	for _, args := range [][]string{{"--user", "true"}, {"--user", "--map-root-user", "--map-auto", "rm", "-rf", "--", dir}} {
+		out, uerr := exec.Command("unshare", args...).CombinedOutput() //nolint:noctx // its work is finite
+		if uerr != nil {
+			return fmt.Errorf("%w; in a user namespace: %w: %s", err, uerr, bytes.TrimSpace(out))
+		}
 	}
 	return nil
 }
