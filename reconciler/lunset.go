@@ -75,10 +75,12 @@ func (f lunFacts) runs(rec *state.LUNs, d digest.Digest) bool {
 }
 
 // mayUse says whether a machine may have the current disk mounted: a session is open, or was a moment ago, or the server has
-// just begun, and its machine may not be back yet.
+// just begun, and its machine may not be back yet. No login need be on record: an earlier server kept none, and a disk that
+// was LUN 0 before has none since.
 func (f lunFacts) mayUse(rec *state.LUNs) bool {
 	moment := !f.lastSeen.IsZero() && f.now.Sub(f.lastSeen) < resetGrace
-	return len(f.sessions) > 0 || moment || !rec.Login.IsZero() && f.now.Sub(f.began) < leaveGrace
+	cur, _ := rec.Disk(rec.Current)
+	return len(f.sessions) > 0 || moment || !cur.Opened.IsZero() && f.now.Sub(f.began) < leaveGrace
 }
 
 // forgotten says whether nobody wanted or used what the host has for so long that it may go.

@@ -436,20 +436,24 @@ func TestDiskMayBeInUse(t *testing.T) {
 		name             string
 		open             int
 		seen, began, now time.Duration // after testStart; seen 0: never
-		login            bool
+		used, login      bool
 		want             bool
 	}{
-		{"a session is open", 1, time.Hour, 0, time.Hour, true, true},
-		{"one was a moment ago", 0, time.Hour, 0, time.Hour + resetGrace - 1, true, true},
-		{"one was a while ago", 0, time.Hour, 0, time.Hour + resetGrace, true, false},
-		{"the server began", 0, 0, time.Hour, time.Hour + leaveGrace - 1, true, true},
-		{"the server began, and nobody ever used it", 0, 0, time.Hour, time.Hour, false, false},
-		{"the server began a while ago", 0, 0, time.Hour, time.Hour + leaveGrace, true, false},
+		{"a session is open", 1, time.Hour, 0, time.Hour, true, true, true},
+		{"one was a moment ago", 0, time.Hour, 0, time.Hour + resetGrace - 1, true, true, true},
+		{"one was a while ago", 0, time.Hour, 0, time.Hour + resetGrace, true, true, false},
+		{"the server began", 0, 0, time.Hour, time.Hour + leaveGrace - 1, true, true, true},
+		{"the server began, and no login is on record", 0, 0, time.Hour, time.Hour + leaveGrace - 1, true, false, true},
+		{"the server began, and nobody ever used it", 0, 0, time.Hour, time.Hour, false, false, false},
+		{"the server began a while ago", 0, 0, time.Hour, time.Hour + leaveGrace, true, true, false},
 	} {
 		f := lunFacts{sessions: make([]iscsi.SessionInfo, tt.open), began: testStart.Add(tt.began), now: testStart.Add(tt.now)}
-		var rec state.LUNs
+		rec := state.LUNs{Disks: []state.LUNDisk{{ID: "disk"}}, Current: "disk"}
 		if tt.seen != 0 {
 			f.lastSeen = testStart.Add(tt.seen)
+		}
+		if tt.used {
+			rec.Disks[0].Opened = testStart
 		}
 		if tt.login {
 			rec.Login = testStart
