@@ -53,6 +53,7 @@ type luns struct {
 
 	// Owned by run:
 	recs     map[string]state.LUNs       // by host, as in the store; nil: not read yet
+	unsure   map[string]bool             // hosts whose records may be others in the store: a write of them failed
 	assigned map[string]state.Assignment // by host; nil: to be read again
 	nodes    *nodeFacts                  // nil: to be read again
 	hosts    map[string]*openHost
@@ -80,7 +81,7 @@ func newLUNs(store *state.Store, m lunMedia, port uint16, events *recorder, log 
 		store: store, media: m, port: port, events: events, log: log, refresh: func() {}, observe: func(netboot.Event) {}, now: time.Now,
 		wake: make(chan struct{}, 1), asks: make(chan lunAsk), ended: make(chan struct{}), disposing: make(chan struct{}, disposals),
 		portals: newPortals(), hosts: map[string]*openHost{}, images: map[digest.Digest]*openImage{},
-		opened: make(chan *openImage), told: map[string]string{}, seen: map[string]time.Time{},
+		opened: make(chan *openImage), unsure: map[string]bool{}, told: map[string]string{}, seen: map[string]time.Time{},
 	}
 }
 
@@ -373,15 +374,19 @@ func (l *luns) tellBoot(before *state.LUNBoot, rec state.LUNs) {
 	}
 }
 
-// write stores a record that changed. A disk is on record before its file is made, and taken from it before that goes.
+// write stores a record that changed. A disk is on record before its file is made, and taken from it before that goes. A
+// write that failed may have been made all the same, or be made yet ("request timed out"): then the next one is made also
+// where nothing changed, as the store makes the last one last.
 func (l *luns) write(ctx context.Context, before, rec state.LUNs) error {
-	if reflect.DeepEqual(before, rec) {
+	if reflect.DeepEqual(before, rec) && !l.unsure[rec.Host] {
 		return nil
 	}
 	if err := state.LUNSets.Put(ctx, l.store, rec.Host, rec); err != nil {
+		l.unsure[rec.Host] = true
 		return err
 	}
 	l.recs[rec.Host] = rec
+	delete(l.unsure, rec.Host)
 	return nil
 }
 
@@ -390,10 +395,12 @@ func (l *luns) remove(ctx context.Context, host string) error {
 	l.unpublish(host)
 	if before, known := l.recs[host]; known {
 		if err := state.LUNSets.Delete(ctx, l.store, host); err != nil {
+			l.unsure[host] = true
 			return err
 		}
 		l.lose(host, before, state.LUNs{})
 		delete(l.recs, host)
+		delete(l.unsure, host)
 		delete(l.seen, host)
 		l.events.note(ctx, state.Event{Kind: "disk", Subject: host, Message: "its disk on the server is deleted: nothing wanted it for a week"})
 	}

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -1160,4 +1161,61 @@ func TestDiskThatCannotBeMade(t *testing.T) {
 	if err := r.close(); err != nil {
 		t.Error(err)
 	}
+}
+
+// A write that failed may have been made all the same, or be made yet: the record is then written as it is believed to be.
+func TestWriteWhoseOutcomeIsNotKnown(t *testing.T) {
+	r := newLUNRig(t)
+	now := testStart
+	r.now = func() time.Time { return now }
+	a := r.assign(t, "n1", r.delta)
+	r.look(t, func() bool { return ready("n1", a)(r.views()) })
+	if err := r.target.login(r.luns, "n1", 1); err != nil {
+		t.Fatal(err)
+	}
+	r.look(t, func() bool { return !r.record(t, "n1").Login.IsZero() })
+	want := r.record(t, "n1")
+	failing, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, tt := range []struct {
+		name        string
+		fails, made func() error
+	}{{
+		"a reset",
+		func() error { return r.write(failing, r.recs["n1"], resetAt(r.recs["n1"], now)) },
+		func() error { return state.LUNSets.Put(t.Context(), r.store, "n1", resetAt(want, now)) },
+	}, {
+		"an end",
+		func() error { return r.remove(failing, "n1") },
+		func() error { return state.LUNSets.Delete(t.Context(), r.store, "n1") },
+	}} {
+		if err := tt.fails(); err == nil {
+			t.Errorf("%s: no error", tt.name)
+		}
+		if err := tt.made(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.step(t.Context()); err != nil {
+			t.Error(err)
+		}
+		recs, err := state.LUNSets.List(t.Context(), r.store)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(map[string]state.LUNs{"n1": want}, recs); d != "" {
+			t.Errorf("%s that failed, and was made: on record is\n%s", tt.name, d)
+		}
+	}
+	if err := r.close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// resetAt is a record whose disks a reset takes.
+func resetAt(rec state.LUNs, at time.Time) state.LUNs {
+	rec.Disks = slices.Clone(rec.Disks)
+	for i := range rec.Disks {
+		rec.Disks[i].Ends = at
+	}
+	return rec
 }
