@@ -99,6 +99,7 @@ func (l *luns) serve(ctx context.Context, rec state.LUNs, f lunFacts) error {
 	bad.note(err, false)
 	ofWanted := h.current == wanted.ID
 	bad.note(l.renew(h, rec.Host, f), ofWanted)
+	l.renewOthers(h)
 	for _, d := range rec.Disks {
 		if d.ID == rec.Current || d.ID == wanted.ID {
 			bad.note(l.openDisk(ctx, h, rec.Host, d), d.ID == wanted.ID)
@@ -255,6 +256,17 @@ func (l *luns) renew(h *openHost, host string, f lunFacts) error {
 		l.leave(h, leaving{closes: true}, m.Discard)
 	}
 	return fmt.Errorf("what is written to it fails until its machine boots again: %w", lost)
+}
+
+// renewOthers has those disks opened anew that have lost something, and from which nobody runs: they were kept for a host that
+// goes back to them. Where the sessions to one are still ending, it is closed after them.
+func (l *luns) renewOthers(h *openHost) {
+	for id, m := range h.disks {
+		if id != h.current && m.Lost() != nil {
+			delete(h.disks, id)
+			l.leave(h, leaving{closes: true}, m.Discard)
+		}
+	}
 }
 
 func removeLUNs(t *iscsi.Target, numbers []iscsi.LUN) error {
