@@ -386,10 +386,12 @@ func (l *luns) closeHost(host string) (done bool, err error) {
 	if h.target != nil {
 		l.endTarget(h, host)
 	}
-	if len(h.disks) > 0 || len(h.gone) > 0 && !h.closing() {
+	done, err = h.left() // first: what it lost while disks were closed has yet to be deleted
+	switch {
+	case len(h.disks) > 0 || len(h.gone) > 0 && !h.closing():
 		l.closeDisks(host, h)
-	}
-	if done, err = h.left(); done {
+		return false, err
+	case done:
 		delete(l.hosts, host)
 	}
 	return done, err

@@ -3,6 +3,7 @@ package reconciler
 import (
 	"errors"
 	"testing"
+	"time"
 
 	"github.com/troupe-dev/troupe/netboot/iscsi"
 	"github.com/troupe-dev/troupe/reconciler/state"
@@ -49,6 +50,36 @@ func TestLostDiskOfWhatRanBefore(t *testing.T) {
 	r.bootInto(t, "n1", before, 3)
 	if r.hosts["n1"].disks[before.ID].Lost() != nil {
 		t.Error("its machine was given the disk that fails all writes")
+	}
+	if err := r.close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A disk that goes while it is being opened anew is deleted when that has ended.
+func TestDiskThatGoesWhileItIsClosed(t *testing.T) {
+	r := newLUNRig(t)
+	now := testStart
+	r.now = func() time.Time { return now }
+	a := r.assign(t, "n1", r.delta)
+	r.look(t, func() bool { return ready("n1", a)(r.views()) })
+	h, id := r.hosts["n1"], r.record(t, "n1").Current
+	ends := make(chan struct{})
+	h.disks[id] = lostMedium{slowMedium{medium: h.disks[id], ends: ends}}
+	r.look(t, func() bool { return !h.failed.IsZero() })
+	now = now.Add(leaveGrace)
+	r.look(t, func() bool { return h.closing() })
+
+	if err := state.Assignments.Delete(t.Context(), r.store, "n1"); err != nil {
+		t.Fatal(err)
+	}
+	r.look(t, func() bool { return !r.record(t, "n1").Unused.IsZero() })
+	now = now.Add(keepUnused)
+	r.look(t, func() bool { _, known := r.recs["n1"]; return !known })
+	close(ends)
+	r.look(t, func() bool { return r.hosts["n1"] == nil })
+	if files := r.files(t); len(files) > 0 {
+		t.Errorf("it is forgotten, and its files are still there: %q", files)
 	}
 	if err := r.close(); err != nil {
 		t.Error(err)
