@@ -28,6 +28,11 @@ var fsModules = []string{"loop", "erofs", "overlay", "ext4"}
 // fatalDelay is how long a machine shows what it cannot go on from.
 const fatalDelay = time.Minute
 
+// waitWithDisks is how long a machine that is told to wait keeps the LUNs that it has. While the server begins anew, all
+// are told to for a moment. A disk that lost writes is opened anew once nobody has it; that is at once where its machine had
+// it for a minute after the loss was found, which the server looks for every 30 s, and after ten minutes else.
+const waitWithDisks = 2 * time.Minute
+
 // boot is the first life.
 type boot struct {
 	log       *slog.Logger
@@ -162,10 +167,12 @@ func (b *boot) coldplug() {
 // pursue acts on the assignment, and on each newer one, until a root is mounted that can be switched to.
 func (b *boot) pursue(ctx context.Context) (*mounted, error) {
 	tries := backoff.Backoff{First: 2 * time.Second, Limit: time.Minute}
+	var leave <-chan time.Time // nil: there is nothing to leave
 	for {
 		a := b.drain()
 		var again <-chan time.Time
 		if a.State == agentapi.Assigned {
+			leave = nil
 			var m *mounted
 			err := b.fol.whileCurrent(ctx, a, func(ctx context.Context) (err error) {
 				m, err = b.activate(ctx, a)
@@ -186,16 +193,32 @@ func (b *boot) pursue(ctx context.Context) (*mounted, error) {
 			}
 		} else {
 			b.show(a)
+			if b.luns != nil && leave == nil {
+				leave = time.After(waitWithDisks)
+			}
 		}
 		select {
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		case <-again:
+		case <-leave:
+			leave = nil
+			b.leaveDisks(ctx)
 		case <-b.fol.changed:
 			b.rep.fail(nil)
 			tries.Reset()
 		}
 	}
+}
+
+// leaveDisks ends the session of a machine that has nothing to run from it.
+func (b *boot) leaveDisks(ctx context.Context) {
+	b.log.Warn("leaving the disks of the server", "after", waitWithDisks)
+	err := b.closeStorage(ctx)
+	if err != nil {
+		b.log.Error("the disks of the server cannot be left, trying again", "error", err, "in", waitWithDisks)
+	}
+	b.rep.fail(err)
 }
 
 // drain is the newest assignment; the wake-up for it is taken with it.

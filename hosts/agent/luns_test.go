@@ -16,6 +16,7 @@ import (
 
 	"github.com/troupe-dev/troupe/hosts/agent/cache"
 	"github.com/troupe-dev/troupe/hosts/agent/iscsi"
+	"github.com/troupe-dev/troupe/hosts/agent/netup"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/hosts/agentapi/agentapitest"
 	"github.com/troupe-dev/troupe/internal/digest"
@@ -205,6 +206,161 @@ func TestBootDoesNotWaitForADiskThatWasReset(t *testing.T) {
 			})
 		})
 	}
+}
+
+// logged is a boot with a session and a node disk, and says whether the session has ended. It does not log in again. To be
+// called outside of a bubble.
+func logged(t *testing.T) (b *boot, ended func() bool) {
+	t.Helper()
+	dir := t.TempDir()
+	keeper := filepath.Join(dir, "keeper")
+	if err := os.WriteFile(keeper, []byte("#!/bin/sh\nread word <&3\n: >\"$0.ended\"\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	spec := *diskless(&agentapitest.Server{}, "web", 1).ISCSI
+	s, err := iscsi.Start(keeper, filepath.Join(dir, "run"), iscsiConfig(netip.MustParseAddrPort("127.0.0.1:3260"), &spec, nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := cache.Open(filepath.Join(dir, "cache"), nothing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, err := agentapi.NewClient("http://10.77.0.1", status{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended = func() bool {
+		_, err := os.Stat(keeper + ".ended")
+		return err == nil
+	}
+	t.Cleanup(func() {
+		if !ended() {
+			_ = s.Close()
+		}
+	})
+	b = &boot{
+		log: nothing, client: client, cache: c, luns: &luns{session: s, spec: spec}, rep: newReporter(client, nothing, agentapi.Report{}),
+		copied: make(chan struct{}), fsReady: make(chan struct{}), copyErr: errNoLogin,
+		unmount: func(string, int) error {
+			if ended() {
+				t.Error("the session has ended under a disk that is mounted")
+			}
+			return nil
+		},
+	}
+	b.lease.Store(&netup.Lease{})
+	close(b.copied)
+	close(b.fsReady)
+	return b, ended
+}
+
+var errNoLogin = errors.New("no login in this test")
+
+// pursues has a boot act on assignments while f says which.
+func pursues(t *testing.T, b *boot, f func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	b.fol = newFollower(b.client, nothing, nil)
+	done := make(chan error, 1)
+	go func() {
+		_, err := b.pursue(ctx)
+		done <- err
+	}()
+	f()
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("pursue: %v", err)
+	}
+}
+
+func reported(b *boot) string {
+	b.rep.mu.Lock()
+	defer b.rep.mu.Unlock()
+	return b.rep.report.Error
+}
+
+func waiting(version, why string) agentapi.Assignment {
+	return agentapi.Assignment{Version: version, State: agentapi.Waiting, Host: "n1", Reason: why}
+}
+
+// The server can open a disk anew only once nobody has it.
+func TestAMachineThatWaitsLeavesItsDisks(t *testing.T) {
+	b, ended := logged(t)
+	synctest.Test(t, func(t *testing.T) {
+		pursues(t, b, func() {
+			b.fol.set(waiting("2", "what is written to it fails"))
+			time.Sleep(waitWithDisks / 2)
+			b.fol.set(waiting("3", "for another reason"))
+			time.Sleep(waitWithDisks/2 - time.Second)
+			synctest.Wait()
+			if ended() {
+				t.Error("the session has ended at once")
+			}
+			time.Sleep(2 * time.Second)
+			synctest.Wait()
+			if !ended() {
+				t.Error("the session goes on")
+			}
+			a := diskless(&agentapitest.Server{}, "web", 1)
+			a.Version = "4"
+			b.fol.set(a)
+			synctest.Wait()
+			if got := reported(b); got != errNoLogin.Error() {
+				t.Errorf("it does not log in again: %q", got)
+			}
+		})
+		if b.luns != nil || b.cache != nil {
+			t.Errorf("left: session %v, disk %v", b.luns, b.cache)
+		}
+	})
+}
+
+// What lasts a moment, as where the server begins anew, takes nothing from a boot.
+func TestAMachineThatWaitsForAMomentKeepsItsDisks(t *testing.T) {
+	b, ended := logged(t)
+	synctest.Test(t, func(t *testing.T) {
+		pursues(t, b, func() {
+			a := diskless(&agentapitest.Server{}, "web", 1)
+			for _, version := range []string{"2", "4", "6"} {
+				b.fol.set(waiting(version, "its disk is being opened"))
+				time.Sleep(waitWithDisks / 2)
+				a.Version = version + "a"
+				b.fol.set(a)
+				time.Sleep(waitWithDisks)
+			}
+		})
+	})
+	if ended() || b.luns == nil || b.cache == nil {
+		t.Errorf("ended: %v, session %v, disk %v", ended(), b.luns, b.cache)
+	}
+}
+
+// A disk that is in use, as by the shell on the console, is left as soon as it can be.
+func TestAMachineThatWaitsTriesAgainToLeaveItsDisks(t *testing.T) {
+	b, ended := logged(t)
+	busy := 2
+	b.unmount = func(string, int) error {
+		if busy--; busy >= 0 {
+			return unix.EBUSY
+		}
+		return nil
+	}
+	synctest.Test(t, func(t *testing.T) {
+		pursues(t, b, func() {
+			b.fol.set(waiting("2", "what is written to it fails"))
+			time.Sleep(2*waitWithDisks + time.Second)
+			synctest.Wait()
+			if got := reported(b); ended() || !strings.Contains(got, unix.EBUSY.Error()) {
+				t.Errorf("ended: %v, reported %q", ended(), got)
+			}
+			time.Sleep(waitWithDisks)
+			synctest.Wait()
+			if got := reported(b); !ended() || got != "" {
+				t.Errorf("ended: %v, reported %q", ended(), got)
+			}
+		})
+	})
 }
 
 func TestHashImageFindsADamagedCopy(t *testing.T) {
