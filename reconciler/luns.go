@@ -64,6 +64,7 @@ type luns struct {
 	shown    time.Time            // when it was last told, amid a look, that something is open
 	seen     map[string]time.Time // when a session of a host was last seen
 	began    time.Time            // when it was looked first
+	looked   bool                 // and the images that machines run from were put first
 	told     map[string]string    // of which trouble people were told, by host
 	swept    time.Time            // when files were last looked for that no record knows
 	lean     bool                 // there is little room left, and people were told
@@ -171,13 +172,13 @@ func (l *luns) close() error {
 
 // step writes and opens what is to be there. It returns when to look again, at the latest; zero: when something changes.
 func (l *luns) step(ctx context.Context) (next time.Time, err error) {
-	first := l.recs == nil
 	all, err := l.facts(ctx)
 	if err != nil {
 		return next, err
 	}
-	if first {
+	if !l.looked {
 		l.openRunning(ctx, all)
+		l.looked = true
 	}
 	l.openNext(ctx)
 	var errs []error
