@@ -151,60 +151,43 @@ func TestRemoveFromASlowPeer(t *testing.T) {
 	}
 }
 
-// A medium that is slow costs nobody a connection.
+// A medium that is slow costs nobody a connection, also in a command that was aborted and still runs.
 func TestRemoveOfASlowUnit(t *testing.T) {
-	f := serve(t, nil)
-	f.srv.sendGrace = time.Millisecond
-	i, other := f.login(), f.other()
-	g := newGate()
-	open := sync.OnceFunc(func() { close(g.open) })
-	t.Cleanup(open)
-	f.disk.hook(g.holding("sync"))
-	cmd := i.command(sync10(), 0, nil)
-	i.send(cmd)
-	<-g.came
-	removed := make(chan error, 1)
-	go func() { removed <- f.target.Remove(0) }()
-	for len(f.target.LUNs()) > 0 {
-		other.quiet()
-	}
-	for range 200 { // many times as long as a peer may take
-		i.quiet()
-	}
-	open()
-	i.expectGood(i.outcome(cmd))
-	if err := <-removed; err != nil {
-		t.Error(err)
-	}
-}
-
-// A command that was aborted and still runs is the medium's to be slow with, too.
-func TestRemoveOfASlowUnitAfterAnAbort(t *testing.T) {
-	f := serve(t, nil)
-	f.srv.sendGrace = time.Millisecond
-	i, other := f.login(), f.other()
-	g := newGate()
-	open := sync.OnceFunc(func() { close(g.open) })
-	t.Cleanup(open)
-	f.disk.hook(g.holding("sync"))
-	cmd := i.command(sync10(), 0, nil)
-	i.send(cmd)
-	<-g.came
-	p := i.manage(taskAbort, cmd)
-	i.send(p)
-	i.quiet()
-	removed := make(chan error, 1)
-	go func() { removed <- f.target.Remove(0) }()
-	for len(f.target.LUNs()) > 0 {
-		other.quiet()
-	}
-	for range 200 { // many times as long as a peer may take
-		i.quiet()
-	}
-	open()
-	i.expectManaged(p, taskComplete)
-	if err := <-removed; err != nil {
-		t.Error(err)
+	for name, aborted := range map[string]bool{"in a command": false, "in an aborted command": true} {
+		t.Run(name, func(t *testing.T) {
+			f := serve(t, nil)
+			f.srv.sendGrace = time.Millisecond
+			i, other := f.login(), f.other()
+			g := newGate()
+			open := sync.OnceFunc(func() { close(g.open) })
+			t.Cleanup(open)
+			f.disk.hook(g.holding("sync"))
+			cmd := i.command(sync10(), 0, nil)
+			i.send(cmd)
+			<-g.came
+			abort := i.manage(taskAbort, cmd)
+			if aborted {
+				i.send(abort)
+				i.quiet()
+			}
+			removed := make(chan error, 1)
+			go func() { removed <- f.target.Remove(0) }()
+			for len(f.target.LUNs()) > 0 {
+				other.quiet()
+			}
+			for range 200 { // many times as long as a peer may take
+				i.quiet()
+			}
+			open()
+			if aborted {
+				i.expectManaged(abort, taskComplete)
+			} else {
+				i.expectGood(i.outcome(cmd))
+			}
+			if err := <-removed; err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 
