@@ -66,6 +66,9 @@ func newISCSIServeCommand() *cobra.Command {
                     BASE must stay as it is: DELTA cannot be used over another
   rw:FILE           a file that is read and written
 
+Images and files are raw, the bytes of the disk as they are: of a qcow2 image
+qemu-img convert -O raw makes one.
+
 With ,size=10GiB behind DELTA or FILE, one that is not there is made of that size (a
 DELTA has BASE's without); it takes space only for what is written. Making a DELTA
 reads all of BASE once, to know it again; its digest is kept in DELTA.base.
@@ -309,7 +312,12 @@ func (s *diskShelf) Open(_, target string) (*iscsi.Target, *iscsi.CHAP, error) {
 // add opens a disk and makes it a LUN of the target. Its reservations are kept in state, or beside it.
 func (s *diskShelf) add(ctx context.Context, n iscsi.LUN, spec diskSpec, state string) error {
 	m, err := s.medium(ctx, spec)
-	if err != nil {
+	switch {
+	case errors.Is(err, lun.ErrDelta) && spec.kind == "cow":
+		return fmt.Errorf("%w: the base of a delta is an image", err)
+	case errors.Is(err, lun.ErrDelta):
+		return fmt.Errorf("%w: serve it as cow:BASE,%s", err, spec.file)
+	case err != nil:
 		return err
 	}
 	d := disk{

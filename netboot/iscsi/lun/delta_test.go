@@ -28,6 +28,7 @@ func TestDeltaRefused(t *testing.T) {
 	write(t, path("text"), []byte("no delta\n"))
 	write(t, path("blank"), make([]byte, 1<<20))
 	write(t, path("empty"), nil)
+	write(t, path("qcow2"), append([]byte("QFI\xfb\x00\x00\x00\x03"), make([]byte, 504)...))
 	if err := unix.Mkfifo(path("pipe"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -66,6 +67,12 @@ func TestDeltaRefused(t *testing.T) {
 		"an empty disk":                {func() error { _, err := OpenDisk(path("empty"), 0); return err }, "it is empty: say how large it is to be"},
 		"an odd disk":                  {func() error { _, err := OpenDisk(path("text"), 0); return err }, "lengthen it to 512"},
 		"a disk of a size":             {func() error { _, err := OpenDisk(path("blank"), 512); return err }, "it has 1048576 bytes, not 512"},
+		"a delta as image":             {func() error { _, err := OpenImage(path("delta")); return err }, "it is a delta, and no disk without its base"},
+		"an earlier delta as image":    {func() error { _, err := OpenImage(path("earlier")); return err }, "it is a delta"},
+		"a delta as disk":              {func() error { _, err := OpenDisk(path("delta"), 0); return err }, "it is a delta, and no disk without its base"},
+		"a delta as disk of a size":    {func() error { _, err := OpenDisk(path("delta"), 1<<20); return err }, "it is a delta"},
+		"an earlier delta as disk":     {func() error { _, err := OpenDisk(path("earlier"), 0); return err }, "it is a delta"},
+		"a qcow2 image":                {func() error { _, err := OpenImage(path("qcow2")); return err }, "it is a qcow2 image, and its bytes are not those of the disk: make a raw one of it (qemu-img convert -O raw)"},
 		"a disk that is read as image": {func() error { _, err := OpenDisk(path("base"), 0); return err }, "in use by this or another process"},
 	} {
 		t.Run(name, func(t *testing.T) {

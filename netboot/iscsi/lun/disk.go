@@ -28,7 +28,8 @@ type Disk struct {
 
 // OpenDisk opens a plain file to read and write it, alone: it fails with ErrInUse where somebody else has it open. Where
 // there is no file, or an empty one, it makes a sparse one of size bytes, a multiple of BlockSize; with size 0 it fails then.
-// A file of another size than a size that is not 0 is refused.
+// A file of another size than a size that is not 0 is refused, and a delta, with ErrDelta: who writes to it as to a disk
+// destroys it.
 func OpenDisk(path string, size int64) (*Disk, error) {
 	d, err := openDisk(path, size)
 	if err != nil {
@@ -55,6 +56,9 @@ func openDisk(path string, size int64) (*Disk, error) {
 func (d *Disk) begin(size int64, created bool) error {
 	n, err := plainSize(d.f)
 	if err != nil {
+		return err
+	}
+	if err := refuseFormat(d.f, magic); err != nil {
 		return err
 	}
 	switch {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 )
 
 // The file of a Delta, version 2. All numbers are little-endian; offsets and lengths are in bytes.
@@ -89,6 +90,32 @@ const (
 
 // ErrFormat says that a delta's file is none that this program can read, though nothing is wrong with it.
 var ErrFormat = errors.New("it has a format that this program does not know")
+
+// ErrDelta says that a file that is to be read or written as it is is a delta.
+var ErrDelta = errors.New("it is a delta, and no disk without its base")
+
+// qcow2Magic begins the images of QEMU's formats qcow and qcow2 (QEMU, docs/interop/qcow2.txt).
+const qcow2Magic = "QFI\xfb"
+
+// refuseFormat fails where a file begins with one of these magics, and so is not the bytes of a disk as they are.
+func refuseFormat(f io.ReaderAt, magics ...string) error {
+	begin := make([]byte, len(magic))
+	if n, err := f.ReadAt(begin, 0); errors.Is(err, io.EOF) {
+		begin = begin[:n]
+	} else if err != nil {
+		return err
+	}
+	for _, m := range magics {
+		switch {
+		case !bytes.HasPrefix(begin, []byte(m)):
+		case m == magic:
+			return ErrDelta
+		default:
+			return errors.New("it is a qcow2 image, and its bytes are not those of the disk: make a raw one of it (qemu-img convert -O raw)")
+		}
+	}
+	return nil
+}
 
 // errDamaged says that a part of a delta's file is not what was written.
 var errDamaged = errors.New("it is damaged")

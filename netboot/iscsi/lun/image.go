@@ -17,7 +17,7 @@ var _ scsi.Mapper = (*Image)(nil)
 var errReadOnly = errors.New("write protected")
 
 // An Image is a file that is only read, by any number of sessions, units and processes. A file whose length is no
-// multiple of BlockSize reads as if zeros followed it. Nobody may write to the file while it is open: a Disk cannot be
+// multiple of BlockSize reads as if zeros followed it. It is raw: a delta or a qcow2 image is refused. Nobody may write to the file while it is open: a Disk cannot be
 // opened on it meanwhile.
 type Image struct {
 	path string
@@ -27,7 +27,8 @@ type Image struct {
 	mem  *mapping
 }
 
-// OpenImage opens a file to read it. It fails with ErrInUse where the file is open as a Disk.
+// OpenImage opens a file to read it. It fails with ErrInUse where the file is open as a Disk, and with ErrDelta where it is
+// a delta.
 func OpenImage(path string) (*Image, error) {
 	m, err := openImage(path)
 	if err != nil {
@@ -58,6 +59,9 @@ func (m *Image) begin() error {
 		return errors.New("it is empty")
 	}
 	if err := m.f.lock(false); err != nil {
+		return err
+	}
+	if err := refuseFormat(m.f, magic, qcow2Magic); err != nil {
 		return err
 	}
 	m.len, m.size = n, roundUp(n, BlockSize)
