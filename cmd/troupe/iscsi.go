@@ -124,7 +124,11 @@ func (o *iscsiOptions) run(cmd *cobra.Command) (err error) {
 	shelf.bases.Progress = reading.report
 	defer func() { err = errors.Join(err, shelf.close()) }()
 	for i, s := range specs {
-		if err := shelf.add(cmd.Context(), iscsi.LUN(i), s, o.state); err != nil {
+		err := shelf.add(cmd.Context(), iscsi.LUN(i), s, o.state)
+		switch {
+		case errors.Is(err, context.Canceled):
+			return nil // told to end while it read a base, which is no error
+		case err != nil:
 			return fmt.Errorf("--lun %s: %w", s.text, err)
 		}
 	}

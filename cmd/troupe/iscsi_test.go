@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -23,6 +24,23 @@ func TestReadingProgress(t *testing.T) {
 	want := "reading a.img once, to know it again: 5 GiB of 40 GiB\nreading a.img once, to know it again: 10 GiB of 40 GiB\n"
 	if diff := cmp.Diff(want, said.String()); diff != "" {
 		t.Error(diff)
+	}
+}
+
+// TestEndsWhileABaseIsRead has the command be told to end while it makes a delta: as at any other time, that is no error.
+func TestEndsWhileABaseIsRead(t *testing.T) {
+	dir := t.TempDir()
+	base := filepath.Join(dir, "base")
+	if err := os.WriteFile(base, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	stop() // no reading of a base gets further than to ask whether it is to end
+	var out, errOut strings.Builder
+	args := []string{"iscsi", "serve", "--listen", "127.0.0.1:0", "--lun", "cow:" + base + "," + filepath.Join(dir, "delta")}
+	status := run(ctx, args, streams{in: strings.NewReader(""), out: &out, err: &errOut})
+	if status != exitOK || out.String() != "" || errOut.String() != "" {
+		t.Errorf("status %d, said %q and %q, want 0 and nothing", status, out.String(), errOut.String())
 	}
 }
 
