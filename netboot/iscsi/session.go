@@ -110,6 +110,9 @@ func (srv *Server) begin(ctx context.Context, c *conn, l *login, cmdSN uint32) u
 	for {
 		old, status := srv.open(c, l, cmdSN)
 		if old == nil {
+			if status == loginOK && l.target != nil {
+				srv.log.Debug("iSCSI session begins", "initiator", l.initiator, "target", l.target.name, "peer", c.peer)
+			}
 			return status
 		}
 		srv.log.Info("iSCSI session is replaced", "initiator", l.initiator, "peer", c.peer)

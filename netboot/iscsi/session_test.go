@@ -5,6 +5,8 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -533,5 +535,21 @@ func TestBrokenListener(t *testing.T) {
 	}
 	if err := srv.Serve(context.Background(), l); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Serve: %v, want that the listener is closed", err)
+	}
+}
+
+// The log says who uses a target, to whom it is asked to say all; and nobody of those who only look for one.
+func TestSessionIsLogged(t *testing.T) {
+	var out bytes.Buffer
+	f := serve(t, func(c *Config) {
+		c.Log = slog.New(slog.NewTextHandler(&out, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	})
+	i := f.login()
+	peer := i.nc.LocalAddr().String()
+	f.discover(10)
+	f.stop() // nobody writes to out any more
+	want := fmt.Sprintf("level=DEBUG msg=\"iSCSI session begins\" initiator=%s target=%s peer=%s\n", nodeName, diskTarget, peer)
+	if got := out.String(); strings.Count(got, "session begins") != 1 || !strings.Contains(got, want) {
+		t.Errorf("logged:\n%s\nwant once: %s", got, want)
 	}
 }
