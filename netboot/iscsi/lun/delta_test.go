@@ -770,7 +770,7 @@ func TestKeepFile(t *testing.T) {
 	if b, err := k.Load(); b != nil || err != nil {
 		t.Errorf("nothing kept: %q, %v", b, err)
 	}
-	for _, want := range []string{"one", "two, longer", ""} {
+	for _, want := range []string{"one", "two, longer", "3"} {
 		if err := k.Save([]byte(want)); err != nil {
 			t.Fatal(err)
 		}
@@ -780,5 +780,42 @@ func TestKeepFile(t *testing.T) {
 	}
 	if err := KeepFile(filepath.Join(t.TempDir(), "none", "x")).Save(nil); err == nil {
 		t.Error("saved in a directory that is not there")
+	}
+}
+
+// TestKeptIsDamaged cuts a file of reservations short, anywhere, and damages its first line: to begin without them would let
+// those write whom they keep out.
+func TestKeptIsDamaged(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "reservations")
+	medium := must(OpenDisk(path+".disk", 512))(t)
+	defer medium.Close()
+	for _, making := range []string{"file 123 of 1764000000.000000001", "delta " + strings.Repeat("0f", 16)} {
+		keep := func() scsi.Keeper {
+			return KeepFileOf(path, making, func(string) { t.Errorf("ignored what is of %q", making) })
+		}
+		kept := `{"registrations":[{"initiator":"iqn.a","key":1}],"type":1}`
+		if err := keep().Save([]byte(kept)); err != nil {
+			t.Fatal(err)
+		}
+		whole := must(os.ReadFile(path))(t)
+		damage := map[string][]byte{
+			"not of anything": []byte(kept), "none": nil, "another word": bytes.Replace(whole, []byte("of "), []byte("0f "), 1),
+		}
+		for n := range whole {
+			damage[fmt.Sprintf("the first %d bytes", n)] = whole[:n]
+		}
+		for name, b := range damage {
+			write(t, path, b)
+			_, err := scsi.NewUnit(medium, scsi.Config{Serial: "1", Keep: keep()})
+			if want := "the reservations in " + path + " are damaged ("; err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "remove it to begin without them") {
+				t.Errorf("%s: %v, want %q, and what to do", name, err, want)
+			}
+		}
+		write(t, path, whole)
+		ignored := ""
+		other := KeepFileOf(path, "delta "+strings.Repeat("1e", 16), func(path string) { ignored = path })
+		if b, err := other.Load(); b != nil || err != nil || ignored != path {
+			t.Errorf("of another: %q, %v, ignored %q", b, err, ignored)
+		}
 	}
 }

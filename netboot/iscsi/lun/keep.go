@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
+	"regexp"
 
 	"github.com/troupe-dev/troupe/internal/atomicfile"
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
@@ -16,7 +18,8 @@ import (
 func KeepFile(path string) scsi.Keeper { return keepFile{path: path} }
 
 // KeepFileOf is KeepFile for a unit whose medium has that making (see Delta.Making): what was kept of another, which was
-// there before under the same name, is not loaded. ignored is then called, with path.
+// there before under the same name, is not loaded. ignored is then called, with path. A file that does not say whole what it
+// is of is an error.
 func KeepFileOf(path, making string, ignored func(path string)) scsi.Keeper {
 	return keepFile{path, "of " + making + "\n", ignored}
 }
@@ -37,11 +40,25 @@ func (k keepFile) Load() ([]byte, error) {
 		return nil, fmt.Errorf("reading reservations: %w", err)
 	}
 	kept, ok := bytes.CutPrefix(b, []byte(k.begin))
-	if !ok {
+	switch {
+	case !ok && !otherBegin.Match(b):
+		return nil, k.Damaged(errors.New("it does not begin with what it is of"))
+	case !ok:
 		k.ignored(k.path)
 		return nil, nil
+	case len(kept) == 0:
+		return nil, k.Damaged(io.ErrUnexpectedEOF)
 	}
 	return kept, nil
+}
+
+// otherBegin is how files begin that are of a medium (Disk.Making, Delta.Making), of any.
+var otherBegin = regexp.MustCompile(`^of (file [0-9]+ of -?[0-9]+\.[0-9]{9}|delta [0-9a-f]{32})\n`)
+
+// Damaged is the error of a file that is not what was saved, and says what to do.
+func (k keepFile) Damaged(cause error) error {
+	return fmt.Errorf("the reservations in %s are damaged (%w): bring that file back, or remove it to begin without them, so that they keep nobody out any more",
+		k.path, cause)
 }
 
 // Save implements scsi.Keeper.

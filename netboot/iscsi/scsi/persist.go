@@ -134,16 +134,25 @@ func (p *persistence) load(k Keeper) error {
 		return nil
 	}
 	if len(b) > maxKept {
-		return fmt.Errorf("persistent reservations of %d bytes: more than %d", len(b), maxKept)
+		return damaged(k, fmt.Errorf("%d bytes, more than %d", len(b), maxKept))
 	}
 	if err := json.Unmarshal(b, p); err != nil {
-		return fmt.Errorf("reading persistent reservations: %w", err)
+		return damaged(k, err)
 	}
 	if err := p.check(); err != nil {
-		return fmt.Errorf("reading persistent reservations: %w", err)
+		return damaged(k, err)
 	}
 	p.keep = len(p.Registrations) > 0
 	return nil
+}
+
+// damaged says that what k gave back is not what it was given. A Keeper with a method Damaged knows better where that lies and
+// what helps.
+func damaged(k Keeper, cause error) error {
+	if d, ok := k.(interface{ Damaged(cause error) error }); ok {
+		cause = d.Damaged(cause)
+	}
+	return fmt.Errorf("reading persistent reservations: %w", cause)
 }
 
 func (p *persistence) check() error {
