@@ -213,7 +213,8 @@ func parseDiskSize(text string) (int64, error) {
 	short, ok := strings.CutSuffix(text, "iB")
 	n, err := parseSize(short)
 	if err != nil || n <= 0 || n%lun.BlockSize != 0 || ok && short == strings.TrimRight(short, "KMGT") {
-		return 0, fmt.Errorf("size %q: want a multiple of %d bytes, as in 10GiB", text, lun.BlockSize)
+		return 0, fmt.Errorf("size %q: want a whole number of bytes, or of K, M, G or T (also KiB to TiB: powers of 1024), as in 10GiB, that is a multiple of %d bytes",
+			text, lun.BlockSize)
 	}
 	return n, nil
 }

@@ -114,7 +114,7 @@ func (w wanted) newHeader() (*header, error) {
 	case h.size < 0 || h.size > maxSize || h.size%BlockSize != 0:
 		return nil, fmt.Errorf("size %d: want a multiple of %d, %d at most", h.size, BlockSize, int64(maxSize))
 	case h.size < h.baseSize:
-		return nil, fmt.Errorf("size %d: the base has %d", h.size, h.baseSize)
+		return nil, fmt.Errorf("size %d is too small, the base has %d: say at least so many, or leave out the size to have as many", h.size, h.baseSize)
 	case len(h.id) > maxID:
 		return nil, fmt.Errorf("the base's id has %d bytes, want %d at most", len(h.id), maxID)
 	}
@@ -129,7 +129,7 @@ func (w wanted) check(h *header) error {
 			describeBase(h.id, h.baseSize), describeBase(w.id, w.base.Size()))
 	}
 	if w.size != 0 && w.size != h.size {
-		return fmt.Errorf("it has %d bytes, not %d: its size cannot change", h.size, w.size)
+		return fmt.Errorf("it has %d bytes, not %d: its size cannot change: leave out the size", h.size, w.size)
 	}
 	return nil
 }

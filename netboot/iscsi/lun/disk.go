@@ -71,8 +71,10 @@ func (d *Disk) begin(size int64, created bool) error {
 		n = size
 	case n%BlockSize != 0:
 		return fmt.Errorf("it has %d bytes, which is no multiple of %d: lengthen it to %d (truncate -s)", n, BlockSize, roundUp(n, BlockSize))
-	case size != 0 && size != n:
-		return fmt.Errorf("it has %d bytes, not %d", n, size)
+	case size > n:
+		return fmt.Errorf("it has %d bytes, not %d: leave out the size, or lengthen the file first (truncate -s %d)", n, size, size)
+	case size != 0 && size < n:
+		return fmt.Errorf("it has %d bytes, not %d: leave out the size", n, size)
 	}
 	d.size = n
 	d.dirty.Store(true) // by a process, perhaps, that was killed before its Sync
