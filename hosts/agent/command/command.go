@@ -32,11 +32,8 @@ func New(ctx context.Context, name string, args ...string) *exec.Cmd {
 }
 
 // read reads what the kernel does of a program before it starts it, and returns the path of what that names as its
-// interpreter; "": nothing, or it cannot be read. What is no regular file cannot be executed, and may wait for ever when opened.
+// interpreter; "": nothing, or it cannot be read.
 func read(path string) string {
-	if fi, err := os.Stat(path); err != nil || !fi.Mode().IsRegular() {
-		return ""
-	}
 	f, err := os.Open(path)
 	if err != nil {
 		return ""
