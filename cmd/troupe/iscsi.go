@@ -356,11 +356,21 @@ func (s *diskShelf) medium(ctx context.Context, spec diskSpec) (scsi.Medium, err
 }
 
 func (s *diskShelf) delta(ctx context.Context, spec diskSpec) (scsi.Medium, error) {
+	if sameFile(spec.base, spec.file) {
+		return nil, fmt.Errorf("%s and %s are the same file: what is written to a disk cannot go to the image that it begins as", spec.base, spec.file)
+	}
 	base, err := keepOpen(s, lun.OpenImage)(spec.base)
 	if err != nil {
 		return nil, err
 	}
 	return keepOpen(s, func(path string) (*lun.Delta, error) { return s.bases.OpenDelta(ctx, base, path, spec.size) })(spec.file)
+}
+
+// sameFile says whether two names are of one file that is there.
+func sameFile(a, b string) bool {
+	fa, errA := os.Stat(a)
+	fb, errB := os.Stat(b)
+	return errA == nil && errB == nil && os.SameFile(fa, fb)
 }
 
 // A readingProgress says how far an image was read, where that takes long.

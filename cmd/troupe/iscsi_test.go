@@ -94,3 +94,25 @@ func TestReservationsEndWithTheirDisk(t *testing.T) {
 		}
 	}
 }
+
+// TestSecretOfAnyEditor reads a secret whose line ends as Unix, Windows or nobody ends it; no other byte is taken from it.
+func TestSecretOfAnyEditor(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "secret")
+	for text, want := range map[string]string{
+		"thesecretofn1":         "thesecretofn1",
+		"thesecretofn1\n":       "thesecretofn1",
+		"thesecretofn1\r\n":     "thesecretofn1",
+		" thesecretofn1 \r\n":   " thesecretofn1 ",
+		"thesecretofn1\r\r\n":   "",
+		"thesecretofn1\r\n\r\n": "",
+		"thesecret\rofn1\n":     "",
+	} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		got, err := readSecret(path)
+		if got != want || (err == nil) != (want != "") {
+			t.Errorf("%q: %q, %v, want %q", text, got, err, want)
+		}
+	}
+}
