@@ -393,7 +393,7 @@ func (p *readingProgress) report(image string, done, of int64) {
 		return
 	}
 	p.said = now
-	fmt.Fprintf(p.w, "reading %s once, to know it again: %s of %s\n", image, api.Bytes(done), api.Bytes(of))
+	_, _ = fmt.Fprintf(p.w, "reading %s once, to know it again: %s of %s\n", image, api.Bytes(done), api.Bytes(of))
 }
 
 // keepOpen has s close what open opens.
@@ -451,7 +451,7 @@ func (s *diskShelf) keeper(d disk, m scsi.Medium, state string) (scsi.Keeper, er
 		return nil, err
 	}
 	return lun.KeepFileOf(path, making, func(path string) {
-		fmt.Fprintf(s.errOut, "the reservations in %s are not of this %s, but of one that was there before: they are not used\n", path, d.File)
+		_, _ = fmt.Fprintf(s.errOut, "the reservations in %s are not of this %s, but of one that was there before: they are not used\n", path, d.File)
 	}), nil
 }
 
