@@ -409,8 +409,13 @@ func (b *builds) failed(ctx context.Context, j *job, finished time.Time, cause, 
 // without an error, that is on record.
 func (b *builds) ask(ctx context.Context, builds []plan.Build) error {
 	done := make(chan error, 1)
+	return request(ctx, b.asks, ask{builds: builds, done: done, gone: ctx.Done()}, done)
+}
+
+// request gives a controller something to do, and waits for what it says when that is done.
+func request[T any](ctx context.Context, asks chan<- T, what T, done <-chan error) error {
 	select {
-	case b.asks <- ask{builds: builds, done: done, gone: ctx.Done()}:
+	case asks <- what:
 	case <-ctx.Done():
 		return ctx.Err()
 	}

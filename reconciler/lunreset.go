@@ -24,17 +24,7 @@ func (l *luns) Reset(ctx context.Context, host string, force bool) error {
 		return &ConflictError{Reason: "the server's iSCSI target is off (serve --iscsi-listen)"}
 	}
 	done := make(chan error, 1)
-	select {
-	case l.asks <- lunAsk{host: host, force: force, done: done}:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	return request(ctx, l.asks, lunAsk{host: host, force: force, done: done}, done)
 }
 
 // readAssignment reads one host's assignment again: whoever asks may know of a change that the controller has yet to hear of.
