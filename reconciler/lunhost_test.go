@@ -23,12 +23,7 @@ func (r *lunRig) bootInto(t *testing.T, host string, disk state.LUNDisk, isid ui
 // A disk that has lost something is opened anew also while its host runs from another one: who goes back to it can write.
 func TestLostDiskOfWhatRanBefore(t *testing.T) {
 	r := newLUNRig(t)
-	a := r.assign(t, "n1", r.delta)
-	r.look(t, func() bool { return ready("n1", a)(r.views()) })
-	if err := r.target.login(r.luns, "n1", 1); err != nil {
-		t.Fatal(err)
-	}
-	r.look(t, func() bool { return !r.record(t, "n1").Login.IsZero() })
+	a := r.loggedIn(t, "n1")
 	h, before := r.hosts["n1"], r.record(t, "n1").Disks[0]
 	h.disks[before.ID] = lostMedium{h.disks[before.ID]}
 	r.look(t, func() bool { return r.warnings(t, "an earlier sync failed") == 1 })

@@ -151,6 +151,18 @@ func (r *lunRig) assign(t testing.TB, host string, delta images.Blob) state.Assi
 	return a
 }
 
+// loggedIn assigns a host a role that runs from the server, and has its machine log in, with that on record.
+func (r *lunRig) loggedIn(t *testing.T, host string) state.Assignment {
+	t.Helper()
+	a := r.assign(t, host, r.delta)
+	r.look(t, func() bool { return ready(host, a)(r.views()) })
+	if err := r.target.login(r.luns, host, 1); err != nil {
+		t.Fatal(err)
+	}
+	r.look(t, func() bool { return !r.record(t, host).Login.IsZero() })
+	return a
+}
+
 // until has the controller work until cond holds. A reset of nobody is answered between two looks, or amid one.
 func (r *lunRig) until(t *testing.T, cond func() bool) {
 	t.Helper()
@@ -1102,12 +1114,7 @@ func TestDiskWhoseStorageFailed(t *testing.T) {
 			r := newLUNRig(t)
 			now := testStart
 			r.now = func() time.Time { return now }
-			a := r.assign(t, "n1", r.delta)
-			r.look(t, func() bool { return ready("n1", a)(r.views()) })
-			if err := r.target.login(r.luns, "n1", 1); err != nil {
-				t.Fatal(err)
-			}
-			r.look(t, func() bool { return !r.record(t, "n1").Login.IsZero() })
+			a := r.loggedIn(t, "n1")
 			h, id := r.hosts["n1"], r.record(t, "n1").Current
 			target := h.target
 			h.disks[id] = lostMedium{h.disks[id]}
@@ -1174,12 +1181,7 @@ func TestWriteWhoseOutcomeIsNotKnown(t *testing.T) {
 	r := newLUNRig(t)
 	now := testStart
 	r.now = func() time.Time { return now }
-	a := r.assign(t, "n1", r.delta)
-	r.look(t, func() bool { return ready("n1", a)(r.views()) })
-	if err := r.target.login(r.luns, "n1", 1); err != nil {
-		t.Fatal(err)
-	}
-	r.look(t, func() bool { return !r.record(t, "n1").Login.IsZero() })
+	r.loggedIn(t, "n1")
 	want := r.record(t, "n1")
 	failing, cancel := context.WithCancel(t.Context())
 	cancel()
