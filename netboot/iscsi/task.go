@@ -255,8 +255,8 @@ func (c *conn) gather(t *task) (fromMedium bool) {
 // piece is how much of a read is next.
 func (t *task) piece() int { return min(t.sending-t.sent, pieceSize) }
 
-// inMemory finds the mapped memory of the first piece of a read (then t.mapped), and says whether all of it is in the page cache, so that
-// sending it waits for no disk.
+// inMemory finds the mapped memory of the first piece of a read (then t.mapped), and says whether all of it is in the page
+// cache, so that sending it waits for no disk.
 func (c *conn) inMemory(t *task) bool {
 	t.mapped = c.segments(t)
 	return t.mapped && c.srv.residency.holds(t.parts)

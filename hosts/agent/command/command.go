@@ -1,10 +1,10 @@
 // Package command starts programs that lie on a disk which may not answer.
 //
 // Go starts a program as vfork(2) does: its thread goes on once the kernel has read the headers of the program, and of
-// the interpreter that these name: that of a script, and the dynamic loader of an ELF file. Until then the runtime cannot take the thread's processor away (Go 1.26,
-// syscall/exec_linux.go). Where the disk does not answer, all of a process with one processor stands still, and of any
-// other from its next garbage collection on: seen with a file system that answers no read. So what the kernel reads until
-// then is read before, in a way that holds up nobody else.
+// the interpreter that these name: that of a script, and the dynamic loader of an ELF file. Until then the runtime cannot
+// take the thread's processor away (Go 1.26, syscall/exec_linux.go). Where the disk does not answer, all of a process with
+// one processor stands still, and of any other from its next garbage collection on: seen with a file system that answers
+// no read. So what the kernel reads until then is read before, in a way that holds up nobody else.
 package command
 
 import (

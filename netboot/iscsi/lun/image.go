@@ -17,8 +17,8 @@ var _ scsi.Mapper = (*Image)(nil)
 var errReadOnly = errors.New("write protected")
 
 // An Image is a file that is only read, by any number of sessions, units and processes. A file whose length is no
-// multiple of BlockSize reads as if zeros followed it. It is raw: a delta or a qcow2 image is refused. Nobody may write to the file while it is open: a Disk cannot be
-// opened on it meanwhile.
+// multiple of BlockSize reads as if zeros followed it. It is raw: a delta or a qcow2 image is refused. Nobody may write to
+// the file while it is open: a Disk cannot be opened on it meanwhile.
 type Image struct {
 	path string
 	f    osFile
