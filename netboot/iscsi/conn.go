@@ -318,7 +318,7 @@ func (c *conn) loginResponse(req, resp *pdu) error {
 // fullFeature answers PDUs until the connection ends. It never returns nil.
 func (c *conn) fullFeature() error {
 	c.wire.silence = c.silent
-	c.wire.keepNear()
+	c.wire.keepNear(nearRTT, c.crowd.usual)
 	if err := c.wire.nc.SetReadDeadline(time.Now().Add(c.srv.cfg.IdleTimeout)); err != nil {
 		return err
 	}

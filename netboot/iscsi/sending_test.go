@@ -3,9 +3,12 @@ package iscsi
 import (
 	"bytes"
 	"errors"
+	"net"
 	"os"
 	"runtime"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -339,4 +342,46 @@ func TestNearPeer(t *testing.T) {
 	if held > nearHeld {
 		t.Errorf("the kernel holds %d bytes, want %d at most", held, nearHeld)
 	}
+}
+
+// Connections do not begin with BBR, also where it is what the system has; those of peers that are not near get it back.
+func TestUnpaced(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	have := congestion(t, l.(*net.TCPListener))
+	f := serveOn(t, l, nil)
+	f.login() // now the server has seen to the listener; this one may have come before
+	f.srv.Drop(nodeName)
+	f.login()
+	near := f.srv.sessionList()[0].conn
+	got := congestion(t, near.wire.nc.(*net.TCPConn))
+	switch bbr := strings.HasPrefix(have, "bbr"); {
+	case bbr && (near.crowd.usual != have || strings.HasPrefix(got, "bbr")):
+		t.Errorf("the system has %q, the connection %q, and those of others are to get %q", have, got, near.crowd.usual)
+	case !bbr && (near.crowd.usual != "" || got != have):
+		t.Errorf("the system has %q, the connection %q, and those of others are to get %q; want it left alone", have, got, near.crowd.usual)
+	}
+	near.wire.keepNear(0, "reno") // which everybody may have
+	if got := congestion(t, near.wire.nc.(*net.TCPConn)); got != "reno" {
+		t.Errorf("a connection that is not near has %q, want what it is given back", got)
+	}
+}
+
+// congestion is the congestion control of a socket.
+func congestion(t *testing.T, s syscall.Conn) string {
+	t.Helper()
+	raw, err := s.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var name string
+	var got error
+	if err := raw.Control(func(fd uintptr) {
+		name, got = unix.GetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION)
+	}); err != nil || got != nil {
+		t.Fatal(errors.Join(err, got))
+	}
+	return name
 }

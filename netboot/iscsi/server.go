@@ -54,8 +54,8 @@ const (
 // A Server is an iSCSI target node with as many targets as its Directory knows.
 //
 // Each connection has one goroutine that reads (conn.go), and for commands that may wait for a disk a few that work
-// (task.go); a single one of these the reader executes itself (own.go). Whoever has an answer puts it into the connection's batch, and whoever finds nobody writing writes it
-// (output.go). Serve waits for all of them.
+// (task.go); a single one of these the reader executes itself (own.go). Whoever has an answer puts it into the connection's
+// batch, and whoever finds nobody writing writes it (output.go). Serve waits for all of them.
 type Server struct {
 	cfg       Config
 	log       *slog.Logger
@@ -135,7 +135,7 @@ func (srv *Server) Serve(ctx context.Context, l net.Listener) error {
 		_ = l.Close() // Accept tells
 	})
 	defer stop()
-	mine := &crowd{closing: connCtx.Done(), conns: map[*conn]struct{}{}}
+	mine := &crowd{closing: connCtx.Done(), usual: unpace(l), conns: map[*conn]struct{}{}}
 	err := srv.acceptAll(ctx, connCtx, l, mine)
 	if ctx.Err() != nil {
 		err = nil
@@ -231,6 +231,7 @@ func (srv *Server) forget(c *conn) {
 type crowd struct {
 	running sync.WaitGroup
 	closing <-chan struct{} // closed when all of them are to end
+	usual   string          // what unpace says of the listener
 
 	// Of the lookout (own.go).
 	awake  atomic.Bool // there is one

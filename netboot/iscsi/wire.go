@@ -228,14 +228,6 @@ func (w *wire) giveBack() {
 	}
 }
 
-// How much the kernel holds of what was written and the peer has not acknowledged. Left to itself it lets that grow to
-// 4 MiB, which no longer lie in the processor's cache when they are sent: reads over loopback are a fifth faster so. A near
-// peer gets nearHeld in a round trip, some 14 Gbit/s at nearRTT; for others the kernel's way is the right one.
-const (
-	nearRTT  = 300 // µs
-	nearHeld = 512 << 10
-)
-
 // moved is how many bytes the peer's kernel took, and how many came from it, ever. Where nobody knows, the first is how many
 // were written.
 func (w *wire) moved() (taken, came uint64) {
@@ -250,20 +242,6 @@ func (w *wire) moved() (taken, came uint64) {
 		}
 	})
 	return taken, came
-}
-
-// keepNear bounds what the kernel holds, for a peer that is near. It is asked when both sides have said something.
-func (w *wire) keepNear() {
-	if w.raw == nil {
-		return
-	}
-	// Nothing but speed depends on it, so that errors do not matter.
-	_ = w.raw.Control(func(fd uintptr) {
-		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
-		if err == nil && info.Min_rtt <= nearRTT {
-			_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, nearHeld/2) // Linux takes it twice (socket(7))
-		}
-	})
 }
 
 // finish tells the peer that nothing more is written, and reads for a moment what it still sends: closing a socket with
