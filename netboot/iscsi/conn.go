@@ -103,7 +103,7 @@ func newConn(ctx context.Context, srv *Server, nc net.Conn, among *crowd) *conn 
 	c := &conn{
 		srv:     srv,
 		crowd:   among,
-		wire:    newWire(nc, &srv.buffers, srv.stays, srv.cfg.PingTimeout),
+		wire:    newWire(nc, &srv.buffers, srv.pipes, srv.stays, srv.cfg.PingTimeout),
 		peer:    nc.RemoteAddr().String(),
 		from:    networkOf(nc.RemoteAddr()),
 		quota:   quota{all: srv.memory},
@@ -309,7 +309,7 @@ func (c *conn) loginResponse(req, resp *pdu) error {
 	resp.setDataLength(len(resp.data))
 	out := append(resp.bhs[:], resp.data...)
 	out = append(out, make([]byte, padded(len(resp.data))-len(resp.data))...)
-	if _, err := c.wire.write([][]byte{out}, nil); err != nil {
+	if _, err := c.wire.write([][]byte{out}, nil, nil); err != nil {
 		return fmt.Errorf("writing a login response: %w", err)
 	}
 	return nil
@@ -479,21 +479,28 @@ func (c *conn) taking() bool {
 
 // ping sends a NOP-In that wants an answer (section 11.19).
 func (c *conn) ping() {
-	p := &pdu{}
-	p.bhs[0], p.bhs[1] = opNopIn, flagFinal
-	p.setITT(noTag)
 	c.s.mu.Lock()
-	p.setTTT(c.newTTT())
-	c.put(p, false)
+	c.putPing()
 	c.s.mu.Unlock()
 	c.flush()
 }
 
-// newTTT is a target transfer tag that was not used for long. It needs s.mu.
+// putPing gathers what ping sends. It needs s.mu.
+func (c *conn) putPing() (ttt uint32) {
+	p := &pdu{}
+	p.bhs[0], p.bhs[1] = opNopIn, flagFinal
+	p.setITT(noTag)
+	ttt = c.newTTT()
+	p.setTTT(ttt)
+	c.put(p, false)
+	return ttt
+}
+
+// newTTT is a target transfer tag that was not used for long, and never 0. It needs s.mu.
 func (c *conn) newTTT() uint32 {
 	c.lastTTT++
 	if c.lastTTT == noTag {
-		c.lastTTT = 0
+		c.lastTTT = 1
 	}
 	return c.lastTTT
 }

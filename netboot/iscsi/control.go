@@ -95,7 +95,10 @@ func (c *conn) request(most, keep int, do func(p *pdu) error) error {
 // takes in one PDU, and as there is memory for.
 func (c *conn) nopOut() error {
 	if c.header.itt() == noTag {
-		return c.request(c.params.maxRecv, 0, func(*pdu) error { return nil })
+		return c.request(c.params.maxRecv, 0, func(p *pdu) error {
+			c.probed(p.ttt())
+			return nil
+		})
 	}
 	keep, memory := min(c.header.dataLength(), c.params.maxSend), int64(0)
 	if keep > copySize {

@@ -3,18 +3,19 @@
 //
 // # How data is sent
 //
-// A read of a file that is mapped into memory is answered by writev: headers out of small buffers, data out of the mapping,
-// many responses at a time. This process never looks at the mapping. Of the ways to send a file, this one was measured to
-// be the best (loopback, 2 cores, Linux 6.18): at 4 KiB, 32 responses in one writev take a third of the processor time
-// of sendfile behind a send with MSG_MORE, which needs two system calls for each; at 256 KiB both take the same, since
-// sendfile works page by page. Reading into a buffer first would copy all data once more.
+// A read of a file that is mapped into memory is answered with headers out of small buffers and data out of the mapping,
+// many responses at a time. This process never looks at the mapping. Little data the kernel copies, by sendmsg; from 128 KiB
+// on it gets the pages themselves, by vmsplice and splice (lend.go). Of the ways to send a file, these were measured to be
+// the best (loopback, 2 cores, Linux 6.18): at 4 KiB, 32 responses in one call take a third of the processor time of sendfile
+// behind a send with MSG_MORE, which needs two calls for each; at 256 KiB, pages that are lent are read at a third more a
+// second than those that are copied. Reading into a buffer first would copy all data once more.
 //
-// Where a file was cut short below its mapping, a process that looks there gets SIGBUS, but the kernel's copy in writev
-// fails with EFAULT. Then a part of a response may be out already, so that the connection ends; the medium is told
-// (scsi.Mapper), and is read through ReadAt from then on, whose error becomes a MEDIUM ERROR when the initiator comes
+// Where a file was cut short below its mapping, a process that looks there gets SIGBUS, but what the kernel copies or takes
+// from there fails with EFAULT. Then a part of a response may be out already, so that the connection ends; the medium is
+// told (scsi.Mapper), and is read through ReadAt from then on, whose error becomes a MEDIUM ERROR when the initiator comes
 // again. With data digests, which have to look at the data, and for what is not mapped, ReadAt is the way at once.
 //
-// writev of what is not in the page cache would wait for the disk, and all other commands of the connection with it. So the
+// Sending what is not in the page cache would wait for the disk, and all other commands of the connection with it. So the
 // residency table (resident.go) is asked before, and what is not there is left to a worker.
 package iscsi
 

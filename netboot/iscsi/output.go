@@ -33,6 +33,7 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // A batch is responses in the order of their StatSNs, on their way out.
 type batch struct {
 	parts   [][]byte
+	lent    []span // of parts, what is lent to the kernel
 	arena   []byte // of which headers are parts
 	open    bool   // the last part is the end of the arena
 	bytes   int64
@@ -92,7 +93,7 @@ func (b *batch) reset() {
 	clear(b.parts)
 	clear(b.tasks)
 	clear(b.loading)
-	b.parts, b.tasks, b.loading = b.parts[:0], b.tasks[:0], b.loading[:0]
+	b.parts, b.tasks, b.loading, b.lent = b.parts[:0], b.tasks[:0], b.loading[:0], b.lent[:0]
 	b.arena, b.open, b.bytes, b.charge = b.arena[:0], false, 0, 0
 }
 
@@ -231,16 +232,17 @@ func (c *conn) dataIn(b *batch, t *task, flags byte, residual uint32) {
 			c.windowInto(h)
 		}
 		c.sealHeader(b, h)
-		c.dataSegment(b, &from, n, t.mapped)
+		c.dataSegment(b, &from, n, t)
 	}
 }
 
-func (c *conn) dataSegment(b *batch, from *cursor, n int, mapped bool) {
+func (c *conn) dataSegment(b *batch, from *cursor, n int, t *task) {
 	var sum uint32
+	first := len(b.parts)
 	for left := n; left > 0; {
 		p := from.take(left)
 		left -= len(p)
-		if mapped {
+		if t.mapped {
 			b.attach(p)
 		} else {
 			b.refer(p)
@@ -248,6 +250,9 @@ func (c *conn) dataSegment(b *batch, from *cursor, n int, mapped bool) {
 		if c.params.dataDigest {
 			sum = crc32.Update(sum, castagnoli, p)
 		}
+	}
+	if t.mapped && n >= lendSize && t.n.lends() {
+		b.lent = append(b.lent, span{first, len(b.parts)})
 	}
 	pad := b.grow(padded(n) - n)
 	if c.params.dataDigest {
@@ -310,7 +315,7 @@ func (c *conn) writeBatch(b *batch) {
 		return
 	}
 	var err error
-	if b.iovs, err = c.wire.write(b.parts, b.iovs); err == nil {
+	if b.iovs, err = c.wire.write(b.parts, b.lent, b.iovs); err == nil {
 		return
 	}
 	c.broken.Store(true)

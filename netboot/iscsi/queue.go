@@ -15,6 +15,10 @@ func (c *conn) deliver(t *task) {
 		t.turn = true
 		return
 	}
+	if t.attr == attrOrdered && !n.orders {
+		n.orders = true
+		c.probe(n)
+	}
 	switch {
 	case t.attr == attrHeadOfQueue:
 	case len(n.waiting) > 0 || n.ordered != nil || t.attr == attrOrdered && n.started > 0:
@@ -43,6 +47,11 @@ func (t *task) leaveQueue() (ready []*task) {
 	if n.ordered == t {
 		n.ordered = nil
 	}
+	return n.turns()
+}
+
+// turns returns those whose turn has come, as leaveQueue does. It needs s.mu.
+func (n *nexus) turns() (ready []*task) {
 	for len(n.waiting) > 0 && n.ordered == nil {
 		next := n.waiting[0]
 		if next.attr == attrOrdered && n.started > 0 {
@@ -62,5 +71,51 @@ func (t *task) leaveQueue() (ready []*task) {
 func (t *task) leaveWaiting() {
 	if n := t.n; n != nil && !t.turn {
 		n.waiting = slices.DeleteFunc(n.waiting, func(o *task) bool { return o == t })
+	}
+}
+
+// lends says whether memory may be lent that is sent from this nexus's unit (lend.go), and notes that it is. Where it may
+// change, the data of a read must not have the writes of an ordered task behind it: a session that gives such tasks is lent
+// none, from the first on. It needs s.mu.
+func (n *nexus) lends() bool {
+	if n.unit.Medium().ReadOnly() {
+		return true
+	}
+	n.lent = n.lent || !n.orders
+	return !n.orders
+}
+
+// probe keeps the first ordered task of a session from its turn until the initiator has taken the data that was lent before:
+// its answer to a ping comes from behind that. It needs s.mu.
+func (c *conn) probe(n *nexus) {
+	if !n.lent {
+		return
+	}
+	n.probe = c.putPing()
+	n.started++
+}
+
+// unlend is for when the initiator has taken what was lent. It needs s.mu.
+func (n *nexus) unlend() {
+	n.lent = false
+	if n.probe != 0 {
+		n.probe = 0
+		n.started--
+	}
+}
+
+// probed takes the answer to a ping, and goes on with the tasks that waited for it.
+func (c *conn) probed(ttt uint32) {
+	var ready []*task
+	c.s.mu.Lock()
+	for _, n := range c.s.nexuses {
+		if n.probe != 0 && n.probe == ttt {
+			n.unlend()
+			ready = append(ready, n.turns()...)
+		}
+	}
+	c.s.mu.Unlock()
+	for _, t := range ready {
+		c.advance(t)
 	}
 }

@@ -25,7 +25,7 @@ const (
 // once, the worst is that one write waits for the disk, and its connection with it.
 //
 // Linux (5.2 and later) says of files that this process neither owns nor may write that all of them is there. A read of
-// such a file that is not there waits in writev, and its connection with it.
+// such a file that is not there waits in sendmsg, and its connection with it.
 //
 // A kernel whose pages are larger than 4 KiB refuses to look at what is not aligned; then all is as if it were not there,
 // and workers read it.

@@ -64,6 +64,7 @@ type Server struct {
 	share     int64         // of memory, for one initiator
 	workers   chan struct{} // has an element for each that works
 	stays     chan struct{} // has an element for each reader that waits in the kernel
+	pipes     *pipes
 	residency residency
 	sendGrace time.Duration
 
@@ -106,6 +107,7 @@ func NewServer(cfg Config) (*Server, error) {
 		share:     max(cfg.MaxMemory/memoryShare, scsi.MaxTransfer),
 		workers:   make(chan struct{}, maxWorkers),
 		stays:     make(chan struct{}, runtime.GOMAXPROCS(0)/2),
+		pipes:     newPipes(),
 		residency: residency{start: time.Now()},
 		sendGrace: sendGrace,
 

@@ -66,6 +66,9 @@ type nexus struct {
 	started int           // tasks whose turn has come and that are not done
 	ordered *task         // of them, the ordered one
 	waiting []*task       // in order, until the ordered ones before them are done
+	orders  bool          // there was an ordered task
+	lent    bool          // memory that may change was lent to the kernel
+	probe   uint32        // the TTT of a ping that counts as started; 0: there is none
 	uses    int           // tasks that may still touch the unit or its memory
 	removed bool          // the unit was taken away
 	unused  chan struct{} // closed when uses is 0; nil until somebody waits for that
@@ -232,6 +235,9 @@ func (srv *Server) resume(ctx context.Context, c *conn, l *login) uint16 {
 	c.join(s, l)
 	s.conn = c
 	clear(s.held)
+	for _, n := range s.nexuses {
+		n.unlend() // what the old connection had to say, nobody hears any more
+	}
 	return loginOK
 }
 

@@ -29,7 +29,7 @@ const (
 // one command under way, and goes on at once.
 const maxStay = time.Millisecond
 
-// maxIOV is how many pieces one writev takes (IOV_MAX).
+// maxIOV is how many pieces one sendmsg takes (IOV_MAX).
 const maxIOV = 1024
 
 // A wire carries bytes over a connection. A read buffer is there only while something is in it: a connection that waits
@@ -40,6 +40,7 @@ type wire struct {
 	nc       net.Conn
 	raw      syscall.RawConn // nil where nc is no socket: then mapped memory must not be written
 	pool     *buffers
+	pipes    *pipes        // to lend memory through; nil: it is copied
 	patience time.Duration // how long the peer may take no byte while we write
 
 	// stay has the next read, where nothing has come, wait in the kernel for maxStay at most: to be woken through the runtime's
@@ -65,13 +66,17 @@ type wire struct {
 	writeErr error
 	since    time.Time // when the peer was first seen to take less than we write; zero: there is no write deadline
 	taken    int64     // how much it took since
+	lending  bool      // iov is lent
+	more     bool      // more comes behind iov
+	pipe     *pipe     // for that; nil: nothing was lent yet
+	piped    int       // how many bytes of iov are in it
 	writeFn  func(fd uintptr) bool
 
 	sent atomic.Uint64 // bytes that were written
 }
 
-func newWire(nc net.Conn, pool *buffers, stays chan struct{}, patience time.Duration) *wire {
-	w := &wire{nc: nc, pool: pool, stays: stays, patience: patience}
+func newWire(nc net.Conn, pool *buffers, pipes *pipes, stays chan struct{}, patience time.Duration) *wire {
+	w := &wire{nc: nc, pool: pool, pipes: pipes, stays: stays, patience: patience}
 	if sc, ok := nc.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
 			w.raw = raw
@@ -270,13 +275,53 @@ func (w *wire) drop() {
 	w.giveBack()
 }
 
-// write writes all parts; iovs is room for it to work in, which it gives back empty, and larger where it needed more. The
-// error has EFAULT in its chain where a part is mapped memory without a file below it, and os.ErrDeadlineExceeded where the
-// peer took nothing for too long.
-func (w *wire) write(parts [][]byte, iovs []unix.Iovec) ([]unix.Iovec, error) {
+// write writes all parts, and lends those that it may; iovs is room for it to work in, which it gives back empty, and larger
+// where it needed more. The error has EFAULT in its chain where a part is mapped memory without a file below it, and
+// os.ErrDeadlineExceeded where the peer took nothing for too long.
+func (w *wire) write(parts [][]byte, lent []span, iovs []unix.Iovec) ([]unix.Iovec, error) {
 	if w.raw == nil {
 		return iovs, w.writeParts(parts)
 	}
+	defer w.returnPipe()
+	for at := 0; at < len(parts); {
+		end := len(parts)
+		w.lending = false
+		switch {
+		case len(lent) > 0 && at == lent[0].first:
+			end, lent = lent[0].last, lent[1:]
+			w.lending = w.havePipe()
+		case len(lent) > 0:
+			end = lent[0].first
+		}
+		var err error
+		if iovs, err = w.writeStretch(parts[at:end], end < len(parts), iovs); err != nil {
+			return iovs, err
+		}
+		at = end
+	}
+	return iovs, nil
+}
+
+// havePipe gets an empty pipe, if there is one.
+func (w *wire) havePipe() bool {
+	if w.piped > 0 {
+		w.returnPipe() // what is in it was copied after all
+	}
+	if w.pipe == nil {
+		w.pipe = w.pipes.get()
+	}
+	return w.pipe != nil
+}
+
+func (w *wire) returnPipe() {
+	if w.pipe != nil {
+		w.pipes.put(w.pipe, w.piped)
+		w.pipe, w.piped = nil, 0
+	}
+}
+
+// writeStretch writes parts that are all lent, or all copied; more says that others follow.
+func (w *wire) writeStretch(parts [][]byte, more bool, iovs []unix.Iovec) ([]unix.Iovec, error) {
 	for len(parts) > 0 {
 		iovs = iovs[:0]
 		for len(parts) > 0 && len(iovs) < maxIOV {
@@ -285,7 +330,7 @@ func (w *wire) write(parts [][]byte, iovs []unix.Iovec) ([]unix.Iovec, error) {
 			}
 			parts = parts[1:]
 		}
-		w.iov = iovs
+		w.iov, w.more = iovs, more || len(parts) > 0
 		err := w.writeIOV()
 		w.iov = nil
 		clear(iovs) // the room is kept for long, and what was written is not
@@ -318,8 +363,18 @@ func (w *wire) writeIOV() error {
 
 // tryWrite is called when the socket may take something; false means that it does not.
 func (w *wire) tryWrite(fd uintptr) bool {
+	if w.lending && !w.lendOut(fd) {
+		return false
+	}
+	// MSG_MORE keeps a header from going out before the data behind it.
+	flags := 0
+	if w.more {
+		flags = unix.MSG_MORE
+	}
 	for len(w.iov) > 0 {
-		n, _, errno := unix.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&w.iov[0])), uintptr(len(w.iov)))
+		m := unix.Msghdr{Iov: &w.iov[0]}
+		m.SetIovlen(len(w.iov))
+		n, _, errno := unix.Syscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&m)), uintptr(flags))
 		switch errno {
 		case 0:
 			w.wrote(int(n)) //nolint:gosec // of what was written, which an int counted
@@ -328,7 +383,7 @@ func (w *wire) tryWrite(fd uintptr) bool {
 			w.bePatient()
 			return false
 		default:
-			w.writeErr = os.NewSyscallError("writev", errno)
+			w.writeErr = os.NewSyscallError("sendmsg", errno)
 			return true
 		}
 	}

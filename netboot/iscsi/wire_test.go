@@ -27,7 +27,7 @@ func TestWireForgetsWhatItWrote(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = near.Close() }()
-	w := newWire(near, &buffers{}, nil, time.Minute)
+	w := newWire(near, &buffers{}, nil, nil, time.Minute)
 	for name, n := range map[string]int{"one call": 3, "a full call and a short one": maxIOV + 3} {
 		parts := make([][]byte, n)
 		for i := range parts {
@@ -38,7 +38,7 @@ func TestWireForgetsWhatItWrote(t *testing.T) {
 			_, err := io.CopyN(io.Discard, far, int64(n*size))
 			read <- err
 		}()
-		iovs, err := w.write(parts, nil)
+		iovs, err := w.write(parts, nil, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -5,8 +5,9 @@
 // is there is sent to a socket without being copied into this process. Is that safe where a file is truncated under its
 // mapping? Not for a process that looks at the memory itself: it is killed by SIGBUS, which Go cannot turn into an error
 // of the one read. For a system call it is: writev(2) then fails with EFAULT, as does any copy from user memory that
-// faults. So this package never looks at mapped memory and only writev gets it; after an EFAULT the transport calls
-// Unmapped, and from then on the medium is read with pread(2), which tells what is wrong with the file.
+// faults, and vmsplice(2), which takes the pages and holds them. So this package never looks at mapped memory and only
+// such calls get it; after an EFAULT the transport calls Unmapped, and from then on the medium is read with pread(2), which
+// tells what is wrong with the file.
 //
 // What is cut off within the last page that a file keeps is read as zeros through the mapping, and nobody is told: the
 // kernel fills up that page.
