@@ -49,6 +49,8 @@ type Delta struct {
 	epoch   sync.RWMutex
 	maps    [64]sync.Mutex // by sector, modulo
 
+	streams streams
+
 	held  held
 	syncs group
 	// wrote says that the data area was written to since the last sync; it changes under epoch.

@@ -25,19 +25,20 @@ func (d *Delta) WriteAt(p []byte, off int64) (int, error) {
 // writeChunk writes within one chunk.
 func (d *Delta) writeChunk(p []byte, off int64) error {
 	first, end := clustersOf(off, int64(len(p)))
-	defer d.lockStripes(first, end)()
+	last := max(end, d.ahead(first, end, int64(len(p))))
+	defer d.lockStripes(first, last)()
 	pieces, err := d.pieces(p, off)
 	if err != nil {
 		return err
 	}
-	if err := d.begin(first, end); err != nil {
+	if err := d.begin(first, last); err != nil {
 		return err
 	}
 	defer d.epoch.RUnlock()
 	d.wrote.Store(true)
 	for _, piece := range pieces {
-		if _, err := d.f.WriteAt(piece.data, d.h.dataOff()+piece.off); err != nil {
-			d.drop(first, end)
+		if err := d.writePiece(piece, last); err != nil {
+			d.drop(first, last)
 			return err
 		}
 	}

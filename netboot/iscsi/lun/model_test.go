@@ -19,6 +19,7 @@ type history struct {
 	ops   func() int   // how many operations of the file there were
 
 	mu       sync.Mutex
+	goesOn   int64                // the block behind the last write
 	versions map[int64][]*written // by block
 	syncs    []*span
 	ids      uint64
@@ -63,6 +64,9 @@ func (h *history) write(m mediumOf, block, n int64) error {
 	}
 	_, err := m.WriteAt(p, block*BlockSize)
 	h.end(s, err)
+	h.mu.Lock()
+	h.goesOn = block + n
+	h.mu.Unlock()
 	return err
 }
 
@@ -223,6 +227,12 @@ func (h *history) random(m mediumOf, syncs int, allowed ...error) error {
 	n := int64(1 + rand.IntN(1<<rand.IntN(6)))
 	if rand.IntN(2) == 0 {
 		block, n = block/8*8, roundUp(n, 8)
+	}
+	if rand.IntN(3) == 0 {
+		h.mu.Lock()
+		block = h.goesOn
+		h.mu.Unlock()
+		n = min(n, 8)
 	}
 	blocks := m.Size() / BlockSize
 	block = min(block, blocks-1)
