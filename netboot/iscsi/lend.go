@@ -70,6 +70,7 @@ func (ps *pipes) put(p *pipe, left int) {
 		ps.idle.Put(p)
 	} else {
 		p.close.Stop()
+		runtime.KeepAlive(p) // Stop stops nothing else
 		closePipe([2]int{p.r, p.w})
 	}
 	<-ps.places

@@ -2,9 +2,11 @@ package iscsi
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"net"
 	"os"
+	"syscall"
 	"testing"
 	"time"
 
@@ -13,15 +15,23 @@ import (
 	"github.com/troupe-dev/troupe/netboot/iscsi/scsi"
 )
 
-// wired is a wire that lends through ps, and the other end of its connection.
-func wired(t *testing.T, ps *pipes) (*wire, *net.TCPConn) {
+// wired is a wire that lends through ps, and the other end of its connection, which takes little at a time. (Whoever makes
+// its buffer smaller later has the kernel wait 200 ms for each 3 KiB.)
+func wired(t *testing.T, ps *pipes) (*wire, net.Conn) {
 	t.Helper()
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = l.Close() }()
-	far, err := net.Dial("tcp4", l.Addr().String())
+	dialer := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+		var set error
+		err := c.Control(func(fd uintptr) {
+			set = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 16<<10)
+		})
+		return errors.Join(err, set)
+	}}
+	far, err := dialer.Dial("tcp4", l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -31,7 +41,7 @@ func wired(t *testing.T, ps *pipes) (*wire, *net.TCPConn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = near.Close() })
-	return newWire(near, &buffers{}, ps, nil, time.Minute), far.(*net.TCPConn)
+	return newWire(near, &buffers{}, ps, nil, time.Minute), far
 }
 
 // What is lent arrives as it is, between what is copied, in whatever way it comes to that.
@@ -44,9 +54,6 @@ func TestLend(t *testing.T) {
 	for name, ps := range map[string]*pipes{"lent": newPipes(), "all pipes are in use": used, "no pipes": nil} {
 		t.Run(name, func(t *testing.T) {
 			w, far := wired(t, ps)
-			if err := far.SetReadBuffer(16 << 10); err != nil { // so that the writer waits
-				t.Fatal(err)
-			}
 			var parts [][]byte
 			var lent []span
 			var want []byte
