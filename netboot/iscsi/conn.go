@@ -480,15 +480,16 @@ func (c *conn) taking() bool {
 // ping sends a NOP-In that wants an answer (section 11.19).
 func (c *conn) ping() {
 	c.s.mu.Lock()
-	c.putPing()
+	c.putPing(0)
 	c.s.mu.Unlock()
 	c.flush()
 }
 
-// putPing gathers what ping sends. It needs s.mu.
-func (c *conn) putPing() (ttt uint32) {
+// putPing gathers what ping sends, about a LUN. It needs s.mu.
+func (c *conn) putPing(lun LUN) (ttt uint32) {
 	p := &pdu{}
 	p.bhs[0], p.bhs[1] = opNopIn, flagFinal
+	p.setLUN(formatLUN(lun))
 	p.setITT(noTag)
 	ttt = c.newTTT()
 	p.setTTT(ttt)
@@ -496,7 +497,7 @@ func (c *conn) putPing() (ttt uint32) {
 	return ttt
 }
 
-// newTTT is a target transfer tag that was not used for long, and never 0. It needs s.mu.
+// newTTT is a target transfer tag that was not used for long, and never 0, which is no probe's (queue.go). It needs s.mu.
 func (c *conn) newTTT() uint32 {
 	c.lastTTT++
 	if c.lastTTT == noTag {

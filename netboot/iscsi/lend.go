@@ -13,12 +13,13 @@ import (
 // who reads it, and what is sent by a network card not at all.
 //
 // It is looked at when it is sent, sent again, or read at the other end of loopback: long after the write, so that a later
-// write may still change it. Of an image nothing changes. Elsewhere only an ordered command could tell (queue.go).
+// write may still change it. Of an image nothing changes. Elsewhere a read may show what was written until the initiator
+// has its data, and so after its task is done here: only an ordered task of the same session must not be seen so (queue.go).
 const (
 	// lendSize is from how many bytes of a data segment on it is worth two system calls more.
 	lendSize = 128 << 10
 	// maxPipes is how many connections lend at a time; others copy. The kernel allows a user without privileges 128 pipes of
-	// this size (pipe(7), pipe-user-pages-soft).
+	// this size, all processes together (pipe(7), pipe-user-pages-soft).
 	maxPipes = 64
 	pipeSize = 512 << 10
 )
@@ -58,7 +59,11 @@ func (ps *pipes) get() *pipe {
 		<-ps.places
 		return nil
 	}
-	_, _ = unix.FcntlInt(uintptr(fds[1]), unix.F_SETPIPE_SZ, pipeSize) //nolint:gosec // a smaller one works, too; descriptors are not negative
+	if _, err := unix.FcntlInt(uintptr(fds[1]), unix.F_SETPIPE_SZ, pipeSize); err != nil { //nolint:gosec // descriptors are not negative
+		closePipe(fds) // copying is faster than a pipe of two pages
+		<-ps.places
+		return nil
+	}
 	p := &pipe{r: fds[0], w: fds[1]}
 	p.close = runtime.AddCleanup(p, closePipe, fds)
 	return p
@@ -84,19 +89,23 @@ func closePipe(fds [2]int) {
 // lendOut lends what w.iov has, when the socket may take something; false means that it does not. Where the kernel does not
 // lend, w.lending says so, and what is left is still in w.iov: copying it says what is wrong with it, if anything is.
 func (w *wire) lendOut(fd uintptr) bool {
-	for len(w.iov) > 0 {
+	left := 0
+	for _, v := range w.iov {
+		left += int(v.Len) //nolint:gosec // they are all in memory
+	}
+	for left > 0 {
 		if w.piped == 0 && !w.fillPipe() {
 			w.lending = false
 			return true
 		}
 		flags := unix.SPLICE_F_NONBLOCK
-		if w.more || len(w.iov) > 1 || uint64(w.piped) < w.iov[0].Len { //nolint:gosec // not negative
+		if w.more || w.piped < left { // without more to come it would be kept back for 200 ms
 			flags |= unix.SPLICE_F_MORE
 		}
 		n, err := unix.Splice(w.pipe.r, nil, int(fd), nil, w.piped, flags)
 		switch {
 		case err == nil && n > 0:
-			w.piped -= int(n)
+			w.piped, left = w.piped-int(n), left-int(n)
 			w.wrote(int(n))
 		case err == unix.EINTR:
 		case err == unix.EAGAIN:

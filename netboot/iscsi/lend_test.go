@@ -108,27 +108,29 @@ func TestLend(t *testing.T) {
 	}
 }
 
-// Where the kernel stops lending midway, what it has of that is not sent twice, and the pipe is not used again.
+// Where the kernel takes memory and then does not lend it, that is copied, once, and the pipe is not used again.
 func TestLendingStops(t *testing.T) {
 	ps := newPipes()
 	w, far := wired(t, ps)
 	memory := alignedPattern(t, 1<<20)
-	p := ps.get()
-	if p == nil {
+	w.pipe = ps.get()
+	if w.pipe == nil {
 		t.Fatal("there is no pipe")
 	}
-	// A pipe of which something is left: as if splice had failed behind vmsplice.
-	if _, err := unix.Write(p.w, []byte("left")); err != nil {
+	null, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
 		t.Fatal(err)
 	}
-	w.pipe, w.piped = p, 4
+	out := w.pipe.r
+	t.Cleanup(func() { _ = unix.Close(out) })
+	w.pipe.r = null // splice takes nothing from what is no pipe to what is none
 	read := make(chan []byte, 1)
 	go func() {
 		b := make([]byte, len(memory))
 		_, _ = io.ReadFull(far, b)
 		read <- b
 	}()
-	if _, err := w.write([][]byte{memory}, []span{{0, 1}}, nil); err != nil {
+	if _, err := w.write([][]byte{memory[:600<<10], memory[600<<10:]}, []span{{0, 1}, {1, 2}}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(<-read, memory) {
@@ -136,6 +138,9 @@ func TestLendingStops(t *testing.T) {
 	}
 	if len(ps.places) > 0 || w.pipe != nil || w.piped != 0 {
 		t.Errorf("%d pipes are in use, the wire has %v with %d bytes; want none", len(ps.places), w.pipe, w.piped)
+	}
+	if p := ps.idle.Get(); p != nil {
+		t.Error("a pipe with something in it is there for others")
 	}
 }
 
@@ -252,16 +257,103 @@ func TestOrderedBehindLentReadEnds(t *testing.T) {
 	}
 	ordered(i)
 	i.quiet()
-	_ = i.nc.Close()
 
 	again := f.dial()
-	if status := again.login(loginOptions{tsih: i.tsih, cmdSN: i.cmdSN}); status == loginOK {
-		again.expectGood(again.outcome(ordered(again)))
-		return
+	if status := again.login(loginOptions{tsih: i.tsih, cmdSN: i.cmdSN}); status != loginOK {
+		t.Fatalf("login status %#04x", status)
 	}
-	again = f.login() // the session ended with its connection
-	again.attend(1)
 	again.expectGood(again.outcome(ordered(again)))
+}
+
+// An initiator that answers a later ping has taken what was lent, too; one that answers none is left.
+func TestOrderedBehindLentReadUnanswered(t *testing.T) {
+	f := serve(t, func(c *Config) { c.PingTimeout, c.IdleTimeout = 300*time.Millisecond, 300*time.Millisecond })
+	f.add(1, mappedDisk{&disk{data: alignedPattern(t, 1<<20)}})
+	for name, answers := range map[string]bool{"a later one": true, "none": false} {
+		t.Run(name, func(t *testing.T) {
+			i := f.login("MaxRecvDataSegmentLength=1048576")
+			i.attend(1)
+			i.expectGood(i.do(i.on(1, i.command(read10(0, lendSize/512), lendSize, nil))))
+			ordered := i.on(1, i.command(testUnitReady(), 0, nil))
+			ordered.bhs[1] = ordered.bhs[1]&^maskAttr | attrOrdered
+			i.send(ordered)
+			if ping := i.expectPing(); ping.lun() != ordered.lun() {
+				t.Errorf("the ping has LUN %#x, want %#x", ping.lun(), ordered.lun())
+			}
+			if answers {
+				i.pong(i.expectPing())
+				i.expectGood(i.outcome(ordered))
+				return
+			}
+			for {
+				p := i.recvAny()
+				if p == nil {
+					return
+				}
+				// It is there, but does not answer.
+				i.send(i.immediate(i.request(opNopOut, 0)))
+				if p.opcode() == opResponse {
+					t.Fatal("the ordered task begins before the data was taken")
+				}
+			}
+		})
+	}
+}
+
+// An ordered task behind a read of an image waits for nobody.
+func TestOrderedBehindLentImage(t *testing.T) {
+	f := serve(t, nil)
+	f.image(1, pattern(1<<20, 2))
+	i := f.login("MaxRecvDataSegmentLength=1048576")
+	i.attend(1)
+	i.expectGood(i.do(i.on(1, i.command(read10(0, 2048), 1<<20, nil))))
+	ordered := i.on(1, i.command(testUnitReady(), 0, nil))
+	ordered.bhs[1] = ordered.bhs[1]&^maskAttr | attrOrdered
+	i.expectGood(i.do(ordered))
+}
+
+// A peer that takes nothing of what is lent is not waited for for ever.
+func TestLendPatience(t *testing.T) {
+	ps := newPipes()
+	w, _ := wired(t, ps)
+	w.patience = 100 * time.Millisecond
+	memory := alignedPattern(t, 16<<20)
+	if _, err := w.write([][]byte{memory}, []span{{0, 1}}, nil); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("%v, want %v", err, os.ErrDeadlineExceeded)
+	}
+	if len(ps.places) > 0 || w.pipe != nil || w.piped != 0 {
+		t.Errorf("%d pipes are in use, the wire has %v with %d bytes; want none", len(ps.places), w.pipe, w.piped)
+	}
+}
+
+// The end of what is lent is not kept back for something behind it.
+func TestLentIsNotKeptBack(t *testing.T) {
+	w, far := wired(t, newPipes())
+	memory := alignedPattern(t, 1<<20)
+	got := make([]byte, 12<<10)
+	for round := range 20 {
+		parts := [][]byte{pattern(48, 1), memory[:4096], memory[8192:][:4096]}
+		if _, err := w.write(parts, []span{{1, 3}}, nil); err != nil {
+			t.Fatal(err)
+		}
+		if waiting := w.notSent(t); waiting > 0 {
+			t.Fatalf("round %d: %d bytes are kept back", round, waiting)
+		}
+		if _, err := io.ReadFull(far, got[:48+2*4096]); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// notSent is how many bytes the kernel has that it did not send.
+func (w *wire) notSent(t *testing.T) (n int) {
+	t.Helper()
+	var got error
+	err := w.raw.Control(func(fd uintptr) { n, got = unix.IoctlGetInt(int(fd), unix.SIOCOUTQNSD) })
+	if err := errors.Join(err, got); err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 // Of an image that is cut short nothing is lent that is not there.

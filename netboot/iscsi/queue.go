@@ -75,8 +75,8 @@ func (t *task) leaveWaiting() {
 }
 
 // lends says whether memory may be lent that is sent from this nexus's unit (lend.go), and notes that it is. Where it may
-// change, the data of a read must not have the writes of an ordered task behind it: a session that gives such tasks is lent
-// none, from the first on. It needs s.mu.
+// change, the data of a read must not show what an ordered task behind it writes: an initiator that gives such tasks, as some
+// do now and then, is lent none from the first on. It needs s.mu.
 func (n *nexus) lends() bool {
 	if n.unit.Medium().ReadOnly() {
 		return true
@@ -91,7 +91,7 @@ func (c *conn) probe(n *nexus) {
 	if !n.lent {
 		return
 	}
-	n.probe = c.putPing()
+	n.probe, n.since = c.putPing(n.unit.lun), c.ticks
 	n.started++
 }
 
@@ -104,12 +104,22 @@ func (n *nexus) unlend() {
 	}
 }
 
-// probed takes the answer to a ping, and goes on with the tasks that waited for it.
+// unanswered says whether an ordered task has waited for too long for the answer to its ping. It needs s.mu.
+func (c *conn) unanswered() bool {
+	for _, n := range c.s.nexuses {
+		if n.probe != 0 && c.ticks-n.since > stallTicks {
+			return true
+		}
+	}
+	return false
+}
+
+// probed takes the answer to a ping, and goes on with the tasks that waited for it or for one before it.
 func (c *conn) probed(ttt uint32) {
 	var ready []*task
 	c.s.mu.Lock()
 	for _, n := range c.s.nexuses {
-		if n.probe != 0 && n.probe == ttt {
+		if n.probe != 0 && ttt != noTag && int32(ttt-n.probe) >= 0 { //nolint:gosec // tags go round
 			n.unlend()
 			ready = append(ready, n.turns()...)
 		}

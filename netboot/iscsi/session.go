@@ -69,6 +69,7 @@ type nexus struct {
 	orders  bool          // there was an ordered task
 	lent    bool          // memory that may change was lent to the kernel
 	probe   uint32        // the TTT of a ping that counts as started; 0: there is none
+	since   uint32        // conn.ticks when it was sent
 	uses    int           // tasks that may still touch the unit or its memory
 	removed bool          // the unit was taken away
 	unused  chan struct{} // closed when uses is 0; nil until somebody waits for that

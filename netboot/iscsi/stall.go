@@ -14,7 +14,7 @@ func (c *conn) stalled() bool {
 			return true
 		}
 	}
-	return c.keepsHole()
+	return c.unanswered() || c.keepsHole()
 }
 
 // crawls says whether a task has waited for the end of its data for so long that the initiator, which may have others to

@@ -60,7 +60,8 @@ func (t *Target) Add(lun LUN, u *scsi.Unit) error {
 
 // Remove takes a unit away. It returns when no session uses it any more, so that its Medium may be closed: what was being
 // done is finished, but for reads that have pieces to come; what waited for something is ended; and what refers to its
-// memory has been sent or, where the peer takes nothing for a few seconds, its connection closed.
+// memory has been sent or, where the peer takes nothing for a few seconds, its connection closed. Of pages that the kernel
+// was lent, the last data on its way may still show what is then written to the file.
 func (t *Target) Remove(lun LUN) error {
 	t.mu.Lock()
 	u := t.units[lun]

@@ -68,8 +68,8 @@ type wire struct {
 	taken    int64     // how much it took since
 	lending  bool      // iov is lent
 	more     bool      // more comes behind iov
-	pipe     *pipe     // for that; nil: nothing was lent yet
-	piped    int       // how many bytes of iov are in it
+	pipe     *pipe     // to lend through; nil: none is held
+	piped    int       // how many bytes are in it: the first of iov, and those that were copied after all
 	writeFn  func(fd uintptr) bool
 
 	sent atomic.Uint64 // bytes that were written
@@ -285,28 +285,30 @@ func (w *wire) write(parts [][]byte, lent []span, iovs []unix.Iovec) ([]unix.Iov
 	defer w.returnPipe()
 	for at := 0; at < len(parts); {
 		end := len(parts)
-		w.lending = false
+		lend := len(lent) > 0 && at == lent[0].first
 		switch {
-		case len(lent) > 0 && at == lent[0].first:
+		case lend && !w.havePipe():
+			lend, lent = false, nil
+		case lend:
 			end, lent = lent[0].last, lent[1:]
-			w.lending = w.havePipe()
 		case len(lent) > 0:
 			end = lent[0].first
 		}
+		w.lending = lend
 		var err error
 		if iovs, err = w.writeStretch(parts[at:end], end < len(parts), iovs); err != nil {
 			return iovs, err
+		}
+		if lend && !w.lending {
+			lent = nil // the kernel does not
 		}
 		at = end
 	}
 	return iovs, nil
 }
 
-// havePipe gets an empty pipe, if there is one.
+// havePipe gets the pipe, if there is one.
 func (w *wire) havePipe() bool {
-	if w.piped > 0 {
-		w.returnPipe() // what is in it was copied after all
-	}
 	if w.pipe == nil {
 		w.pipe = w.pipes.get()
 	}
@@ -366,7 +368,7 @@ func (w *wire) tryWrite(fd uintptr) bool {
 	if w.lending && !w.lendOut(fd) {
 		return false
 	}
-	// MSG_MORE keeps a header from going out before the data behind it.
+	// MSG_MORE keeps a header from going out before the data that is lent behind it.
 	flags := 0
 	if w.more {
 		flags = unix.MSG_MORE

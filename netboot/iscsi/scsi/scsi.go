@@ -35,8 +35,8 @@ type Mapper interface {
 	Medium
 	// Segments appends to dst the memory that [off, off+n) lies in at this moment, in order; ok is false where that is
 	// not possible now, and then ReadAt is. The memory is for the kernel alone, as in writev or vmsplice: it faults (SIGBUS)
-	// if the process looks at it and the file below was cut short. It stays mapped until the Medium is closed; pages that
-	// the kernel has by then are its own.
+	// if the process looks at it and the file below was cut short. It stays mapped until the Medium is closed. Pages that
+	// the kernel has been given stay valid, and show what becomes of the file, until the other end has read them.
 	Segments(dst [][]byte, off int64, n int) (segments [][]byte, ok bool)
 	// Unmapped says that the kernel could not look at a segment (EFAULT): Segments gives none any more, and ReadAt says why.
 	Unmapped()
