@@ -85,7 +85,7 @@ func (n *nexus) lends() bool {
 	return !n.orders
 }
 
-// probe keeps the first ordered task of a session from its turn until the initiator has taken the data that was lent before:
+// probe keeps the first ordered task of a nexus from its turn until the initiator has taken the data that was lent before:
 // its answer to a ping comes from behind that. It needs s.mu.
 func (c *conn) probe(n *nexus) {
 	if !n.lent {
