@@ -247,10 +247,13 @@ func (b *boot) dropBroken(blobs []agentapi.Blob, why error) error {
 }
 
 // deltaID names the node delta of an assignment.
-func deltaID(a agentapi.Assignment) string { return cache.DeltaID(a.Host, a.Release.ID, a.Node.Digest) }
+func deltaID(a agentapi.Assignment) string { return cache.KeyOf(a) }
 
-// mount joins the images, files or block devices, and the node delta, and seeds the latter where it is new.
+// mount counts the boot and joins the images, files or block devices, and the node delta, and seeds the latter where it is new.
 func (b *boot) mount(a agentapi.Assignment, base, delta string) (*mounted, error) {
+	if err := b.begin(a); err != nil {
+		return nil, err
+	}
 	d, err := b.cache.Delta(deltaID(a))
 	if err != nil {
 		return nil, err

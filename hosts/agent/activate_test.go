@@ -131,24 +131,30 @@ func TestCacheDetail(t *testing.T) {
 	}
 }
 
-// TestACacheThatForgetsIsNoReasonNotToSwitch has a disk that takes no write any more.
-func TestACacheThatForgetsIsNoReasonNotToSwitch(t *testing.T) {
+// TestABootThatCannotBeCounted has a disk that takes no write any more.
+func TestABootThatCannotBeCounted(t *testing.T) {
 	var s agentapitest.Server
 	a := assigned(&s, "web", 1)
 	dir := filepath.Join(t.TempDir(), "cache")
 	var said bytes.Buffer
 	b := &boot{log: slog.New(slog.NewTextHandler(&said, nil)), cache: cacheWith(t, dir, a, "base", "delta of web")}
-	m := &mounted{assignment: a, delta: &cache.Delta{ID: deltaID(a)}}
-	b.remember(m)
-	if got := b.cache.State().Current; got.Release != a.Release.ID || got.NodeDelta != m.delta.ID || got.Host != "n1" || said.Len() > 0 {
-		t.Errorf("remembered %+v, said %q", got, said.String())
+	if err := b.begin(a); err != nil {
+		t.Fatal(err)
+	}
+	if r, _ := b.cache.Record(deltaID(a)); r.Used != 1 || r.Attempts != 1 || r.Assignment.Release.ID != a.Release.ID || said.Len() > 0 {
+		t.Errorf("remembered %+v, said %q", r, said.String())
+	}
+	good := func(r *cache.Record) { r.Healthy = r.Used }
+	if err := b.cache.Change(deltaID(a), good); err != nil {
+		t.Fatal(err)
 	}
 	if err := os.RemoveAll(dir); err != nil {
 		t.Fatal(err)
 	}
-	m.assignment.Generation++
-	b.remember(m)
-	if !strings.Contains(said.String(), "does not remember") {
-		t.Errorf("said %q", said.String())
+	if err := b.begin(a); err != nil || !strings.Contains(said.String(), "cannot be counted") {
+		t.Errorf("a boot into what was good: %v, said %q", err, said.String())
+	}
+	if err := b.begin(assigned(&s, "idle", 2)); err == nil {
+		t.Error("a boot into what was never good goes on uncounted")
 	}
 }

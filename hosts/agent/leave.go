@@ -14,7 +14,6 @@ import (
 
 	"github.com/u-root/u-root/pkg/mount"
 
-	"github.com/troupe-dev/troupe/hosts/agent/cache"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 )
 
@@ -47,7 +46,6 @@ func (b *boot) leave(ctx context.Context, m *mounted) error {
 	if err != nil {
 		return err
 	}
-	b.remember(m)
 	<-b.copied
 	if err := errors.Join(installService(), b.copyErr); err != nil {
 		return err
@@ -76,19 +74,6 @@ func (b *boot) leave(ctx context.Context, m *mounted) error {
 	b.endShells()
 	stdlog.SetOutput(io.Discard) // u-root's SwitchRoot tells its steps there
 	return fmt.Errorf("switching to the root of %s: %w", a.Host, mount.SwitchRoot(newRoot, init))
-}
-
-// remember notes in the cache what is switched to. A node that cannot do that, as its disk is full or fails, runs all the
-// same: the second life tells the cache itself what it must keep.
-func (b *boot) remember(m *mounted) {
-	a := m.assignment
-	err := b.cache.Switched(cache.Use{
-		Release: a.Release.ID, Base: a.Release.Base.Digest, Delta: a.Release.Delta.Digest,
-		NodeDelta: m.delta.ID, Host: a.Host, Role: a.Role, Generation: a.Generation,
-	})
-	if err != nil {
-		b.log.Error("the cache does not remember what is switched to", "error", err)
-	}
 }
 
 // unit runs the second life. It has no default dependencies, so that the shutdown does not stop it before it kills all

@@ -257,9 +257,7 @@ func (s *service) adopt(a agentapi.Assignment) {
 			s.log.Error("the iSCSI session is not told of its new secrets", "error", err)
 		}
 	}
-	use := s.cache.State().Current
-	use.Role, use.Generation = a.Role, a.Generation
-	if err := s.cache.Switched(use); err != nil {
+	if err := s.cache.Remember(a); err != nil {
 		s.log.Warn("the assignment cannot be kept", "error", err)
 	}
 	s.rep.update(true, func(r *agentapi.Report) {

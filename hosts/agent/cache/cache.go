@@ -6,9 +6,12 @@
 //	deltas/ID/upper, work  a node delta: the two directories of overlayfs
 //	deltas/ID/seeded       the delta has what it shall start with; without this file it is made anew. The 16 deltas
 //	                       that were used last are kept, and fewer where an image needs the room
-//	state.json             what this node runs and ran: see State
+//	releases/KEY.json      what this node knows of one release on one host: see Record. KEY is the ID of its node delta
+//	state.json             what it remembers beside that: see State
 //	verify                 the file system was repaired, and what that left was not looked through yet: see Recover
-//	spare                  room for state.json on a disk that is full
+//	spare                  room for these two on a disk that is full
+//
+// The records and the state have a checksum in them. One that is broken counts as one that was never made.
 //
 // Every step is on the disk before the next begins, so that a power cut leaves the old state or the new one.
 package cache
@@ -37,8 +40,10 @@ type Cache struct {
 	dir string
 	log *slog.Logger
 
-	mu    sync.Mutex
-	state State
+	mu       sync.Mutex
+	state    State
+	records  map[string]Record // by key
+	warnings []string          // not changed after Open
 
 	evicting sync.Mutex // held while room is made
 
@@ -46,31 +51,19 @@ type Cache struct {
 	stall time.Duration         // how long a transfer may stand still
 }
 
-// State is what a node remembers from boot to boot.
+// State is what a node remembers from boot to boot beside its records.
 type State struct {
-	Current  Use `json:"current,omitzero"`  // switched to last
-	Previous Use `json:"previous,omitzero"` // the one before it that was another release
-	// Uses are the last ones of each node delta, newest first. The slice is shared and never changed.
-	Uses []Use `json:"uses,omitempty"`
 	// KernelTries counts the reboots in a row that were to get the kernel Kernel; a server that keeps sending
 	// another one must not make a machine boot for ever.
 	Kernel      digest.Digest `json:"kernel,omitempty"`
 	KernelTries int           `json:"kernelTries,omitempty"`
-	// GoalTries counts the reboots in a row that were to lead to Goal, a node delta's ID or another name: a server that
+	// GoalTries counts the reboots in a row that were to lead to Goal, a record's key or another name: a server that
 	// tells a boot something else than the system that it boots must not make a machine boot for ever, either.
 	Goal      string `json:"goal,omitempty"`
 	GoalTries int    `json:"goalTries,omitempty"`
-}
-
-// Use is a release that a node switched to, with what it needs of the cache.
-type Use struct {
-	Release    digest.Digest `json:"release"`
-	Base       digest.Digest `json:"base"`
-	Delta      digest.Digest `json:"delta"`
-	NodeDelta  string        `json:"nodeDelta"` // ID
-	Host       string        `json:"host"`
-	Role       string        `json:"role"`
-	Generation uint64        `json:"generation"`
+	// Lease is the last address that the node was given, in the form of package netup: what a boot takes that hears of no
+	// DHCP server.
+	Lease json.RawMessage `json:"lease,omitempty"`
 }
 
 // stallAfter is how long a transfer may bring no byte before it is broken off and tried again.
@@ -80,7 +73,7 @@ const stallAfter = 30 * time.Second
 func Open(dir string, log *slog.Logger) (*Cache, error) {
 	c := &Cache{dir: dir, log: log, stall: stallAfter}
 	c.free = c.statfs
-	for _, d := range []string{"images/sha256", "images/tmp", "deltas"} {
+	for _, d := range []string{"images/sha256", "images/tmp", "deltas", "releases"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
 			return nil, fmt.Errorf("opening the cache: %w", err)
 		}
@@ -96,16 +89,12 @@ func Open(dir string, log *slog.Logger) (*Cache, error) {
 	if err := c.keepSpare(); err != nil {
 		log.Warn("the cache is full", "error", err)
 	}
-	b, err := os.ReadFile(c.path("state.json"))
-	if err == nil {
-		err = json.Unmarshal(b, &c.state)
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := unseal(c.path("state.json"), &c.state); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		// It is only memory: a node without it boots as one that never did.
-		log.Warn("the cache's state cannot be read and is begun anew", "error", err)
+		c.warn("the state is begun anew: %w", err)
 		c.state = State{}
 	}
-	return c, nil
+	return c, c.loadRecords()
 }
 
 // Dir is the directory that the cache was opened with.
@@ -156,30 +145,15 @@ func (c *Cache) SetState(change func(*State)) error {
 	if reflect.DeepEqual(s, c.state) {
 		return nil
 	}
-	b, err := json.MarshalIndent(s, "", "\t")
-	if err != nil {
-		return fmt.Errorf("writing the cache's state: %w", err)
+	b, err := seal(s)
+	if err == nil {
+		err = c.write(c.path("state.json"), b)
 	}
-	if err := c.writeState(b); err != nil {
+	if err != nil {
 		return fmt.Errorf("writing the cache's state: %w", err)
 	}
 	c.state = s
 	return nil
-}
-
-// Switched remembers that the node runs u from now on.
-func (c *Cache) Switched(u Use) error {
-	return c.SetState(func(s *State) {
-		if s.Current.Release != u.Release || s.Current.NodeDelta != u.NodeDelta {
-			s.Previous = s.Current
-		}
-		s.Current = u
-		if u.NodeDelta == "" {
-			return
-		}
-		others := slices.DeleteFunc(slices.Clone(s.Uses), func(o Use) bool { return o.NodeDelta == u.NodeDelta })
-		s.Uses = append([]Use{u}, others[:min(len(others), maxDeltas-1)]...)
-	})
 }
 
 // statfs is how many bytes can still be written.

@@ -358,11 +358,10 @@ func TestFetchEvictsOnlyWhenThereIsNoRoom(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// 0 is what runs, 1 what ran before, 2 and 3 are old.
-	for _, i := range []int{1, 0} {
-		if err := c.Switched(Use{Release: blobs[i].Digest, Base: blobs[i].Digest}); err != nil {
-			t.Fatal(err)
-		}
+	// 0 is what runs, 1 what was good before, 2 and 3 are old.
+	for i, key := range []string{"a1", "a0"} {
+		switchTo(t, c, key, blobs[1-i], blobs[1-i])
+		becomeGood(t, c, key)
 	}
 	room := int64(reserve)
 	c.free = func() (int64, error) { // of a disk that holds four of them beside the reserve
@@ -387,27 +386,42 @@ func TestFetchEvictsOnlyWhenThereIsNoRoom(t *testing.T) {
 	if diff := cmp.Diff([]int{0, 1, 3, 4}, has()); diff != "" {
 		t.Errorf("after one (-want +got):\n%s", diff)
 	}
-	room -= 2 << 20 // somebody else's data
+	room -= 1 << 20 // somebody else's data
 	if err := fetch(2); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]int{0, 2}, has()); diff != "" {
+	if diff := cmp.Diff([]int{0, 1, 2}, has()); diff != "" {
 		t.Errorf("after the second: what runs stays (-want +got):\n%s", diff)
 	}
-	room -= 2 << 20
+	room -= 1 << 20
 	err := fetch(3)
 	if !errors.Is(err, ErrNoSpace) || !strings.Contains(err.Error(), "65 MiB are needed") {
 		t.Errorf("with no room at all: %v", err)
 	}
-	if !c.Has(blobs[0].Digest, -1) {
-		t.Error("what runs was evicted")
+	if diff := cmp.Diff([]int{0, 1}, has()); diff != "" {
+		t.Errorf("what runs and the last good one before it stay (-want +got):\n%s", diff)
+	}
+}
+
+// switchTo counts a switch to a release of these images.
+func switchTo(t *testing.T, c *Cache, key string, base, delta agentapi.Blob) {
+	t.Helper()
+	a := agentapi.Assignment{Host: "n1", Release: &agentapi.Release{ID: digest.Of([]byte(key)), Base: base, Delta: delta}}
+	if err := errors.Join(c.remember(key, a), c.Begin(key)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func becomeGood(t *testing.T, c *Cache, key string) {
+	t.Helper()
+	if err := c.Change(key, func(r *Record) { r.Healthy, r.Attempts = r.Used, 0 }); err != nil {
+		t.Fatal(err)
 	}
 }
 
 // use seeds the node delta of a release and switches to it.
-func use(t *testing.T, c *Cache, id string, base, delta agentapi.Blob) Use {
+func use(t *testing.T, c *Cache, id string, base, delta agentapi.Blob) {
 	t.Helper()
-	u := Use{Release: digest.Of([]byte(id)), Base: base.Digest, Delta: delta.Digest, NodeDelta: id}
 	d, err := c.Delta(id)
 	if err != nil {
 		t.Fatal(err)
@@ -420,10 +434,7 @@ func use(t *testing.T, c *Cache, id string, base, delta agentapi.Blob) Use {
 			t.Fatal(err)
 		}
 	}
-	if err := c.Switched(u); err != nil {
-		t.Fatal(err)
-	}
-	return u
+	switchTo(t, c, id, base, delta)
 }
 
 func deltasIn(t *testing.T, c *Cache) string {
@@ -459,7 +470,8 @@ func TestFetchEvictsNodeDeltas(t *testing.T) {
 	use(t, c, "b0", base, old)                                      // goes with its image
 	use(t, c, "ee", base, gone)                                     // shall run next
 	use(t, c, "c1", base, current)                                  // of other files of the same host
-	use(t, c, "c0", base, previous)                                 // ran before
+	use(t, c, "c0", base, previous)                                 // ran before, and was good
+	becomeGood(t, c, "c0")
 	use(t, c, "d0", base, current)                                  // runs
 	if err := os.Mkdir(c.path("deltas", "f0"), 0o700); err != nil { // a boot that ended before it switched
 		t.Fatal(err)
@@ -476,9 +488,7 @@ func TestFetchEvictsNodeDeltas(t *testing.T) {
 		"previous current; a0 b0 c0 c1 d0 ee",
 		"previous current; b0 c0 c1 d0 ee",
 		"previous current; c0 c1 d0 ee",
-		"current; c0 c1 d0 ee",
-		"current; c1 d0 ee",
-		"current; d0 ee",
+		"previous current; c0 d0 ee",
 	} {
 		lacks = i
 		f := Fetch{Deltas: []string{"ee"}, Blobs: []agentapi.Blob{base, next}}
@@ -499,7 +509,7 @@ func TestFetchEvictsNodeDeltas(t *testing.T) {
 	}
 	lacks++
 	err := c.makeRoom([]agentapi.Blob{next}, Fetch{Deltas: []string{"ee"}, Blobs: []agentapi.Blob{base, next}})
-	if !errors.Is(err, ErrNoSpace) || deltasIn(t, c) != "d0 ee" {
+	if !errors.Is(err, ErrNoSpace) || deltasIn(t, c) != "c0 d0 ee" {
 		t.Errorf("with nothing to evict: %v, and there are %s", err, deltasIn(t, c))
 	}
 }
@@ -523,9 +533,6 @@ func TestTrimDeltasKeepsTheLastOnesUsed(t *testing.T) {
 		t.Fatal(err)
 	}
 	c = open(t, dir)
-	if n := len(c.State().Uses); n != maxDeltas {
-		t.Errorf("%d uses are remembered, want %d", n, maxDeltas)
-	}
 	if err := c.TrimDeltas(id(2)); err != nil {
 		t.Fatal(err)
 	}
@@ -543,31 +550,33 @@ func TestTrimDeltasKeepsTheLastOnesUsed(t *testing.T) {
 
 func TestStateSurvivesAndIsNotNeeded(t *testing.T) {
 	dir := t.TempDir()
-	c := open(t, dir)
-	one, two := Use{Release: "sha256:1", NodeDelta: "a"}, Use{Release: "sha256:2", NodeDelta: "b"}
-	for _, u := range []Use{one, two, two} {
-		if err := c.Switched(u); err != nil {
-			t.Fatal(err)
-		}
-	}
-	// Digests are checked when they are read: these are no digests, so the state must be begun anew, not refuse to boot.
-	if got := open(t, dir).State(); !reflect.DeepEqual(got, State{}) {
-		t.Errorf("a state with malformed digests was read: %+v", got)
-	}
-	one.Release, two.Release = digest.Of([]byte("1")), digest.Of([]byte("2"))
-	for _, u := range []Use{one, two, two} {
-		if err := c.Switched(u); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if diff := cmp.Diff(State{Current: two, Previous: one, Uses: []Use{two, one}}, open(t, dir).State()); diff != "" {
-		t.Errorf("state (-want +got):\n%s", diff)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "state.json"), []byte(`{"current":`), 0o600); err != nil {
+	want := State{Goal: "aa", GoalTries: 3, Kernel: digest.Of([]byte("k")), KernelTries: 1, Lease: []byte(`{"mac":"a"}`)}
+	if err := open(t, dir).SetState(func(s *State) { *s = want }); err != nil {
 		t.Fatal(err)
 	}
-	if got := open(t, dir).State(); !reflect.DeepEqual(got, State{}) {
-		t.Errorf("after damage: %+v", got)
+	c := open(t, dir)
+	if diff := cmp.Diff(want, c.State()); diff != "" || c.Warnings() != nil {
+		t.Errorf("state (-want +got):\n%s\nwarnings %q", diff, c.Warnings())
+	}
+	// One digit that is another one is still JSON.
+	path := filepath.Join(dir, "state.json")
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, content := range map[string][]byte{
+		"a count changed": bytes.Replace(b, []byte(`"goalTries":3`), []byte(`"goalTries":0`), 1),
+		"torn":            b[:len(b)/2],
+		"empty":           {},
+		"endless":         bytes.Repeat([]byte{'{'}, maxSealed+10),
+	} {
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c := open(t, dir)
+		if got := c.State(); !reflect.DeepEqual(got, State{}) || len(c.Warnings()) != 1 || !strings.Contains(c.Warnings()[0], "the state is begun anew") {
+			t.Errorf("%s: %+v, warnings %q", what, got, c.Warnings())
+		}
 	}
 }
 
@@ -688,7 +697,7 @@ func TestDeltasGoThoughARoleMadeFilesImmutable(t *testing.T) {
 		}
 		chattr(t, "i", etc)
 	}
-	if gone, err := c.evictDelta(nil, func(u Use) bool { return u.NodeDelta == "aa" }); !gone || err != nil || deltasIn(t, c) != "bb" {
+	if gone, err := c.evictDelta(nil, func(r Record) bool { return r.Key == "aa" }); !gone || err != nil || deltasIn(t, c) != "bb" {
 		t.Errorf("evictDelta: %v, %v; there are %q", gone, err, deltasIn(t, c))
 	}
 	if err := os.Remove(c.path("deltas/bb/seeded")); err != nil {
@@ -721,10 +730,10 @@ func TestADeltaThatCannotBeRemovedIsPassedOver(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	if gone, err := c.evictDelta([]string{"cc"}, func(Use) bool { return true }); !gone || err != nil || deltasIn(t, c) != "aa cc" {
+	if gone, err := c.evictDelta([]string{"cc"}, func(Record) bool { return true }); !gone || err != nil || deltasIn(t, c) != "aa cc" {
 		t.Errorf("evictDelta: %v, %v; there are %q", gone, err, deltasIn(t, c))
 	}
-	if gone, err := c.evictDelta([]string{"cc"}, func(Use) bool { return true }); gone || err != nil {
+	if gone, err := c.evictDelta([]string{"cc"}, func(Record) bool { return true }); gone || err != nil {
 		t.Errorf("evictDelta with nothing that goes: %v, %v", gone, err)
 	}
 	if d, err := c.Delta("cc"); err != nil || d.Fresh {
@@ -837,5 +846,25 @@ func TestStateIsWrittenOnAFullDisk(t *testing.T) {
 	}
 	if got := open(t, dir).State().GoalTries; got != 20 {
 		t.Errorf("%d was kept, want 20", got)
+	}
+}
+
+// TestABootIsCountedOnAFullDisk has a release with as many files as a host may have.
+func TestABootIsCountedOnAFullDisk(t *testing.T) {
+	dir := smallDisk(t, 64<<20)
+	c := open(t, dir)
+	a := agentapi.Assignment{Host: "n1", Release: &agentapi.Release{}}
+	a.Node.Files = map[string]agentapi.File{"/etc/large": {Content: strings.Repeat("x", 640<<10)}}
+	if err := c.remember("aa", a); err != nil {
+		t.Fatal(err)
+	}
+	fill(t, filepath.Join(dir, "log"))
+	for i := range 5 {
+		if err := c.Begin("aa"); err != nil {
+			t.Fatalf("boot %d: %v", i+1, err)
+		}
+	}
+	if r, _ := open(t, dir).Record("aa"); r.Attempts != 5 {
+		t.Errorf("%d boots were counted, want 5", r.Attempts)
 	}
 }

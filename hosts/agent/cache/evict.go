@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -24,10 +25,9 @@ const maxDeltas = 16
 
 // An eviction is what may not go to make room for a fetch.
 type eviction struct {
-	missing  []agentapi.Blob // images that are being fetched
-	needed   []digest.Digest // images of what runs and of what shall run
-	previous []digest.Digest // images that a rollback wants
-	deltas   []string        // IDs of node deltas of what runs and of what shall run
+	missing []agentapi.Blob // images that are being fetched
+	needed  []digest.Digest // images of what runs, of what shall run, and of what the node goes back to
+	deltas  []string        // IDs of their node deltas
 }
 
 // makeRoom evicts what nobody uses until missing fits. Where there is room, it changes nothing.
@@ -38,12 +38,10 @@ func (c *Cache) makeRoom(missing []agentapi.Blob, f Fetch) error {
 	for _, b := range missing {
 		need += b.Size - c.partial(b.Digest)
 	}
-	st := c.State()
-	e := eviction{
-		missing:  missing,
-		needed:   append(slices.Clone(f.Keep), st.Current.Base, st.Current.Delta),
-		previous: []digest.Digest{st.Previous.Base, st.Previous.Delta},
-		deltas:   append(slices.Clone(f.Deltas), st.Current.NodeDelta),
+	e := eviction{missing: missing, needed: slices.Clone(f.Keep), deltas: slices.Clone(f.Deltas)}
+	for _, r := range c.precious() {
+		e.needed = append(e.needed, r.digests()...)
+		e.deltas = append(e.deltas, r.Key)
 	}
 	for _, b := range f.Blobs {
 		e.needed = append(e.needed, b.Digest)
@@ -61,9 +59,29 @@ func (c *Cache) makeRoom(missing []agentapi.Blob, f Fetch) error {
 			return err
 		}
 		if !gone {
-			return fmt.Errorf("%w: %d MiB are needed, %d MiB are free, and nothing can be evicted", ErrNoSpace, need>>20, free>>20)
+			return fmt.Errorf("%w: %d MiB are needed, %d MiB are free, and nothing more can be evicted: what runs, what shall run and the last good release stay", ErrNoSpace, need>>20, free>>20)
 		}
 	}
+}
+
+// precious are the records of what is never evicted: of what was switched to last, unless it is bad, and of the last good
+// one that is another.
+func (c *Cache) precious() []Record {
+	var out []Record
+	last := ""
+	for _, r := range c.Records() {
+		if r.Used > 0 {
+			last = r.Key
+			if r.Bad == nil {
+				out = append(out, r)
+			}
+			break
+		}
+	}
+	if good := c.LastGood(last); good.Key != "" {
+		out = append(out, good)
+	}
+	return out
 }
 
 // evict removes one transfer, image or node delta, and is false where there is none that may go. Images that can be had again go
@@ -72,16 +90,18 @@ func (c *Cache) makeRoom(missing []agentapi.Blob, f Fetch) error {
 //  1. transfers that broke off, of images that are not being fetched
 //  2. images that nobody needs, oldest first
 //  3. node deltas whose images are gone, least recently used first
-//  4. the previous release's images
-//  5. any other node delta, least recently used first
+//  4. any other node delta, least recently used first
 func (c *Cache) evict(e eviction) (bool, error) {
-	isOrphan := func(u Use) bool { return !c.Has(u.Base, -1) || !c.Has(u.Delta, -1) }
+	isOrphan := func(r Record) bool {
+		return slices.ContainsFunc(r.Images(), func(b agentapi.Blob) bool { return !c.Has(b.Digest, -1) })
+	}
 	for _, step := range []func() (bool, error){
 		func() (bool, error) { return c.evictTransfer(e.missing) },
-		func() (bool, error) { return c.evictImage(slices.Concat(e.needed, e.previous)) },
-		func() (bool, error) { return c.evictDelta(e.deltas, isOrphan) },
 		func() (bool, error) { return c.evictImage(e.needed) },
-		func() (bool, error) { return c.evictDelta(e.deltas, func(Use) bool { return true }) },
+		func() (bool, error) {
+			return c.evictDelta(e.deltas, func(r Record) bool { return r.Used == 0 || isOrphan(r) })
+		},
+		func() (bool, error) { return c.evictDelta(e.deltas, func(Record) bool { return true }) },
 	} {
 		if gone, err := step(); gone || err != nil {
 			return gone, err
@@ -148,46 +168,41 @@ func (c *Cache) oldest(keep []digest.Digest) (digest.Digest, error) {
 
 // evictDelta removes the least recently used node delta outside keep that may go. One that cannot be removed is passed
 // over: it must not stand between this node and every other release.
-func (c *Cache) evictDelta(keep []string, mayGo func(Use) bool) (bool, error) {
+func (c *Cache) evictDelta(keep []string, mayGo func(Record) bool) (bool, error) {
 	all, err := c.deltas()
 	if err != nil {
 		return false, err
 	}
-	for _, u := range all {
-		if slices.Contains(keep, u.NodeDelta) || !mayGo(u) {
+	for _, r := range all {
+		if slices.Contains(keep, r.Key) || !mayGo(r) {
 			continue
 		}
-		c.log.Info("removing a node delta", "id", u.NodeDelta, "role", u.Role, "generation", u.Generation)
-		err := c.removeDelta(u.NodeDelta)
+		c.log.Info("removing a node delta", "id", r.Key, "role", r.Assignment.Role, "generation", r.Assignment.Generation)
+		err := c.removeDelta(r.Key)
 		if err == nil {
 			return true, nil
 		}
-		c.log.Error("a node delta cannot be removed, and takes room", "id", u.NodeDelta, "error", err)
+		c.log.Error("a node delta cannot be removed, and takes room", "id", r.Key, "error", err)
 	}
 	return false, nil
 }
 
-// deltas are the node deltas on the disk, least recently used first. One that the state does not know was used before
-// all that it knows, or never.
-func (c *Cache) deltas() ([]Use, error) {
+// deltas are the records of the node deltas on the disk, least recently used first. One that has no record was used before
+// all that have, or never.
+func (c *Cache) deltas() ([]Record, error) {
 	entries, err := os.ReadDir(c.path("deltas"))
 	if err != nil {
 		return nil, fmt.Errorf("listing the node deltas: %w", err)
 	}
-	known := c.State().Uses
-	isThere := map[string]bool{}
-	var all []Use
+	all := make([]Record, 0, len(entries))
 	for _, e := range entries {
-		isThere[e.Name()] = true
-		if !slices.ContainsFunc(known, func(u Use) bool { return u.NodeDelta == e.Name() }) {
-			all = append(all, Use{NodeDelta: e.Name()})
+		r, ok := c.Record(e.Name())
+		if !ok {
+			r = Record{Key: e.Name()}
 		}
+		all = append(all, r)
 	}
-	for _, u := range slices.Backward(known) {
-		if isThere[u.NodeDelta] {
-			all = append(all, u)
-		}
-	}
+	slices.SortStableFunc(all, func(a, b Record) int { return cmp.Compare(a.Used, b.Used) })
 	return all, nil
 }
 
@@ -212,13 +227,16 @@ func (c *Cache) removeDelta(id string) error {
 func (c *Cache) TrimDeltas(keep ...string) error {
 	c.evicting.Lock()
 	defer c.evicting.Unlock()
-	keep = append(slices.Clone(keep), c.State().Current.NodeDelta)
+	keep = slices.Clone(keep)
+	for _, r := range c.precious() {
+		keep = append(keep, r.Key)
+	}
 	for {
 		all, err := c.deltas()
 		if err != nil || len(all) <= maxDeltas {
 			return err
 		}
-		gone, err := c.evictDelta(keep, func(Use) bool { return true })
+		gone, err := c.evictDelta(keep, func(Record) bool { return true })
 		if err != nil || !gone {
 			return err
 		}
