@@ -63,7 +63,7 @@ type Config struct {
 	// Page is the address on the host at which the server's web page (port 8080 of Router) can be opened, e.g.
 	// "127.0.0.1:0"; "": nowhere.
 	Page string
-	// Accel is "kvm" or "tcg"; "": what ProbeAccel says.
+	// Accel is "kvm" or "tcg"; "": what qemu.ProbeAccel says.
 	Accel string
 	Log   *slog.Logger `json:"-"` // nil: discard
 }

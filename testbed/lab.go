@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/troupe-dev/troupe/internal/qemu"
 )
 
 // ErrRunning is returned (wrapped) by Start for a directory whose lab runs already.
@@ -83,7 +85,7 @@ func Start(ctx context.Context, cfg Config) (lab *Lab, err error) {
 		Accel: cfg.Accel, Why: "as asked for", Binary: cfg.Binary,
 	}
 	if rec.Accel == "" {
-		rec.Accel, rec.Why = ProbeAccel(ctx)
+		rec.Accel, rec.Why = qemu.ProbeAccel(ctx)
 	}
 	l.log.Info("accelerator", "is", rec.Accel, "why", rec.Why)
 	if rec.Binary == "" {

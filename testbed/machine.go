@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/troupe-dev/troupe/internal/qemu"
 	"github.com/troupe-dev/troupe/testbed/qmp"
 )
 
@@ -141,7 +142,7 @@ func (m *machine) on(ctx context.Context) error {
 		return err
 	}
 	defer theirs.Close()
-	cmd := exec.Command(qemuBinary, qemuArgs(m.spec, m.tap, m.accel)...) //nolint:noctx // it outlives the request: off ends it
+	cmd := exec.Command(qemu.Binary, qemuArgs(m.spec, m.tap, m.accel)...) //nolint:noctx // it outlives the request: off ends it
 	// Names of sockets must be short; so must those in qemuArgs.
 	cmd.Dir, cmd.Stdout, cmd.Stderr = m.dir, out, out
 	cmd.ExtraFiles = []*os.File{theirs} // descriptor 3: see qemuArgs

@@ -3,13 +3,14 @@ package testbed
 import (
 	"fmt"
 	"strconv"
+
+	"github.com/troupe-dev/troupe/internal/qemu"
 )
 
-// What the lab needs of Debian's packages qemu-system-x86, ipxe-qemu (the network card's ROM) and ovmf.
+// What the lab needs of Debian's package ovmf. Of ipxe-qemu it needs the network card's ROM.
 const (
-	qemuBinary = "qemu-system-x86_64"
-	ovmfCode   = "/usr/share/OVMF/OVMF_CODE_4M.fd"
-	ovmfVars   = "/usr/share/OVMF/OVMF_VARS_4M.fd"
+	ovmfCode = "/usr/share/OVMF/OVMF_CODE_4M.fd"
+	ovmfVars = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 )
 
 // netdevID is QEMU's name for a machine's network cable.
@@ -36,7 +37,7 @@ func qemuArgs(n Node, tap, accel string) []string {
 		// A machine whose boot failed tries again, as one in a rack would be told to.
 		"-boot", "menu=off,strict=on,reboot-timeout=5000",
 	}
-	args = append(args, accelArgs(accel)...)
+	args = append(args, qemu.AccelArgs(accel)...)
 	nic := "virtio-net-pci,netdev=" + netdevID + ",mac=" + n.MAC + ",bootindex=0"
 	if n.Firmware == UEFI {
 		// No ROM: OVMF has a driver for the card, and its own PXE is what the lab is about.
@@ -53,12 +54,4 @@ func qemuArgs(n Node, tap, accel string) []string {
 			"-device", "virtio-blk-pci,drive=disk,serial="+n.Name[:min(len(n.Name), 20)]) // 20: the width of the field (virtio 1.2 section 5.2.6)
 	}
 	return args
-}
-
-// accelArgs says how instructions are run.
-func accelArgs(accel string) []string {
-	if accel == "kvm" {
-		return []string{"-accel", "kvm", "-cpu", "host"}
-	}
-	return []string{"-accel", "tcg,thread=multi", "-cpu", "qemu64"}
 }

@@ -20,6 +20,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/troupe-dev/troupe/internal/qemu"
 	"github.com/troupe-dev/troupe/schema"
 	"github.com/troupe-dev/troupe/schema/load"
 	"github.com/troupe-dev/troupe/testbed"
@@ -156,7 +157,7 @@ func (o labOptions) up(cmd *cobra.Command, dir string) error {
 		return err
 	}
 	out := cmd.OutOrStdout()
-	text := fmt.Sprintf("lab %s: network %s, accelerator %s\n", dir, status.Router.Masked(), testbed.AccelText(status.Accel, status.Why))
+	text := fmt.Sprintf("lab %s: network %s, accelerator %s\n", dir, status.Router.Masked(), qemu.AccelText(status.Accel, status.Why))
 	if o.fleet != "" {
 		text += fmt.Sprintf("repo: %s (a working copy: %s)\n", repo, filepath.Join(dir, "fleet"))
 	}

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/term"
 	"sigs.k8s.io/yaml"
 
+	"github.com/troupe-dev/troupe/internal/qemu"
 	"github.com/troupe-dev/troupe/testbed"
 )
 
@@ -112,7 +113,7 @@ func printLab(w io.Writer, s testbed.Status, output string) error {
 		_, err = fmt.Fprintf(w, "%s\n", bytes.TrimSpace(b))
 		return err
 	}
-	text := fmt.Sprintf("network %s  accelerator %s\nserver %s", s.Router.Masked(), testbed.AccelText(s.Accel, s.Why), serverText(s.Serve))
+	text := fmt.Sprintf("network %s  accelerator %s\nserver %s", s.Router.Masked(), qemu.AccelText(s.Accel, s.Why), serverText(s.Serve))
 	if s.Page != "" {
 		text += "  page " + s.Page
 	}

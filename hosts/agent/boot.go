@@ -14,11 +14,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/hosts/agent/cache"
-	"github.com/troupe-dev/troupe/hosts/agent/kmod"
 	"github.com/troupe-dev/troupe/hosts/agent/netup"
 	"github.com/troupe-dev/troupe/hosts/agent/rescue"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/backoff"
+	"github.com/troupe-dev/troupe/internal/kmod"
 	"github.com/troupe-dev/troupe/internal/version"
 )
 

@@ -17,12 +17,12 @@ import (
 
 	"github.com/troupe-dev/troupe/hosts/agent/disk"
 	"github.com/troupe-dev/troupe/hosts/agent/iscsi"
-	"github.com/troupe-dev/troupe/hosts/agent/kmod"
 	"github.com/troupe-dev/troupe/hosts/agent/netup"
 	"github.com/troupe-dev/troupe/hosts/agent/rootfs"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/backoff"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/internal/kmod"
 )
 
 // iscsiModules are what LUNs are reached and used with. The initiator asks the kernel for crc32c by itself, but here nobody

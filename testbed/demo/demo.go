@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/troupe-dev/troupe/internal/qemu"
 	"github.com/troupe-dev/troupe/reconciler/api"
 	"github.com/troupe-dev/troupe/testbed"
 )
@@ -131,7 +132,7 @@ func (d *demo) up(ctx context.Context) error {
 		return err
 	}
 	d.client = &api.Client{URL: d.lab.ServerURL(), HTTP: d.lab.HTTP()}
-	d.print.line("", "lab %s: three machines, accelerator %s", dir, testbed.AccelText(d.lab.Accel()))
+	d.print.line("", "lab %s: three machines, accelerator %s", dir, qemu.AccelText(d.lab.Accel()))
 	return nil
 }
 

@@ -13,7 +13,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/troupe-dev/troupe/testbed"
+	"github.com/troupe-dev/troupe/internal/qemu"
 )
 
 // TestVirtualMachine attaches a LUN to a machine by QEMU's own initiator: the machine sees a disk like any other, and the
@@ -130,7 +130,7 @@ func (s lunServer) boot(t *testing.T, secret string) stockBoot {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	accel, _ := testbed.ProbeAccel(ctx)
+	accel, _ := qemu.ProbeAccel(ctx)
 	cpu := map[string]string{"kvm": "host", "tcg": "qemu64"}[accel]
 	object, drive := s.options(secret)
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-no-user-config", "-nodefaults", "-display", "none", "-accel", accel, "-cpu", cpu,

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/hosts/agent/disk"
-	"github.com/troupe-dev/troupe/hosts/agent/kmod"
+	"github.com/troupe-dev/troupe/internal/kmod"
 )
 
 // A command is one that u-root has no package for.

@@ -15,7 +15,7 @@ import (
 	"github.com/u-root/u-root/pkg/mount"
 	"golang.org/x/sys/unix"
 
-	"github.com/troupe-dev/troupe/hosts/agent/kmod"
+	"github.com/troupe-dev/troupe/internal/kmod"
 )
 
 const root = "/mnt"

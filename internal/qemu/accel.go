@@ -1,6 +1,8 @@
-package testbed
+// Package qemu has what all who run QEMU machines need to know alike: the program, and whether KVM really works here.
+package qemu
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +12,17 @@ import (
 	"strings"
 	"time"
 )
+
+// Binary is QEMU for amd64, of the Debian package qemu-system-x86.
+const Binary = "qemu-system-x86_64"
+
+// AccelArgs are the arguments that say how instructions are run, by "kvm" or "tcg".
+func AccelArgs(accel string) []string {
+	if accel == "kvm" {
+		return []string{"-accel", "kvm", "-cpu", "host"}
+	}
+	return []string{"-accel", "tcg,thread=multi", "-cpu", "qemu64"}
+}
 
 // probeTime is how long the probe's guest may take. With KVM it needs some 0.3 s, with TCG 0.5 s.
 const probeTime = 5 * time.Second
@@ -59,7 +72,7 @@ func probeCache() (path, key string) {
 	if err != nil {
 		return "", ""
 	}
-	qemu, err := exec.LookPath(qemuBinary)
+	qemu, err := exec.LookPath(Binary)
 	if err != nil {
 		return "", ""
 	}
@@ -71,7 +84,7 @@ func probeCache() (path, key string) {
 		fmt.Sprintf("1 %s %s %d", strings.TrimSpace(string(boot)), info.ModTime().Format(time.RFC3339), info.Size())
 }
 
-// probeGuest runs a boot sector, with the CPU that machines of the lab get as well, and wants it to end in time as
+// probeGuest runs a boot sector, with the CPU that AccelArgs gives, and wants it to end in time as
 // probeBoot does.
 func probeGuest(ctx context.Context, accel string, boot []byte, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
@@ -89,7 +102,7 @@ func probeGuest(ctx context.Context, accel string, boot []byte, limit time.Durat
 		"-no-user-config", "-nodefaults", "-machine", "pc,graphics=off", "-display", "none", "-m", "16", "-no-reboot",
 		"-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-drive", "if=floppy,format=raw,readonly=on,file=" + image.Name(),
 	}
-	out, err := exec.CommandContext(ctx, qemuBinary, append(args, accelArgs(accel)...)...).CombinedOutput()
+	out, err := exec.CommandContext(ctx, Binary, append(args, AccelArgs(accel)...)...).CombinedOutput()
 	var exit *exec.ExitError
 	switch {
 	case ctx.Err() != nil:
@@ -99,7 +112,13 @@ func probeGuest(ctx context.Context, accel string, boot []byte, limit time.Durat
 	case err == nil:
 		return errors.New("the guest fell over")
 	}
-	return fmt.Errorf("%w: %s", err, lastLines(out, 1))
+	return fmt.Errorf("%w: %s", err, lastLine(out))
+}
+
+// lastLine is the last line of a program's output, without the space around it.
+func lastLine(out []byte) string {
+	out = bytes.TrimSpace(out)
+	return string(out[bytes.LastIndexByte(out, '\n')+1:])
 }
 
 // probeStatus is QEMU's exit status after the guest wrote 0x10 to isa-debug-exit: twice that, plus one.
