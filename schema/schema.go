@@ -78,6 +78,7 @@ type Role struct {
 	OS       string          `json:"os"`   // names an Image of kind "os"
 	Boot     string          `json:"boot"` // "disk": from a cache on a local disk; "iscsi": from LUNs of the server
 	ISCSI    ISCSI           `json:"iscsi,omitzero"`
+	Activate string          `json:"activate,omitempty"` // how a host goes to another release: "kexec" where it can; "" or "reboot"
 	Apps     []string        `json:"apps,omitempty"`
 	Files    map[string]File `json:"files,omitempty"` // by absolute path
 	Packages []string        `json:"packages,omitempty"`

@@ -109,6 +109,22 @@ type Assignment struct {
 	ISCSI  *ISCSI  `json:"iscsi,omitempty"`
 	Disk   Disks   `json:"disk,omitzero"`
 	Checks []Check `json:"checks,omitempty"`
+	// Activate is how a running node goes to Release: by "kexec", where it can, else by a reboot.
+	Activate string `json:"activate,omitempty"`
+	// Agent is the initramfs archive with the server's agent. It is no part of the release: a new one alone reboots nobody.
+	Agent Blob `json:"agent,omitzero"`
+	// Loaders are what firmware starts from the machine's own disk; nil where the server has none.
+	Loaders *Loaders `json:"loaders,omitempty"`
+}
+
+// Kexec is the Activate of a role whose nodes start the next kernel without the firmware.
+const Kexec = "kexec"
+
+// Loaders are the programs that boot a machine from its own disk. They look the same on each machine.
+type Loaders struct {
+	EFI  Blob `json:"efi"`  // a program of UEFI, for x64
+	MBR  Blob `json:"mbr"`  // GRUB's boot.img: the first sector of a disk that a BIOS boots, 512 bytes
+	Core Blob `json:"core"` // GRUB's core.img, which that sector starts
 }
 
 // ISCSI is the target that a machine without a disk runs from.
@@ -141,6 +157,10 @@ type Release struct {
 	Base   Blob          `json:"base"`
 	Delta  Blob          `json:"delta"`
 	Kernel digest.Digest `json:"kernel"` // a machine that runs another one must boot again to run this release
+	// KernelBlob and Modules are the kernel and the initramfs archive with its modules, for a machine that boots from its own
+	// disk or by kexec; the zero Blob for a release that no agent runs.
+	KernelBlob Blob `json:"kernelBlob,omitzero"`
+	Modules    Blob `json:"modules,omitzero"`
 	// KernelArgs are the role's own arguments.
 	KernelArgs []string `json:"kernelArgs,omitempty"`
 }

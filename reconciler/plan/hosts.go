@@ -177,13 +177,16 @@ func spec(out *Host, want wanted) *agentapi.Assignment {
 			Kernel: kernel, KernelArgs: rel.KernelArgs,
 		},
 		Node: agentapi.Node{Hostname: want.Name, Domain: want.domain, Digest: want.node},
-		Disk: agentapi.Disks(want.Disk), Checks: want.role.checks,
+		Disk: agentapi.Disks(want.Disk), Checks: want.role.checks, Activate: activateOf(want.role.Activate),
 	}
 	if len(want.Node.Files) > 0 {
 		s.Node.Files = make(map[string]agentapi.File, len(want.Node.Files))
 	}
 	for path, f := range want.Node.Files {
 		s.Node.Files[path] = agentapi.File(f)
+	}
+	if want.role.disk == nil {
+		s.Release.KernelBlob, s.Release.Modules = agentapi.Blob(rel.Kernel), agentapi.Blob(rel.Modules)
 	}
 	s.Version = version(s)
 	return s
@@ -197,7 +200,18 @@ func version(s *agentapi.Assignment) string {
 	for _, c := range s.Checks {
 		e = e.check(c)
 	}
+	if s.Activate != "" {
+		e = e.str(s.Activate)
+	}
 	return fmt.Sprintf("%d-%s", s.Generation, digest.Of(e).Short())
+}
+
+// activateOf is a role's way to another release as the agent gets it: "" is a reboot.
+func activateOf(word string) string {
+	if word == agentapi.Kexec {
+		return agentapi.Kexec
+	}
+	return ""
 }
 
 // node names what only this host has: its files, and its name and address with them. The node delta of one identity, with

@@ -253,7 +253,7 @@ func TestSpecIsWhole(t *testing.T) {
 	base := w.obs.Bases[images.BaseRecipeOf(w.fleet.Images["debian"]).ID()]
 	want := &agentapi.Assignment{
 		State: agentapi.Assigned, Host: "n1", Generation: 1, Role: "web",
-		Release: &agentapi.Release{ID: rel, Base: agentapi.Blob(base.Image), Kernel: base.Kernel.Digest},
+		Release: &agentapi.Release{ID: rel, Base: agentapi.Blob(base.Image), Kernel: base.Kernel.Digest, KernelBlob: agentapi.Blob(base.Kernel), Modules: agentapi.Blob(base.Modules)},
 		Node:    agentapi.Node{Hostname: "n1", Files: map[string]agentapi.File{"/srv/name": {Content: "n1", Mode: 0o644}}},
 		Checks: []agentapi.Check{{
 			HTTP: &agentapi.HTTPCheck{Port: 80, Path: "/", Status: 200}, Every: 10 * time.Second, Timeout: 5 * time.Second,
@@ -494,6 +494,11 @@ var changes = map[string]struct {
 		change: func(w *world) { w.change(1, func(h *schema.Host) { h.Disk.Take = true }) },
 		host:   "n1",
 		want:   Host{Action: Update, Changed: true, FromRole: "web", ToRole: "web", Generation: 2, Why: []string{"disk policy changed"}},
+	},
+	"the way to another release": {
+		change: func(w *world) { w.changeRole("web", func(r *schema.Role) { r.Activate = "kexec" }) },
+		host:   "n1",
+		want:   Host{Action: Update, Changed: true, FromRole: "web", ToRole: "web", Generation: 2, Why: []string{"activate reboot → kexec"}},
 	},
 	"labels are nobody's business": {
 		change: func(w *world) { w.change(1, func(h *schema.Host) { h.Labels = map[string]string{"rack": "7"} }) },

@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -42,6 +43,9 @@ func (p *planner) changes(old *state.Assignment, want wanted) []string {
 	}
 	if !slices.EqualFunc(old.Spec.Checks, want.role.checks, sameCheck) {
 		why = append(why, "health checks of role "+want.Role+" changed")
+	}
+	if was, is := old.Spec.Activate, activateOf(want.role.Activate); was != is {
+		why = append(why, fmt.Sprintf("activate %s → %s", cmp.Or(was, "reboot"), cmp.Or(is, "reboot")))
 	}
 	return why
 }
