@@ -1,7 +1,10 @@
-// Package store keeps immutable blobs in a directory, each named by the SHA-256 of its bytes and laid out as an OCI image
-// layout lays out its blobs (OCI image specification, image-layout.md).
+// Package store keeps immutable blobs in a directory that is an OCI image layout (OCI image specification 1.1,
+// image-layout.md), each named by the SHA-256 of its bytes. It is a Target of oras, which copies between it and registries.
 //
-//	blobs/sha256/HEX   whole blobs, mode 0444; nothing is ever written under a name here, only renamed to it
+//	oci-layout         the version of the layout
+//	index.json         the manifests that have a name, or are about another one; replaced whole
+//	blobs/sha256/HEX   whole blobs, mode 0444; nothing is ever written under a name here, only renamed to it. Beside what
+//	                   manifests name there are images as machines are given them: working copies of layers
 //	tmp/               what is being written; emptied by Open
 //	corrupt/HEX        blobs whose bytes were found to be wrong: out of the way, kept for whoever wants to know why
 //	lock               held (flock(2)) while a Store is open
@@ -25,6 +28,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/atomicfile"
@@ -44,8 +48,49 @@ type Store struct {
 	dir  string
 	lock *os.File
 
-	mu    sync.Mutex
-	blobs map[digest.Digest]*entry // those that are known to be good, or in use
+	mu     sync.Mutex
+	blobs  map[digest.Digest]*entry    // those that are known to be good, or in use
+	used   map[digest.Digest]time.Time // when this process was last given a blob's bytes
+	damage []Damage                    // that nobody took yet
+
+	damaged chan struct{} // has room for one
+
+	indexMu sync.RWMutex
+	index   index
+}
+
+// Damage is something that was found not to be what its name says, and was set aside.
+type Damage struct {
+	Name string // the digest of a blob, or "index.json"
+	Err  error
+}
+
+// maxDamage bounds what is kept for TakeDamage.
+const maxDamage = 1000
+
+// tell notes damage for whoever takes care of it.
+func (s *Store) tell(d Damage) {
+	s.mu.Lock()
+	if len(s.damage) < maxDamage {
+		s.damage = append(s.damage, d)
+	}
+	s.mu.Unlock()
+	select {
+	case s.damaged <- struct{}{}:
+	default:
+	}
+}
+
+// Damaged wakes who takes care of damage, one at a time.
+func (s *Store) Damaged() <-chan struct{} { return s.damaged }
+
+// TakeDamage is what was found since the last call, the first thousand.
+func (s *Store) TakeDamage() []Damage {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := s.damage
+	s.damage = nil
+	return all
 }
 
 // An entry is what is known of one blob. Whoever holds busy may change the blob's file.
@@ -65,7 +110,9 @@ type ident struct {
 // Open opens the store in dir, makes it where there is none, and removes what a killed process left half written. One
 // process at a time may have it open: for others the error is ErrInUse. Close it after the last use.
 func Open(dir string) (*Store, error) {
-	s := &Store{dir: dir, blobs: make(map[digest.Digest]*entry)}
+	s := &Store{
+		dir: dir, blobs: make(map[digest.Digest]*entry), used: make(map[digest.Digest]time.Time), damaged: make(chan struct{}, 1),
+	}
 	for _, d := range []string{s.blobDir(), s.tempDir(), s.corruptDir()} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return nil, fmt.Errorf("opening store %q: %w", dir, err)
@@ -79,7 +126,7 @@ func Open(dir string) (*Store, error) {
 	if _, err := atomicfile.Sweep(s.tempDir()); err != nil {
 		return nil, errors.Join(fmt.Errorf("opening store %q: %w", dir, err), lock.Close())
 	}
-	if err := s.syncDirs(); err != nil {
+	if err := errors.Join(s.openLayout(), s.syncDirs()); err != nil {
 		return nil, errors.Join(fmt.Errorf("opening store %q: %w", dir, err), lock.Close())
 	}
 	return s, nil

@@ -111,6 +111,7 @@ func wantFiles(t *testing.T, dir string, want ...string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	want = append(want, "index.json", "oci-layout")
 	slices.Sort(want)
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("files of the store (-want +got):\n%s", d)

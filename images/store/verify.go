@@ -98,6 +98,7 @@ func (s *Store) openGood(ctx context.Context, d digest.Digest, e *entry) (*os.Fi
 	if err := hashFile(ctx, f, d); err != nil {
 		err = errors.Join(err, f.Close())
 		if errors.Is(err, digest.ErrMismatch) {
+			s.tell(Damage{Name: d.String(), Err: err})
 			err = errors.Join(err, s.quarantine(d, e))
 		}
 		return nil, 0, fmt.Errorf("verifying blob %s: %w", d, err)

@@ -76,6 +76,7 @@ func (w *Writer) commit() (images.Blob, error) {
 		return images.Blob{}, err
 	}
 	defer w.s.release(d, e)
+	w.s.use(d)
 	old, _, err := w.s.openGood(ctx, d, e)
 	if err == nil {
 		return images.Blob{Digest: d, Size: size}, errors.Join(old.Close(), w.Abort())
