@@ -68,7 +68,8 @@ func (b *Builder) makeBase(ctx context.Context, r images.BaseRecipe, scratch str
 
 // bootstrap runs mmdebstrap and makes the image of what it writes, as it writes it.
 func (b *Builder) bootstrap(ctx context.Context, r images.BaseRecipe, scratch string, s *steps) (*baseTree, error) {
-	if _, err := exec.LookPath("mmdebstrap"); err != nil {
+	program, err := exec.LookPath("mmdebstrap")
+	if err != nil {
 		return nil, fmt.Errorf("making a root file system (Debian package mmdebstrap): %w", err)
 	}
 	hook := filepath.Join(scratch, "kernel.sh")
@@ -81,7 +82,7 @@ func (b *Builder) bootstrap(ctx context.Context, r images.BaseRecipe, scratch st
 	}
 	defer w.abort()
 	pr, pw := io.Pipe()
-	cmd := mmdebstrap(r, hook)
+	cmd := mmdebstrap(program, r, hook)
 	cmd.Env, cmd.Dir, cmd.Stdout = environ(scratch), scratch, pw
 
 	t := &baseTree{store: b.Store, w: w, s: s}
@@ -105,14 +106,14 @@ func (b *Builder) bootstrap(ctx context.Context, r images.BaseRecipe, scratch st
 	return t, err
 }
 
-// mmdebstrap is the command that writes r's root file system as a tar stream. As root it runs under another name than
+// mmdebstrap is the command, of that program, that writes r's root file system as a tar stream. As root it runs under another name than
 // the machine's, which packages would write into their files; otherwise it makes the namespaces that it needs itself.
-func mmdebstrap(r images.BaseRecipe, hook string) *exec.Cmd {
+func mmdebstrap(program string, r images.BaseRecipe, hook string) *exec.Cmd {
 	if !isRoot() {
-		return exec.Command("mmdebstrap", mmdebstrapArgs(r, hook, "unshare")...) //nolint:noctx // steps.run ends it
+		return exec.Command(program, mmdebstrapArgs(r, hook, "unshare")...) //nolint:noctx // steps.run ends it
 	}
 	const script = `hostname localhost; exec "$0" "$@"`
-	return exec.Command("/bin/sh", append([]string{"-ec", script, "mmdebstrap"}, mmdebstrapArgs(r, hook, "root")...)...) //nolint:noctx // steps.run ends it
+	return exec.Command("/bin/sh", append([]string{"-ec", script, program}, mmdebstrapArgs(r, hook, "root")...)...) //nolint:noctx // steps.run ends it
 }
 
 func mmdebstrapArgs(r images.BaseRecipe, hook, mode string) []string {
