@@ -25,6 +25,10 @@ type Firmware string
 const (
 	BIOS Firmware = "bios" // SeaBIOS, and the iPXE ROM of the network card
 	UEFI Firmware = "uefi" // OVMF with its own PXE
+	// Direct is none: QEMU starts the kernel that the server's boot script names for the machine, at each boot anew. Where the
+	// server does not answer, it starts what it was told the last time, as a machine does whose firmware goes on to its disk.
+	// It saves some 20 s of each boot.
+	Direct Firmware = "direct"
 )
 
 // A Node is one machine of the lab.
@@ -118,8 +122,8 @@ func (n Node) complete() (Node, error) {
 	}
 	n.MAC = mac.String()
 	n.Firmware = cmp.Or(n.Firmware, BIOS)
-	if n.Firmware != BIOS && n.Firmware != UEFI {
-		return n, fmt.Errorf("firmware %q: want %q or %q", n.Firmware, BIOS, UEFI)
+	if n.Firmware != BIOS && n.Firmware != UEFI && n.Firmware != Direct {
+		return n, fmt.Errorf("firmware %q: want %q, %q or %q", n.Firmware, BIOS, UEFI, Direct)
 	}
 	n.Memory = cmp.Or(n.Memory, DefaultMemory)
 	n.CPUs = cmp.Or(n.CPUs, 1)

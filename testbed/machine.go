@@ -33,16 +33,18 @@ const quitGrace = 10 * time.Second
 
 // A machine is a node of the lab: a directory, and a QEMU process while it is on.
 type machine struct {
-	spec  Node
-	dir   string
-	tap   string
-	accel string
-	log   *slog.Logger
+	spec   Node
+	dir    string
+	tap    string
+	accel  string
+	server string // URL, for Direct machines
+	log    *slog.Logger
 
 	button sync.Mutex // held while somebody presses it: one thing is done at a time
 
 	mu     sync.Mutex // guards what follows
 	run    *run       // nil: off
+	loader *loader    // of a Direct machine that is on; nil: off
 	since  time.Time
 	link   bool
 	resets int
@@ -56,11 +58,12 @@ type run struct {
 	cmd     *exec.Cmd
 	monitor *qmp.Client
 	asked   bool          // to end; guarded by the machine's mu
+	again   bool          // QEMU ended since the machine was reset; guarded by the machine's mu
 	ended   chan struct{} // closed when QEMU has ended, and the machine says so
 }
 
-func newMachine(spec Node, dir, tap, accel string, log *slog.Logger) (*machine, error) {
-	m := &machine{spec: spec, dir: dir, tap: tap, accel: accel, link: true, log: log.With("node", spec.Name)}
+func newMachine(spec Node, dir, tap, accel, server string, log *slog.Logger) (*machine, error) {
+	m := &machine{spec: spec, dir: dir, tap: tap, accel: accel, server: server, link: true, log: log.With("node", spec.Name)}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
@@ -129,39 +132,57 @@ func (m *machine) power(ctx context.Context, action PowerAction) error {
 
 // on starts QEMU and waits until it answers. The caller holds button.
 func (m *machine) on(ctx context.Context) error {
-	if m.current() != nil {
+	if m.isOn() {
 		return nil
 	}
+	m.begins()
+	if m.spec.Firmware == Direct {
+		m.startLoader()
+		return nil
+	}
+	_, err := m.start(ctx, qemuArgs(m.spec, m.tap, m.accel))
+	return err
+}
+
+// begins notes that the power is on from now.
+func (m *machine) begins() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.since, m.resets, m.reset, m.err, m.booted = time.Now(), 0, time.Time{}, "", m.consoleSize()
+}
+
+// start starts QEMU with args and waits until it answers.
+func (m *machine) start(ctx context.Context, args []string) (*run, error) {
 	out, err := os.Create(filepath.Join(m.dir, qemuLog))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer out.Close()
 	ours, theirs, err := socketPair()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer theirs.Close()
-	cmd := exec.Command(qemu.Binary, qemuArgs(m.spec, m.tap, m.accel)...) //nolint:noctx // it outlives the request: off ends it
+	cmd := exec.Command(qemu.Binary, args...) //nolint:noctx // it outlives the request: off ends it
 	// Names of sockets must be short; so must those in qemuArgs.
 	cmd.Dir, cmd.Stdout, cmd.Stderr = m.dir, out, out
 	cmd.ExtraFiles = []*os.File{theirs} // descriptor 3: see qemuArgs
 	if err := cmd.Start(); err != nil {
 		ours.Close()
-		return fmt.Errorf("starting QEMU (Debian package qemu-system-x86): %w", err)
+		return nil, fmt.Errorf("starting QEMU (Debian package qemu-system-x86): %w", err)
 	}
 	theirs.Close()
 	r := &run{cmd: cmd, ended: make(chan struct{})}
 	m.mu.Lock()
-	m.run, m.since, m.resets, m.reset, m.err, m.booted = r, time.Now(), 0, time.Time{}, "", m.consoleSize()
+	m.run = r
 	m.mu.Unlock()
 	go m.wait(r)
 	if err := m.begin(ctx, r, ours); err != nil {
 		m.end(r)
-		return err
+		return nil, err
 	}
 	m.log.Info("power on")
-	return nil
+	return r, nil
 }
 
 // begin lets a machine go that QEMU has made and holds.
@@ -198,6 +219,7 @@ func (m *machine) explain(err error) error {
 
 // off ends QEMU, if it runs. The caller holds button.
 func (m *machine) off(ctx context.Context) error {
+	m.stopLoader()
 	r := m.current()
 	if r == nil {
 		return nil
@@ -235,7 +257,15 @@ func (m *machine) wait(r *run) {
 	err := r.cmd.Wait()
 	m.mu.Lock()
 	monitor := r.monitor
-	m.run, m.since = nil, time.Now()
+	m.mu.Unlock()
+	if monitor != nil {
+		<-monitor.Done() // it has said all that it had to say
+	}
+	m.mu.Lock()
+	m.run = nil
+	if m.loader == nil {
+		m.since = time.Now()
+	}
 	if err != nil && !r.asked {
 		m.err = m.explain(err).Error()
 	}
@@ -251,6 +281,12 @@ func (m *machine) current() *run {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.run
+}
+
+func (m *machine) isOn() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.run != nil || m.loader != nil
 }
 
 // monitor runs a QMP command on a machine that is on.
@@ -285,6 +321,10 @@ func (m *machine) setLink(ctx context.Context, up bool) error {
 
 // event takes what QEMU says by itself. It is called by the monitor's reader.
 func (m *machine) event(e qmp.Event) {
+	if e.Name == "SHUTDOWN" {
+		m.shutdown(e)
+		return
+	}
 	if e.Name != "RESET" {
 		return
 	}
@@ -325,7 +365,7 @@ func (m *machine) status(now time.Time) NodeStatus {
 	size := m.consoleSize()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	on := m.run != nil
+	on := m.run != nil || m.loader != nil
 	return NodeStatus{
 		Node: m.spec, On: on, Since: m.since, Link: m.link, Resets: m.resets, Console: size, Booted: m.booted,
 		Silent: on && size <= m.booted && now.Sub(m.since) > SilentAfter, Error: m.err,

@@ -3,6 +3,7 @@ package testbed
 import (
 	"fmt"
 	"strconv"
+	"strings"
 
 	"github.com/troupe-dev/troupe/internal/qemu"
 )
@@ -39,7 +40,12 @@ func qemuArgs(n Node, tap, accel string) []string {
 	}
 	args = append(args, qemu.AccelArgs(accel)...)
 	nic := "virtio-net-pci,netdev=" + netdevID + ",mac=" + n.MAC + ",bootindex=0"
-	if n.Firmware == UEFI {
+	switch n.Firmware {
+	case Direct:
+		nic = strings.TrimSuffix(nic, ",bootindex=0") + ",romfile=" // the kernel has that index
+		// A reset ends QEMU, since what is started then is to be asked for anew.
+		args = append(args, "-no-reboot")
+	case UEFI:
 		// No ROM: OVMF has a driver for the card, and its own PXE is what the lab is about.
 		nic += ",romfile="
 		args = append(args,

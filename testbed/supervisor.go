@@ -44,7 +44,7 @@ func newSupervisor(dir string, log *slog.Logger) (*supervisor, error) {
 	s.control.ReadHeaderTimeout = time.Minute
 	s.server = newServer(filepath.Join(dir, serveLog), rec, log)
 	for i, n := range rec.Nodes {
-		m, err := newMachine(n, filepath.Join(dir, nodesDir, n.Name), tapName(i), rec.Accel, log)
+		m, err := newMachine(n, filepath.Join(dir, nodesDir, n.Name), tapName(i), rec.Accel, (&Client{rec: rec}).ServerURL(), log)
 		if err != nil {
 			return nil, fmt.Errorf("node %q: %w", n.Name, err)
 		}
