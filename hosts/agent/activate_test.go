@@ -94,7 +94,7 @@ func TestADamagedCacheIsOpenedAgain(t *testing.T) {
 	var s agentapitest.Server
 	a := assigned(&s, "web", 1)
 	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=4m"); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }) // where the test failed

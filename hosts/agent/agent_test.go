@@ -792,7 +792,7 @@ func TestServiceRebootsFromAReadOnlyCache(t *testing.T) {
 			dir := filepath.Join(n.dir, "cache")
 			size := "128m"
 			if tt.full {
-				size = "1m"
+				size = "4m"
 			}
 			mountTmpfs(t, dir, size)
 			reboots, _ := n.start()

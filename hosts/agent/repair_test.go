@@ -100,7 +100,7 @@ func brokenImage(t *testing.T) (b *boot, blobs []agentapi.Blob, why error) {
 	t.Helper()
 	var s agentapitest.Server
 	a, dir := assigned(&s, "web", 1), t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=4m"); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }) // where the cache was not closed
