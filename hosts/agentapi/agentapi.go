@@ -109,6 +109,9 @@ type Assignment struct {
 	ISCSI  *ISCSI  `json:"iscsi,omitempty"`
 	Disk   Disks   `json:"disk,omitzero"`
 	Checks []Check `json:"checks,omitempty"`
+	// HealthyWithin is how long after the start of its services a node may take until all checks have passed once, in
+	// nanoseconds; 0 means DefaultHealthyWithin.
+	HealthyWithin time.Duration `json:"healthyWithin,omitempty"`
 	// Activate is how a running node goes to Release: by "kexec", where it can, else by a reboot.
 	Activate string `json:"activate,omitempty"`
 	// Agent is the initramfs archive with the server's agent. It is no part of the release: a new one alone reboots nobody.
@@ -144,6 +147,9 @@ type ISCSI struct {
 	// Disk names what is behind Node. A node that runs from another one reboots: its disk was reset.
 	Disk string `json:"disk"`
 }
+
+// DefaultHealthyWithin is the deadline of a release to become healthy.
+const DefaultHealthyWithin = 10 * time.Minute
 
 // A Blob is immutable bytes that the server has.
 type Blob struct {
@@ -226,6 +232,8 @@ const (
 	StageStage   Stage = "stage"       // another release was fetched in the background
 	StageReboot  Stage = "reboot"      // the node reboots to activate a release
 	StageStay    Stage = "stay"        // that reboot was called off: what runs is wanted again
+	StageAlone   Stage = "alone"       // the server was not found, and a release of the cache is booted without it
+	StageBad     Stage = "bad"         // the release is not tried again: Detail says why
 	StageFailed  Stage = "failed"      // it cannot go on without somebody's help: Detail says why
 )
 
@@ -253,9 +261,28 @@ type Report struct {
 	Cached []digest.Digest `json:"cached,omitempty"` // whole, verified images in the cache
 	// Session is how the session is that the root depends on; nil where the node runs from a disk of its own.
 	Session *Session `json:"session,omitempty"`
+	// Bad are the releases that the node does not run though it may be told to, newest first; 8 at most.
+	Bad []BadRelease `json:"bad,omitempty"`
+	// Good is the release that the node goes back to when what is wanted fails; "" for none.
+	Good digest.Digest `json:"good,omitempty"`
+	// Warnings are what the node noticed in this boot and got past, for people; 20 at most.
+	Warnings []string `json:"warnings,omitempty"`
 	// Error is what keeps the node from its assignment, "" when nothing does. It may be something that the node expects to
 	// get past by trying again; where it does not, StageFailed is marked, too.
 	Error string `json:"error,omitempty"`
+}
+
+// A BadRelease is one that did not work on a node.
+type BadRelease struct {
+	Host       string        `json:"host"`
+	Role       string        `json:"role"`
+	Generation uint64        `json:"generation"`
+	Release    digest.Digest `json:"release"`
+	Node       digest.Digest `json:"node"` // of its files
+	Why        string        `json:"why"`
+	When       time.Time     `json:"when"` // by the node's own clock
+	// Again says that it was good before, and is tried once more when what runs in its place was healthy for a while.
+	Again bool `json:"again,omitempty"`
 }
 
 // Running is what a node runs.

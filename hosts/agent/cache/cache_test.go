@@ -465,12 +465,12 @@ func TestFetchEvictsNodeDeltas(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	use(t, c, "a1", base, gone)                                     // its image is no longer here
-	use(t, c, "a0", base, gone)                                     // nor is this one's, which was used later
-	use(t, c, "b0", base, old)                                      // goes with its image
-	use(t, c, "ee", base, gone)                                     // shall run next
-	use(t, c, "c1", base, current)                                  // of other files of the same host
-	use(t, c, "c0", base, previous)                                 // ran before, and was good
+	use(t, c, "a1", base, gone)     // its image is no longer here
+	use(t, c, "a0", base, gone)     // nor is this one's, which was used later
+	use(t, c, "b0", base, old)      // goes with its image
+	use(t, c, "ee", base, gone)     // shall run next
+	use(t, c, "c1", base, current)  // of other files of the same host
+	use(t, c, "c0", base, previous) // ran before, and was good
 	becomeGood(t, c, "c0")
 	use(t, c, "d0", base, current)                                  // runs
 	if err := os.Mkdir(c.path("deltas", "f0"), 0o700); err != nil { // a boot that ended before it switched

@@ -39,6 +39,8 @@ type Record struct {
 	Ended int `json:"ended,omitempty"`
 	// Left says that it was good, and was left after too many attempts in a row.
 	Left *Left `json:"left,omitempty"`
+	// Again says that it was left before, and is tried once more.
+	Again bool `json:"again,omitempty"`
 	// Bad says that it is not tried again.
 	Bad *Bad `json:"bad,omitempty"`
 }
