@@ -42,11 +42,27 @@ func (b *boot) tryActivate(ctx context.Context, a agentapi.Assignment) (*mounted
 	if err := b.openStorage(ctx, a); err != nil {
 		return nil, err
 	}
-	if err := b.rightKernel(ctx, a.Release); err != nil {
+	if a.ISCSI != nil { // what was good before is not on the target any more: there is no choice
+		if err := b.rightKernel(ctx, a.Release); err != nil {
+			return nil, err
+		}
+		return b.activateLUNs(ctx, a)
+	}
+	c, err := b.choose(ctx, &a)
+	if err != nil {
 		return nil, err
 	}
-	if a.ISCSI != nil {
-		return b.activateLUNs(ctx, a)
+	m, err := b.activateCached(ctx, c.Assignment)
+	if errors.Is(err, errNoInit) {
+		err = errors.Join(err, b.giveUp(c.Key, err))
+	}
+	return m, err
+}
+
+// activateCached fetches what is missing of a, and mounts it.
+func (b *boot) activateCached(ctx context.Context, a agentapi.Assignment) (*mounted, error) {
+	if err := b.rightKernel(ctx, a.Release); err != nil {
+		return nil, err
 	}
 	blobs := []agentapi.Blob{a.Release.Base, a.Release.Delta}
 	n, err := b.cache.Fetch(ctx, cache.Fetch{

@@ -151,6 +151,7 @@ func TestABootThatCannotBeCounted(t *testing.T) {
 	if err := os.RemoveAll(dir); err != nil {
 		t.Fatal(err)
 	}
+	b.begun = ""
 	if err := b.begin(a); err != nil || !strings.Contains(said.String(), "cannot be counted") {
 		t.Errorf("a boot into what was good: %v, said %q", err, said.String())
 	}

@@ -49,12 +49,14 @@ type boot struct {
 	drivers   chan struct{} // closed once the drivers were loaded
 	copied    chan struct{} // closed once the program was copied to agentFile, or copyErr says why not
 	copyErr   error
-	luns      *luns         // nil: the images are in a cache on a disk of the machine
-	fsReady   chan struct{} // closed once fsModules were tried
-	place     string        // what the last mark of StageAgent says
-	shown     string        // what the last mark of StageWait says
-	fetched   int64         // image bytes since the last mark of it
-	force     func() error  // reboots; replaced in tests
+	luns      *luns                      // nil: the images are in a cache on a disk of the machine
+	fsReady   chan struct{}              // closed once fsModules were tried
+	begun     string                     // key of the release that this boot was counted for
+	jump      func(r cache.Record) error // starts the kernel of a release in the cache, and returns only with an error; nil: nobody can
+	place     string                     // what the last mark of StageAgent says
+	shown     string                     // what the last mark of StageWait says
+	fetched   int64                      // image bytes since the last mark of it
+	force     func() error               // reboots; replaced in tests
 	unmount   func(target string, flags int) error
 	resolv    string        // resolvConf; another file in tests
 	patience  time.Duration // strangerPatience; another one in tests

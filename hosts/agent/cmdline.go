@@ -4,7 +4,9 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/troupe-dev/troupe/internal/digest"
 )
@@ -15,7 +17,12 @@ type Cmdline struct {
 	MAC    string        // troupe.mac=, of the interface that the machine booted from; "" where it is not known
 	Boot   string        // troupe.boot=, the name of this boot
 	Kernel digest.Digest // troupe.kernel=
-	Args   []string      // all arguments
+	// Dead is a release with whose kernel no agent came up: troupe.dead=
+	Dead digest.Digest
+	// Watchdog is how long the system may take from the switch of root to the agent's service: troupe.watchdog=SECONDS. 0
+	// where it is not said, below 0 for no watchdog (troupe.watchdog=off).
+	Watchdog time.Duration
+	Args     []string // all arguments
 }
 
 // ParseCmdline reads what /proc/cmdline has. A missing or malformed argument of ours is left out, and named in the
@@ -37,13 +44,26 @@ func ParseCmdline(s string) (Cmdline, error) {
 			c.MAC = mac.String()
 		case "troupe.boot":
 			c.Boot = value
-		case "troupe.kernel":
+		case "troupe.kernel", "troupe.dead":
 			d, err := digest.Parse(value)
-			if err != nil {
+			switch {
+			case err != nil:
 				bad = append(bad, a)
-				continue
+			case key == "troupe.dead":
+				c.Dead = d
+			default:
+				c.Kernel = d
 			}
-			c.Kernel = d
+		case "troupe.watchdog":
+			secs, err := strconv.Atoi(value)
+			switch {
+			case value == "off":
+				c.Watchdog = -1
+			case err != nil || secs < 1 || secs > 3600:
+				bad = append(bad, a)
+			default:
+				c.Watchdog = time.Duration(secs) * time.Second
+			}
 		}
 	}
 	if len(bad) > 0 {

@@ -19,6 +19,9 @@ import (
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
+// errNoInit says that a root cannot be switched to.
+var errNoInit = errors.New("the root has no init: neither /sbin/init nor /lib/systemd/systemd")
+
 // initOf is the path of the init that a root has.
 func initOf(root string) (string, error) {
 	r, err := os.OpenRoot(root)
@@ -32,7 +35,7 @@ func initOf(root string) (string, error) {
 			return "/" + p, nil
 		}
 	}
-	return "", fmt.Errorf("the root has no init: neither /sbin/init nor /lib/systemd/systemd")
+	return "", errNoInit
 }
 
 // lastWord is how long the server may take for the last report of the first life.

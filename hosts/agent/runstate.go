@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/troupe-dev/troupe/hosts/agent/netup"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
@@ -32,6 +33,10 @@ type RunState struct {
 	Lease      *netup.Lease        `json:"lease,omitempty"`
 	CacheDir   string              `json:"cacheDir"`
 	NodeDelta  string              `json:"nodeDelta"`
+	// Began is when the service came up, in nanoseconds since the kernel started: the deadline of its checks counts from then.
+	Began time.Duration `json:"began,omitempty"`
+	// Watchdog is the device that was armed, "" for none.
+	Watchdog string `json:"watchdog,omitempty"`
 }
 
 // A stateKeeper writes the RunState whenever it changes.

@@ -36,9 +36,13 @@ type service struct {
 	rep    *reporter
 	fol    *follower
 	staged staged
-	settle time.Duration                                     // settleAfter; another one in tests
-	reboot func(ctx context.Context, log *slog.Logger) error // replaced in tests
-	trim   func(dir string) error                            // disk.Trim; nothing in tests, whose directories are on a disk of others
+	proof  probation
+	// expired is told that the running release is bad. It has room for one.
+	expired  chan struct{}
+	goesDown func() bool                                       // isShutdown; another one in tests
+	settle   time.Duration                                     // settleAfter; another one in tests
+	reboot   func(ctx context.Context, log *slog.Logger) error // replaced in tests
+	trim     func(dir string) error                            // disk.Trim; nothing in tests, whose directories are on a disk of others
 }
 
 // Serve is the second life: a service of the booted system. It returns when ctx is done, or when the boot left nothing
@@ -60,7 +64,7 @@ func newService(statePath string, log *slog.Logger) (*service, error) {
 	if err := check(st.Assignment); err != nil {
 		return nil, fmt.Errorf("what the boot left: %w", err)
 	}
-	s := &service{log: log, state: k, reboot: rebootSystem, settle: settleAfter, trim: disk.Trim}
+	s := &service{log: log, state: k, reboot: rebootSystem, settle: settleAfter, trim: disk.Trim, expired: make(chan struct{}, 1), goesDown: isShutdown}
 	if s.client, err = agentapi.NewClient(st.Server, nil); err != nil {
 		return nil, err
 	}
@@ -75,6 +79,9 @@ func newService(statePath string, log *slog.Logger) (*service, error) {
 		s.rep.marked[stage] = true
 	}
 	s.rep.save = s.saveMarks
+	if err := s.beginProof(st); err != nil {
+		return nil, err
+	}
 	s.fol = newFollower(s.client, log, s.hello)
 	s.fol.latest = st.Assignment
 	s.rep.onReply = s.fol.reply
@@ -82,6 +89,23 @@ func newService(statePath string, log *slog.Logger) (*service, error) {
 		s.rep.session = sessionStatus
 	}
 	return s, nil
+}
+
+// beginProof takes up the record of what runs, and when that began.
+func (s *service) beginProof(st RunState) error {
+	if _, ok := s.cache.Record(deltaID(st.Assignment)); !ok { // it was broken, or could not be written
+		if err := s.cache.Remember(st.Assignment); err != nil {
+			s.log.Error("the cache has no record of what runs", "error", err)
+		}
+	}
+	rec, _ := s.cache.Record(deltaID(st.Assignment))
+	rec.Key = deltaID(st.Assignment)
+	s.proof.begin(rec)
+	s.rep.update(false, func(r *agentapi.Report) { tellRecords(s.cache, r) })
+	if st.Began != 0 {
+		return nil
+	}
+	return s.state.change(func(st *RunState) { st.Began = sinceBoot() })
 }
 
 // saveMarks keeps the marks for a next process of this life. It is called with the reporter's lock held.
@@ -116,6 +140,7 @@ func (s *service) run(ctx context.Context) error {
 	}
 	wg.Go(func() { s.rep.run(ctx) })
 	wg.Go(func() { s.fol.run(ctx) })
+	wg.Go(func() { s.watchDeadline(ctx) })
 	wg.Go(s.trimDeltas)
 	if s.rep.session != nil {
 		wg.Go(func() { s.watchKeeper(ctx) })
@@ -124,7 +149,11 @@ func (s *service) run(ctx context.Context) error {
 		k := netup.Keeper{Log: s.log, Save: s.saveLease, Moving: moveSession(s.log)}
 		wg.Go(func() { _ = k.Keep(ctx, l) }) // ends with its context, and with nothing else
 	}
-	return s.pursue(ctx)
+	err := s.pursue(ctx)
+	if s.goesDown() {
+		s.takeBack()
+	}
+	return err
 }
 
 // trimDeltas leaves as many node deltas as are kept. It is here, and not in the first life, since a boot does not wait
@@ -162,7 +191,15 @@ func (s *service) pursue(ctx context.Context) error {
 		a := s.fol.get()
 		now := s.state.get().Assignment
 		var again <-chan time.Time
-		switch d := decide(now, a); d {
+		d := decide(now, a)
+		if why, wait := s.against(a); d == moveOn && why != "" {
+			d, again = hold, holdAgain(wait)
+			s.holdOn(a, why)
+		}
+		if good, isBad := s.fallback(); isBad && d != moveOn && d != discover {
+			d, again = goBack, s.tryGoingBack(ctx, good, &tries)
+		}
+		switch d {
 		case goOn:
 			s.stay()
 			s.rep.update(false, func(r *agentapi.Report) { r.Staged = "" })
@@ -199,6 +236,7 @@ func (s *service) pursue(ctx context.Context) error {
 			return ctx.Err()
 		case <-again:
 			isSettled = true
+		case <-s.expired:
 		case <-s.fol.changed:
 			isSettled = false
 			tries.Reset()
@@ -221,8 +259,31 @@ const (
 	goOn     decision = "go on"    // as it runs
 	adopt    decision = "adopt"    // without a reboot: only words or checks differ
 	moveOn   decision = "move on"  // fetch, where the images are to be in a cache, and reboot into it
+	goBack   decision = "go back"  // what runs is bad: reboot into the last good release
+	hold     decision = "hold"     // go on as it runs, since what is wanted is bad
 	discover decision = "discover" // no host is this machine any more: reboot, to be found anew
 )
+
+// tryGoingBack goes back to a good release. It returns when that is to be tried again.
+func (s *service) tryGoingBack(ctx context.Context, good cache.Record, tries *backoff.Backoff) <-chan time.Time {
+	err := s.goBack(ctx, good)
+	if ctx.Err() != nil {
+		return nil
+	}
+	wait := tries.Next()
+	s.log.Error("the node cannot go back to its last good release, trying again", "error", err, "in", wait.Round(time.Second))
+	s.rep.fail(err)
+	return time.After(wait)
+}
+
+// holdOn goes on with what runs, though a is wanted.
+func (s *service) holdOn(a agentapi.Assignment, why string) {
+	s.log.Warn("what is wanted is not run", "generation", a.Generation, "release", a.Release.ID.Short(), "why", why)
+	s.stay()
+	s.rep.update(true, func(r *agentapi.Report) { r.Staged = "" })
+	s.rep.fail(nil)
+	s.forgetGoal()
+}
 
 // decide holds an assignment against the one that runs.
 func decide(now, a agentapi.Assignment) decision {
@@ -267,6 +328,7 @@ func (s *service) adopt(a agentapi.Assignment) {
 		r.Staged = ""
 	})
 	s.rep.fail(nil)
+	s.proof.wake()
 }
 
 // startChecks checks the health of what runs, until the function that it returns is called.
@@ -285,6 +347,7 @@ func (s *service) startChecks(ctx context.Context) (stop func()) {
 }
 
 func (s *service) healthIs(h agentapi.Health) {
+	s.noteHealth(h)
 	s.rep.update(true, func(r *agentapi.Report) {
 		n := *r.Running // the old one may be on its way to the server
 		n.Health = h
@@ -329,6 +392,7 @@ func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision
 	if ctx.Err() != nil { // the last moment to hear of a newer one
 		return ctx.Err()
 	}
+	s.takeBack()
 	// A reboot that cannot be counted could be the first of many. One from a cache that the kernel made read-only is
 	// none of them: it repairs the cache, or does not come to a switch. One away from a disk that does not answer is none
 	// either.
@@ -442,6 +506,9 @@ func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
 		}
 	})
 	if err != nil {
+		return err
+	}
+	if err := s.cache.Remember(a); err != nil {
 		return err
 	}
 	s.rep.mark(agentapi.Mark{Stage: agentapi.StageStage, Detail: a.Release.ID.Short(), Bytes: s.staged.take(a.Release.ID)})
