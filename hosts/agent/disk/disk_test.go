@@ -162,7 +162,8 @@ func TestGPTPleasesOtherTools(t *testing.T) {
 		if out := run(t, "sgdisk", "-v", path); !strings.Contains(out, "No problems found") {
 			t.Errorf("sgdisk on %d bytes:\n%s", size, out)
 		}
-		if out := run(t, "sfdisk", "--dump", path); !strings.Contains(out, `name="troupe-cache"`) || !strings.Contains(out, "start=        2048") {
+		if out := run(t, "sfdisk", "--dump", path); !strings.Contains(out, `name="troupe-cache"`) || !strings.Contains(out, "start=        2048") ||
+			strings.Contains(out, `name="troupe-esp"`) != (size >= 1<<30) {
 			t.Errorf("sfdisk on %d bytes:\n%s", size, out)
 		}
 		if out := run(t, "sfdisk", "--verify", path); strings.Contains(out, "overlap") {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/rand"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -16,7 +17,7 @@ import (
 //	block 0          protective MBR: one partition of type 0xee over all
 //	block 1          header
 //	block 2 ff       128 entries of 128 bytes (16 KiB)
-//	1 MiB ff         the partition
+//	1 MiB ff         BIOS boot partition (3), EFI system partition (2), and the cache (1), which has the rest
 //	before the last  the entries again
 //	block n-1        header again, "my" and "other" address changed
 const (
@@ -25,13 +26,27 @@ const (
 	gptAlign     = 1 << 20 // bytes; where every partitioner since 2010 starts the first partition
 )
 
-// linuxData is the type of a partition with Linux data: 0FC63DAF-8483-4772-8E79-3D69D8477DE4, in its order on disk.
-var linuxData = [16]byte{0xaf, 0x3d, 0xc6, 0x0f, 0x83, 0x84, 0x72, 0x47, 0x8e, 0x79, 0x3d, 0x69, 0xd8, 0x47, 0x7d, 0xe4}
+// Types of partitions, in their order on disk.
+var (
+	// linuxData is 0FC63DAF-8483-4772-8E79-3D69D8477DE4.
+	linuxData = [16]byte{0xaf, 0x3d, 0xc6, 0x0f, 0x83, 0x84, 0x72, 0x47, 0x8e, 0x79, 0x3d, 0x69, 0xd8, 0x47, 0x7d, 0xe4}
+	// efiSystem is C12A7328-F81F-11D2-BA4B-00A0C93EC93B.
+	efiSystem = [16]byte{0x28, 0x73, 0x2a, 0xc1, 0x1f, 0xf8, 0xd2, 0x11, 0xba, 0x4b, 0x00, 0xa0, 0xc9, 0x3e, 0xc9, 0x3b}
+	// biosBoot is 21686148-6449-6E6F-744E-656564454649, of GRUB.
+	biosBoot = [16]byte{0x48, 0x61, 0x68, 0x21, 0x49, 0x64, 0x6f, 0x6e, 0x74, 0x4e, 0x65, 0x65, 0x64, 0x45, 0x46, 0x49}
+)
+
+// Names of the partitions that a machine boots from by itself.
+const (
+	espLabel  = "troupe-esp"
+	biosLabel = "troupe-bios"
+)
 
 // An Entry is one partition of a GPT.
 type Entry struct {
 	Number      int    // from 1
 	Name        string // label of the partition
+	ID          string // its GUID as it lies on disk, in hex
 	First, Size int64  // bytes
 }
 
@@ -44,31 +59,62 @@ type writer interface {
 	Sync() error
 }
 
-// writeGPT makes a table with one partition of that name over the whole disk of size bytes in blocks of block bytes.
+// A slice is a partition to be made.
+type slice struct {
+	number      int
+	kind        [16]byte
+	name        string
+	first, size int64 // bytes
+}
+
+// layout says what a disk of size bytes in blocks of block bytes is parted into: the cache, named so, and before it, where
+// there is room, what firmware boots. All machines get both of that: firmware may be set to another mode later.
+func layout(size, block int64, name string) []slice {
+	first := int64(gptAlign)
+	var out []slice
+	if esp := espSize(size, block); esp > 0 {
+		out = []slice{
+			{3, biosBoot, biosLabel, gptAlign, gptAlign},
+			{2, efiSystem, espLabel, 2 * gptAlign, esp},
+		}
+		first = 2*gptAlign + esp
+	}
+	// The end is aligned too; 1 MiB holds the copy of the table.
+	end := (size - gptAlign) / gptAlign * gptAlign
+	return append(out, slice{1, linuxData, name, first, end - first})
+}
+
+// espSize is how many bytes the EFI system partition has; 0: there is none. Two kernels with their initramfs must fit, with
+// all modules and firmware of a kernel for real hardware on a disk that is large enough; and FAT32 needs 65,525 clusters.
+func espSize(size, block int64) int64 {
+	switch {
+	case size < 1<<30 || block > 512 && size < 8<<30:
+		return 0
+	case block > 512 || size >= 16<<30:
+		return 512 << 20
+	case size >= 4<<30:
+		return 256 << 20
+	}
+	return 128 << 20
+}
+
+// writeGPT makes a table of the layout of a disk of size bytes in blocks of block bytes.
 // Block 0 says whose disk it is until all the rest is there, and then becomes what makes the table one: each step is on
 // the disk before the next is written, so that a crash leaves the disk claimed, or with this table.
 func writeGPT(w writer, size, block int64, name string) error {
 	n := size / block
 	entryBlocks := int64(gptEntries*gptEntrySize) / block
-	first := gptAlign / block
-	// The end is aligned too; 1 MiB holds the copy of the table.
-	last := (size-gptAlign)/gptAlign*gptAlign/block - 1
-	if last <= first {
+	parts := layout(size, block, name)
+	if cache := parts[len(parts)-1]; cache.size < gptAlign {
 		return fmt.Errorf("disk of %d bytes is too small for a partition", size)
 	}
-	var guids [32]byte
+	var guids [16 * 4]byte
 	if _, err := rand.Read(guids[:]); err != nil {
 		return fmt.Errorf("making the disk's GUID: %w", err)
 	}
 	entries := make([]byte, gptEntries*gptEntrySize)
-	copy(entries, linuxData[:])
-	copy(entries[16:], guid(guids[16:]))
-	putBlock(entries[32:], first)
-	putBlock(entries[40:], last)
-	for i, u := range utf16.Encode([]rune(name)) {
-		if i < 36 {
-			binary.LittleEndian.PutUint16(entries[56+2*i:], u)
-		}
+	for i, p := range parts {
+		p.put(entries[(p.number-1)*gptEntrySize:], block, guid(guids[16*(i+1):][:16]))
 	}
 	h := gptHeader{blocks: n, block: block, entryBlocks: entryBlocks, guid: guid(guids[:16]), crc: crc32.ChecksumIEEE(entries)}
 	steps := []struct {
@@ -91,6 +137,19 @@ func writeGPT(w writer, size, block int64, name string) error {
 		}
 	}
 	return nil
+}
+
+// put writes the entry of a partition.
+func (p slice) put(entry []byte, block int64, id []byte) {
+	copy(entry, p.kind[:])
+	copy(entry[16:], id)
+	putBlock(entry[32:], p.first/block)
+	putBlock(entry[40:], (p.first+p.size)/block-1)
+	for i, u := range utf16.Encode([]rune(p.name)) {
+		if i < 36 {
+			binary.LittleEndian.PutUint16(entry[56+2*i:], u)
+		}
+	}
 }
 
 // guid sets the bits of a random UUID (RFC 9562 section 5.4), in the mixed order that GPT has.
@@ -208,7 +267,7 @@ func parseEntries(table []byte, esize int, size, block int64) []Entry {
 			name = name[:end]
 		}
 		out = append(out, Entry{
-			Number: i + 1, Name: name,
+			Number: i + 1, Name: name, ID: hex.EncodeToString(e[16:32]),
 			First: int64(first) * block, Size: int64(last-first+1) * block, //nolint:gosec // both lie on the disk
 		})
 	}

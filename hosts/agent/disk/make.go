@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"unsafe"
 
@@ -24,7 +25,7 @@ func (m Maker) show(d Disk, e Entry) (string, error) {
 	return m.appear(f, d, e)
 }
 
-// partition writes the table and returns its one partition. What else was on the disk is wiped before, as far as it
+// partition writes the table and returns the cache's partition. What else was on the disk is wiped before, as far as it
 // would be seen again. First of all the kernel forgets the partitions that it knows: one of them may have our number and
 // start where ours does, and is of another size. The kernel refuses that while one is open, and nothing was written then.
 func (m Maker) partition(d Disk) (Part, error) {
@@ -45,11 +46,12 @@ func (m Maker) partition(d Disk) (Part, error) {
 		return Part{}, err
 	}
 	entries, err := readGPT(f, d.Size, d.Block)
-	if err != nil || len(entries) != 1 {
-		return Part{}, fmt.Errorf("reading the partition table back: %d partitions, %w", len(entries), err)
+	i := slices.IndexFunc(entries, func(e Entry) bool { return e.Name == Label })
+	if err != nil || i < 0 {
+		return Part{}, fmt.Errorf("reading the partition table back: %d partitions and none of them the cache's, %w", len(entries), err)
 	}
-	path, err := m.appear(f, d, entries[0])
-	return Part{Entry: entries[0], Path: path}, err
+	path, err := m.appear(f, d, entries[i])
+	return Part{Entry: entries[i], Path: path}, err
 }
 
 // wipe zeroes the parts of a disk that Identify reads whole, and as much of the partition to be: no format finds
@@ -62,7 +64,11 @@ func wipe(f *os.File, size, block int64) error {
 		return fmt.Errorf("claiming the disk: %w", err)
 	}
 	zeros := make([]byte, 1<<20)
-	for _, r := range [][2]int64{{block, headSize + gptAlign}, {size - tailSize - 2*gptAlign, size}} {
+	ranges := [][2]int64{{size - tailSize - 2*gptAlign, size}, {block, headSize + gptAlign}}
+	for _, p := range layout(size, block, Label) {
+		ranges = append(ranges, [2]int64{p.first, p.first + headSize})
+	}
+	for _, r := range ranges {
 		for off := max(block, r[0]); off < min(r[1], size); off += int64(len(zeros)) {
 			n := min(int64(len(zeros)), size-off)
 			if _, err := f.WriteAt(zeros[:n], off); err != nil {

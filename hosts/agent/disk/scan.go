@@ -1,5 +1,6 @@
 // Package disk looks at a machine's disks, says what they hold, and makes troupe's cache on one: a GPT (UEFI
-// specification 2.10, section 5.3) with one partition named "troupe-cache", and on it ext4 with the same label. It
+// specification 2.10, section 5.3) with a partition named "troupe-cache", on it ext4 with the same label, and partitions that
+// firmware boots. It
 // reads without writing; only Maker writes, and only to a disk that is blank or that its owner gave away.
 package disk
 
