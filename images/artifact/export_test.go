@@ -1,0 +1,4 @@
+package artifact
+
+// RestoreLayer is restoreLayer for tests.
+var RestoreLayer = restoreLayer
