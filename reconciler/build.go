@@ -47,13 +47,16 @@ type builds struct {
 	builder Builder
 	arch    string // of the images that can be booted
 	blobs   Blobs
+	damage  damage
 	store   *state.Store
-	plan    func(ctx context.Context) (plan.Plan, plan.Observed, error)
-	events  *recorder
-	logs    logs
-	log     *slog.Logger
-	now     func() time.Time
-	limit   int
+	// artifacts has what was built before, here or elsewhere; nil: nothing.
+	artifacts *artifacts
+	plan      func(ctx context.Context) (plan.Plan, plan.Observed, error)
+	events    *recorder
+	logs      logs
+	log       *slog.Logger
+	now       func() time.Time
+	limit     int
 
 	wake chan struct{}
 	asks chan ask
@@ -121,7 +124,7 @@ func (b *builds) run(ctx context.Context) error {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx) // also where run panics: its builds end, and no second run meets them
-	lost := make(chan artifact)
+	lost := make(chan artifactRecord)
 	var checking sync.WaitGroup
 	checking.Go(func() { b.check(ctx, lost) })
 	defer func() {
@@ -365,21 +368,40 @@ func (b *builds) build(ctx context.Context, want plan.Build, obs plan.Observed, 
 			return nil, fmt.Errorf("image %s is for %s machines, and this server's agent for %s: it could boot none of them; "+
 				"give it to a server with an agent for %[2]s (see serve --agent)", want.Name, want.Base.Arch, b.arch)
 		}
-		base, err := b.builder.Base(ctx, *want.Base, p)
+		fits := func(v images.Base) bool { return v.Recipe == want.Recipe && v.Arch == want.Base.Arch }
+		base, err := taken(ctx, b, want, fits, p, func() (images.Base, error) { return b.builder.Base(ctx, *want.Base, p) })
 		return func(ctx context.Context) (images.Blob, error) {
 			return base.Image, state.Bases.Put(ctx, b.store, id, base)
 		}, err
 	}
 	if want.Disk != nil {
-		disk, err := b.builder.Disk(ctx, *want.Disk, p)
+		fits := func(v images.Disk) bool { return v.Recipe == want.Recipe }
+		disk, err := taken(ctx, b, want, fits, p, func() (images.Disk, error) { return b.builder.Disk(ctx, *want.Disk, p) })
 		return func(ctx context.Context) (images.Blob, error) {
 			return disk.Image, state.Disks.Put(ctx, b.store, id, disk)
 		}, err
 	}
-	delta, err := b.builder.Delta(ctx, *want.Delta, obs.Bases[want.Delta.Base], p)
+	base := obs.Bases[want.Delta.Base]
+	fits := func(v images.Delta) bool { return v.Recipe == want.Recipe && v.Base == base.Image }
+	delta, err := taken(ctx, b, want, fits, p, func() (images.Delta, error) { return b.builder.Delta(ctx, *want.Delta, base, p) })
 	return func(ctx context.Context) (images.Blob, error) {
 		return delta.Image, state.Deltas.Put(ctx, b.store, id, delta)
 	}, err
+}
+
+// taken is what a recipe makes: taken from a manifest where there is one, else made. Whatever keeps it from being taken, it is made.
+func taken[T any](ctx context.Context, b *builds, want plan.Build, fits func(T) bool, p build.Progress, made func() (T, error)) (T, error) {
+	if b.artifacts == nil {
+		return made()
+	}
+	p.Step("look")
+	v, from, ok := find(ctx, b.artifacts, want.Kind, want.Recipe, fits, p)
+	if !ok {
+		return made()
+	}
+	_, _ = fmt.Fprintf(p, "taken from %s\n", from)
+	b.events.note(ctx, state.Event{Kind: "build", Subject: want.Name, Message: fmt.Sprintf("took the %s from %s: no need to build it", want.Kind, from)})
+	return v, nil
 }
 
 // failed records why a build ended without a result. cause says it in a word; err has the step and its output.

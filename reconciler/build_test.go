@@ -67,7 +67,7 @@ func (b *testBuilder) Base(ctx context.Context, r images.BaseRecipe, p build.Pro
 	if err := b.begin(ctx, "base", p); err != nil {
 		return images.Base{}, err
 	}
-	return images.Base{Recipe: r.ID(), Image: b.put(ctx, "image"), Kernel: b.put(ctx, "kernel"), Modules: b.put(ctx, "modules")}, nil
+	return images.Base{Recipe: r.ID(), Arch: r.Arch, Image: b.put(ctx, "image"), Kernel: b.put(ctx, "kernel"), Modules: b.put(ctx, "modules")}, nil
 }
 
 func (b *testBuilder) Delta(ctx context.Context, r images.DeltaRecipe, base images.Base, p build.Progress) (images.Delta, error) {
@@ -112,7 +112,7 @@ func newTestBuilds(t *testing.T) (*builds, *testBuilder) {
 	r.follow.fleet.Store(&inForce{fleet: testFleet(), commit: state.Commit{Hash: "c1"}})
 	builder.fleet = &r.follow.fleet
 	return &builds{
-		builder: builder, arch: "amd64", blobs: blobs, store: s, plan: r.plan, events: &recorder{store: s, log: log}, logs: logs{t.TempDir()},
+		builder: builder, arch: "amd64", blobs: blobs, damage: blobs, store: s, plan: r.plan, events: &recorder{store: s, log: log}, logs: logs{t.TempDir()},
 		log: log, now: time.Now, limit: 2, wake: make(chan struct{}, 1), asks: make(chan ask),
 	}, builder
 }

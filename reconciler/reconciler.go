@@ -7,6 +7,7 @@
 //	follow      Git                            source, and the fleet in force (memory)
 //	builds      fleet, bases, deltas, builds   builds, bases, deltas, and blobs
 //	assign      fleet, bases, deltas           assignments, releases
+//	artifacts   bases, deltas, releases        manifests in the store, and the registry
 //	luns        assignments, nodes, sessions   luns, and the files of hosts' disks
 //	views       all of these                   the view that machines are answered from (memory)
 //	agents      what agents say                machines, nodes, boots
@@ -24,6 +25,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"oras.land/oras-go/v2"
 
 	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/backoff"
@@ -46,11 +48,14 @@ type Config struct {
 	Store   *state.Store
 	Blobs   *store.Store
 	Builder Builder
-	Logs    string        // the directory of the builds' logs
-	Agent   digest.Digest // of the initramfs segment that holds the agent
-	Arch    string        // the agent's, and so that of every image: "amd64", "arm64"
-	Jobs    int           // builds at a time; 0 means 2
-	LUNs    string        // the directory of what hosts write to LUNs
+	// Registry takes what is built, and gives what is built there already; nil: there is none. Place is what it is called.
+	Registry oras.Target
+	Place    string
+	Logs     string        // the directory of the builds' logs
+	Agent    digest.Digest // of the initramfs segment that holds the agent
+	Arch     string        // the agent's, and so that of every image: "amd64", "arm64"
+	Jobs     int           // builds at a time; 0 means 2
+	LUNs     string        // the directory of what hosts write to LUNs
 	// ISCSIPort is where ServeISCSI listens; 0: there is no target.
 	ISCSIPort uint16
 	Log       *slog.Logger // nil means none
@@ -58,16 +63,17 @@ type Config struct {
 
 // A Reconciler is the controllers of one fleet.
 type Reconciler struct {
-	cfg    Config
-	log    *slog.Logger
-	events *recorder
-	views  *views
-	boots  *boots
-	follow *follow
-	builds *builds
-	assign *assign
-	luns   *luns
-	agents *agents
+	cfg       Config
+	log       *slog.Logger
+	events    *recorder
+	views     *views
+	boots     *boots
+	follow    *follow
+	builds    *builds
+	artifacts *artifacts
+	assign    *assign
+	luns      *luns
+	agents    *agents
 
 	target *iscsi.Server
 
@@ -95,8 +101,9 @@ func New(cfg Config) (*Reconciler, error) {
 		repo: cfg.Repo, branch: cfg.Branch, path: cfg.Path, loader: cfg.Loader, store: cfg.Store, events: r.events, log: cfg.Log, now: time.Now,
 		changed: r.fleetChanged, wake: make(chan struct{}, 1), gap: lookGap,
 	}
+	r.artifacts = newArtifacts(cfg.Store, cfg.Blobs, cfg.Registry, cfg.Place, r.events, cfg.Log)
 	r.builds = &builds{
-		builder: cfg.Builder, arch: cfg.Arch, blobs: cfg.Blobs, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log,
+		builder: cfg.Builder, arch: cfg.Arch, blobs: cfg.Blobs, damage: cfg.Blobs, artifacts: r.artifacts, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log,
 		now: time.Now, limit: cfg.Jobs, wake: make(chan struct{}, 1), asks: make(chan ask),
 	}
 	r.assign = &assign{
@@ -187,6 +194,7 @@ func (r *Reconciler) Run(ctx context.Context) error {
 	for name, run := range map[string]func(context.Context) error{
 		"views": r.runViews, "boots": r.boots.run, "assign": r.assign.run, "builds": r.builds.run, "follow": r.follow.run,
 		"silences": r.silences.run, "strangers": r.agents.strangers.run, "luns": r.luns.run,
+		"artifacts": r.artifacts.run, "push": r.artifacts.push,
 	} {
 		g.Go(func() error { return r.keep(ctx, name, run) })
 	}

@@ -15,7 +15,9 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
+	"oras.land/oras-go/v2"
 
+	"github.com/troupe-dev/troupe/images/artifact"
 	"github.com/troupe-dev/troupe/images/build"
 	"github.com/troupe-dev/troupe/images/initramfs"
 	"github.com/troupe-dev/troupe/images/store"
@@ -35,6 +37,7 @@ type serveOptions struct {
 	credentials        string
 	interval           time.Duration
 	data               string
+	store              string
 	listen             string
 	iscsi              string
 	iface              string
@@ -59,6 +62,11 @@ DHCP answers nobody unless --interface is given. As "server" it is the only DHCP
 server of that network; as "proxy" it leaves addresses to the one that is there and
 only says what to boot; "off" leaves both to others.
 
+What is built is kept in --data, as an OCI image layout. With --store it is pushed to
+a registry, too, and what that has already is taken from it instead of built: servers
+that have one registry build each image once. Credentials are docker's. A registry that
+is away keeps nothing waiting.
+
 Hosts without disks have theirs here, by iSCSI on port 3260. Where another program has
 that port, and no host has a disk here yet, the server starts without; once some have,
 it does not start until the port is free, or --iscsi-listen names another one.`,
@@ -81,6 +89,7 @@ it does not start until the port is free, or --iscsi-listen names another one.`,
 	f.StringVar(&o.credentials, "credentials", "", "file with credentials for https, in the format of git-credential-store")
 	f.DurationVar(&o.interval, "interval", source.DefaultInterval, "time between two looks at the repo")
 	f.StringVar(&o.data, "data", "", "directory of all of the server's state")
+	f.StringVar(&o.store, "store", "", "registry that takes what is built, and gives what was: oci://HOST/NAME (oci+http:// without TLS)")
 	f.StringVar(&o.listen, "listen", ":8080", "address of the HTTP server")
 	f.StringVar(&o.iscsi, "iscsi-listen", "", "address of the iSCSI target, or off (default: port 3260 of the HTTP server's address)")
 	f.StringVar(&o.iface, "interface", "", "interface of the machines' network; without one only HTTP is served")
@@ -224,14 +233,32 @@ func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
 	if disks != nil {
 		defer disks.Close() // a second time, once it was served
 	}
+	registry, err := o.registry()
+	if err != nil {
+		return err
+	}
 	rec, err := reconciler.New(reconciler.Config{
 		Repo: repo, Branch: o.branch, Path: o.path, Loader: &load.Loader{}, Store: records, Blobs: blobs, Builder: builder,
+		Registry: registry, Place: o.store,
 		Logs: filepath.Join(o.data, "logs"), Agent: agent, Arch: arch, Jobs: o.jobs, LUNs: o.disksDir(), ISCSIPort: portOf(disks), Log: log,
 	})
 	if err != nil {
 		return err
 	}
 	return o.servers(ctx, log, rec, records, disks)
+}
+
+// registry is where what is built goes, too; nil for nowhere. It is not asked for anything yet: one that is away keeps no
+// server from starting.
+func (o serveOptions) registry() (oras.Target, error) {
+	if o.store == "" {
+		return nil, nil //nolint:nilnil // no registry is no error
+	}
+	repo, err := artifact.Registry(o.store)
+	if err != nil {
+		return nil, fmt.Errorf("--store: %w", err)
+	}
+	return repo, nil
 }
 
 // servers opens the other sockets and runs everything that listens, and the reconciler, until ctx ends or one of them fails.
