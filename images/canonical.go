@@ -16,6 +16,7 @@ import (
 //	files   = number(count) file…       sorted by path
 //	file    = string(path) string(content) number(mode) number(uid) number(gid)
 //	blob    = string(digest) number(size)
+//	image   = blob number(data) string(root) blob(chunks)
 //
 //	base recipe:   suite mirror list(components) arch list(packages) kernel
 //	delta recipe:  base files list(packages) list(enable) list(run)
@@ -27,11 +28,11 @@ import (
 // end of a format goes up when the fields change, and when package build starts to make something else of the same
 // recipe: what was built before must not pass for it.
 const (
-	formatBase        = "troupe base recipe 2"
-	formatDelta       = "troupe delta recipe 1"
+	formatBase        = "troupe base recipe 3"
+	formatDelta       = "troupe delta recipe 2"
 	formatDisk        = "troupe disk recipe 1"
-	formatRelease     = "troupe release 1"
-	formatDiskRelease = "troupe disk release 1"
+	formatRelease     = "troupe release 2"
+	formatDiskRelease = "troupe disk release 2"
 )
 
 func (r BaseRecipe) canonical() []byte {
@@ -57,9 +58,7 @@ func (r Release) canonical() []byte {
 	if r.Disk != (Blob{}) {
 		e = encoder{}.str(formatDiskRelease).blob(r.Disk)
 	}
-	for _, b := range []Blob{r.Base, r.Delta, r.Kernel, r.Modules} {
-		e = e.blob(b)
-	}
+	e = e.image(r.Base).image(r.Delta).blob(r.Kernel).blob(r.Modules)
 	return e.list(r.KernelArgs).b
 }
 
@@ -78,6 +77,11 @@ func (e encoder) str(s string) encoder {
 
 func (e encoder) blob(b Blob) encoder {
 	return e.str(string(b.Digest)).num(uint64(b.Size)) //nolint:gosec // another size has other bytes either way
+}
+
+func (e encoder) image(i Image) encoder {
+	e = e.blob(i.Blob).num(uint64(i.Data)) //nolint:gosec // as in blob
+	return e.str(i.Root).blob(i.Chunks)
 }
 
 func (e encoder) list(l []string) encoder {

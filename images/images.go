@@ -10,6 +10,16 @@ type Blob struct {
 	Size   int64         `json:"size"` // bytes
 }
 
+// An Image is a file system with its dm-verity tree behind it, in one file, which its Blob names (package
+// internal/verity draws it).
+type Image struct {
+	Blob
+	Data int64  `json:"data"` // bytes of the file system, a whole number of blocks
+	Root string `json:"root"` // root hash of the tree: 64 lower-case hex digits
+	// Chunks is the index of the image's content-defined chunks; the zero Blob where there is none.
+	Chunks Blob `json:"chunks,omitzero"`
+}
+
 // A RecipeID names a recipe: what an image is made of and how, not what came out.
 type RecipeID = digest.Digest
 
@@ -27,7 +37,7 @@ type BaseRecipe struct {
 type Base struct {
 	Recipe  RecipeID `json:"recipe"`
 	Arch    string   `json:"arch"`
-	Image   Blob     `json:"image"`   // EROFS: the whole root file system, its kernel's modules with it
+	Image   Image    `json:"image"`   // EROFS: the whole root file system, its kernel's modules with it
 	Kernel  Blob     `json:"kernel"`  // a bootable kernel image
 	Modules Blob     `json:"modules"` // a cpio archive (zstd): the modules and tools that the agent needs to reach its root
 	Version string   `json:"version"` // of the kernel, as uname -r has it
@@ -56,7 +66,7 @@ type File struct {
 type Delta struct {
 	Recipe RecipeID `json:"recipe"`
 	Base   Blob     `json:"base"`  // the image that it lies over
-	Image  Blob     `json:"image"` // EROFS: an overlayfs layer
+	Image  Image    `json:"image"` // EROFS: an overlayfs layer
 	// Packages is the lock of what the delta adds or changes, as in Base.
 	Packages []string `json:"packages,omitempty"`
 }
@@ -79,10 +89,10 @@ type Disk struct {
 // A Release is a role's bytes: what a node keeps, mounts and runs. Two releases with the same bytes are the same
 // release, whatever their roles are called. One of a role whose image is a whole disk has a Disk and nothing else.
 type Release struct {
-	Base    Blob `json:"base"`
-	Delta   Blob `json:"delta"`
-	Kernel  Blob `json:"kernel"`
-	Modules Blob `json:"modules"`
+	Base    Image `json:"base"`
+	Delta   Image `json:"delta"`
+	Kernel  Blob  `json:"kernel"`
+	Modules Blob  `json:"modules"`
 	// KernelArgs are the role's own, after troupe's.
 	KernelArgs []string `json:"kernelArgs,omitempty"`
 	Disk       Blob     `json:"disk,omitzero"`

@@ -39,15 +39,18 @@ func deltaRecipe() DeltaRecipe {
 
 func release() Release {
 	blob := func(s string) Blob { return Blob{Digest: digest.Of([]byte(s)), Size: int64(len(s))} }
+	img := func(s string) Image {
+		return Image{Blob: blob(s), Data: 4096, Root: digest.Of([]byte(s)).Hex(), Chunks: blob(s + " chunks")}
+	}
 	return Release{
-		Base: blob("base"), Delta: blob("delta"), Kernel: blob("kernel"), Modules: blob("mods"),
+		Base: img("base"), Delta: img("delta"), Kernel: blob("kernel"), Modules: blob("mods"),
 		KernelArgs: []string{"quiet"},
 	}
 }
 
 // The ids of what a fleet built must not change under it: a new id builds every image again and reboots every machine.
 func TestGolden(t *testing.T) {
-	const wantBytes = "000000000000001474726f7570652062617365207265636970652032" +
+	const wantBytes = "000000000000001474726f7570652062617365207265636970652033" +
 		"0000000000000008626f6f6b776f726d" +
 		"000000000000001c687474703a2f2f6465622e64656269616e2e6f72672f64656269616e" +
 		"000000000000000100000000000000046d61696e" +
@@ -58,12 +61,12 @@ func TestGolden(t *testing.T) {
 		t.Errorf("canonical bytes of a base recipe:\n got %s\nwant %s", got, wantBytes)
 	}
 	for _, c := range []struct{ name, got, want string }{
-		{"base", baseRecipe().ID().Hex(), "d0eae663d803b74f5394c564f5740b66c056722a1c8af48baba032d507e73ed0"},
-		{"delta", deltaRecipe().ID().Hex(), "359c80e5006ad8687f2655ffaa45f647f66c44fac74d67b5b7f9ca0687b1c77a"},
-		{"empty delta", DeltaRecipe{Base: digest.Of([]byte("base"))}.ID().Hex(), "85a2d5747eb07954220c6e601948aec6a2d6c4717eaf5d6c82544b876488b481"},
+		{"base", baseRecipe().ID().Hex(), "17a3d229e711307acfef2f0fb42c762de292e37a52415ba880f708b6e7d47643"},
+		{"delta", deltaRecipe().ID().Hex(), "552249b1de316d2f356dae12f20bcf670e660736a22de6f2482e9388cbffcade"},
+		{"empty delta", DeltaRecipe{Base: digest.Of([]byte("base"))}.ID().Hex(), "44ff345c2a6dc7c35fdf9a4c6b46dbbc32364fafcaaf7d63c0af18cbbe4127ec"},
 		{"disk", DiskRecipe{URL: "https://example.com/x.qcow2", SHA256: strings.Repeat("0", 64)}.ID().Hex(), "4d0a9f5683b7395ba7c371619581287a1f31bcdeda7aa614f7687877d2222257"},
-		{"disk release", Release{Disk: Blob{Digest: digest.Of([]byte("disk")), Size: 4}}.ID().Hex(), "a6a28c4fdf61e9c072f4cac80f92f83a9b287fec7d7ab0c4dfc7fa3beb51ed25"},
-		{"release", release().ID().Hex(), "0d8e0bad3c1471e23de8d8972c6f7a79e04110576630235e9cd269b9e1e31d30"},
+		{"disk release", Release{Disk: Blob{Digest: digest.Of([]byte("disk")), Size: 4}}.ID().Hex(), "3c626a93df6210cd34524746de6306fa6605de7087ecdb030a5a99580ca5d753"},
+		{"release", release().ID().Hex(), "a3e0534d2c16970736c71a6643c59daa4ffcda9f1c188241f3508eb70924bf1d"},
 	} {
 		if c.got != c.want {
 			t.Errorf("id of %s: got %s, want %s", c.name, c.got, c.want)

@@ -192,14 +192,14 @@ func (f *benchFleet) built(fleet *schema.Fleet) {
 	}
 	recipe := images.BaseRecipeOf(fleet.Images["debian"]).ID()
 	base := images.Base{
-		Recipe: recipe, Arch: "amd64", Image: blob("base"), Kernel: blob("kernel"), Modules: blob("modules"), Version: "6.1.0",
+		Recipe: recipe, Arch: "amd64", Image: images.Image{Blob: blob("base")}, Kernel: blob("kernel"), Modules: blob("modules"), Version: "6.1.0",
 	}
 	if err := state.Bases.Put(ctx, store, recipe.String(), base); err != nil {
 		f.b.Fatal(err)
 	}
 	for name, role := range fleet.Roles {
 		id := images.DeltaRecipeOf(recipe, role).ID()
-		if err := state.Deltas.Put(ctx, store, id.String(), images.Delta{Recipe: id, Base: base.Image, Image: blob(name)}); err != nil {
+		if err := state.Deltas.Put(ctx, store, id.String(), images.Delta{Recipe: id, Base: base.Image.Blob, Image: images.Image{Blob: blob(name)}}); err != nil {
 			f.b.Fatal(err)
 		}
 	}

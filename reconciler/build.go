@@ -204,7 +204,7 @@ func (b *builds) result(ctx context.Context, rec state.Build) (images.Blob, bool
 	case plan.KindBase:
 		var base images.Base
 		base, err = state.Bases.Get(ctx, b.store, rec.Recipe.String())
-		blob = base.Image
+		blob = base.Image.Blob
 	case plan.KindDisk:
 		var disk images.Disk
 		disk, err = state.Disks.Get(ctx, b.store, rec.Recipe.String())
@@ -212,7 +212,7 @@ func (b *builds) result(ctx context.Context, rec state.Build) (images.Blob, bool
 	case plan.KindDelta:
 		var delta images.Delta
 		delta, err = state.Deltas.Get(ctx, b.store, rec.Recipe.String())
-		blob = delta.Image
+		blob = delta.Image.Blob
 	}
 	if notFound(err) {
 		return blob, false, nil
@@ -371,7 +371,7 @@ func (b *builds) build(ctx context.Context, want plan.Build, obs plan.Observed, 
 		fits := func(v images.Base) bool { return v.Recipe == want.Recipe && v.Arch == want.Base.Arch }
 		base, err := taken(ctx, b, want, fits, p, func() (images.Base, error) { return b.builder.Base(ctx, *want.Base, p) })
 		return func(ctx context.Context) (images.Blob, error) {
-			return base.Image, state.Bases.Put(ctx, b.store, id, base)
+			return base.Image.Blob, state.Bases.Put(ctx, b.store, id, base)
 		}, err
 	}
 	if want.Disk != nil {
@@ -382,10 +382,10 @@ func (b *builds) build(ctx context.Context, want plan.Build, obs plan.Observed, 
 		}, err
 	}
 	base := obs.Bases[want.Delta.Base]
-	fits := func(v images.Delta) bool { return v.Recipe == want.Recipe && v.Base == base.Image }
+	fits := func(v images.Delta) bool { return v.Recipe == want.Recipe && v.Base == base.Image.Blob }
 	delta, err := taken(ctx, b, want, fits, p, func() (images.Delta, error) { return b.builder.Delta(ctx, *want.Delta, base, p) })
 	return func(ctx context.Context) (images.Blob, error) {
-		return delta.Image, state.Deltas.Put(ctx, b.store, id, delta)
+		return delta.Image.Blob, state.Deltas.Put(ctx, b.store, id, delta)
 	}, err
 }
 
@@ -504,7 +504,7 @@ func isBuilt(want plan.Build, obs plan.Observed) bool {
 	}
 	base, based := obs.Bases[want.Delta.Base]
 	delta, ok := obs.Deltas[want.Recipe]
-	return based && ok && delta.Base == base.Image
+	return based && ok && delta.Base == base.Image.Blob
 }
 
 // unask forgets what operators asked for and the fleet in force has no longer.

@@ -67,7 +67,7 @@ func (b *testBuilder) Base(ctx context.Context, r images.BaseRecipe, p build.Pro
 	if err := b.begin(ctx, "base", p); err != nil {
 		return images.Base{}, err
 	}
-	return images.Base{Recipe: r.ID(), Arch: r.Arch, Image: b.put(ctx, "image"), Kernel: b.put(ctx, "kernel"), Modules: b.put(ctx, "modules")}, nil
+	return images.Base{Recipe: r.ID(), Arch: r.Arch, Image: images.Image{Blob: b.put(ctx, "image")}, Kernel: b.put(ctx, "kernel"), Modules: b.put(ctx, "modules")}, nil
 }
 
 func (b *testBuilder) Delta(ctx context.Context, r images.DeltaRecipe, base images.Base, p build.Progress) (images.Delta, error) {
@@ -75,7 +75,7 @@ func (b *testBuilder) Delta(ctx context.Context, r images.DeltaRecipe, base imag
 	if err := b.begin(ctx, what, p); err != nil {
 		return images.Delta{}, err
 	}
-	return images.Delta{Recipe: r.ID(), Base: base.Image, Image: b.put(ctx, what)}, nil
+	return images.Delta{Recipe: r.ID(), Base: base.Image.Blob, Image: images.Image{Blob: b.put(ctx, what)}}, nil
 }
 
 func (b *testBuilder) Disk(ctx context.Context, r images.DiskRecipe, p build.Progress) (images.Disk, error) {
@@ -308,7 +308,7 @@ func TestRecordsOfBuildsThatDiedAreSettled(t *testing.T) {
 	b, _ := newTestBuilds(t)
 	done, dead := digest.Of([]byte("done")), digest.Of([]byte("dead"))
 	blob := images.Blob{Digest: digest.Of([]byte("x")), Size: 1}
-	if err := state.Bases.Put(t.Context(), b.store, done.String(), images.Base{Recipe: done, Image: blob}); err != nil {
+	if err := state.Bases.Put(t.Context(), b.store, done.String(), images.Base{Recipe: done, Image: images.Image{Blob: blob}}); err != nil {
 		t.Fatal(err)
 	}
 	for _, id := range []images.RecipeID{done, dead} {

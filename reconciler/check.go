@@ -110,10 +110,10 @@ func (b *builds) onRecord(ctx context.Context) ([]artifactRecord, error) {
 	}
 	all := make([]artifactRecord, 0, len(bases)+len(deltas)+len(disks))
 	for _, base := range bases {
-		all = append(all, artifactRecord{plan.KindBase, base.Recipe, []images.Blob{base.Image, base.Kernel, base.Modules}})
+		all = append(all, artifactRecord{plan.KindBase, base.Recipe, []images.Blob{base.Image.Blob, base.Kernel, base.Modules}})
 	}
 	for _, delta := range deltas {
-		all = append(all, artifactRecord{plan.KindDelta, delta.Recipe, []images.Blob{delta.Image}})
+		all = append(all, artifactRecord{plan.KindDelta, delta.Recipe, []images.Blob{delta.Image.Blob}})
 	}
 	for _, disk := range disks {
 		all = append(all, artifactRecord{plan.KindDisk, disk.Recipe, []images.Blob{disk.Image}})

@@ -51,7 +51,7 @@ func newLUNBench(b *testing.B) *lunBench {
 // write writes the records of a host that are there before its LUNs are: as big as those of a real one.
 func (f *lunBench) write(ctx context.Context, host string) error {
 	a := state.Assignment{Host: host, ISCSI: &state.ISCSI{Size: 1 << 20}, Spec: agentapi.Assignment{
-		State: agentapi.Assigned, Host: host, Release: &agentapi.Release{Base: agentapi.Blob(f.base), Delta: agentapi.Blob(f.delta)},
+		State: agentapi.Assigned, Host: host, Release: &agentapi.Release{Base: agentapi.Image{Blob: agentapi.Blob(f.base)}, Delta: agentapi.Image{Blob: agentapi.Blob(f.delta)}},
 		Node: agentapi.Node{Files: map[string]agentapi.File{"/etc/service.conf": {Mode: 0o644, Content: strings.Repeat("a line of a file\n", 128)}}},
 	}}
 	if err := state.Assignments.Put(ctx, f.store, host, a); err != nil {

@@ -143,7 +143,7 @@ func (r *lunRig) assign(t testing.TB, host string, delta images.Blob) state.Assi
 	t.Helper()
 	a := state.Assignment{
 		Host: host, ISCSI: &state.ISCSI{Size: 1 << 20},
-		Spec: agentapi.Assignment{State: agentapi.Assigned, Version: "1", Release: &agentapi.Release{Base: agentapi.Blob(r.base), Delta: agentapi.Blob(delta)}},
+		Spec: agentapi.Assignment{State: agentapi.Assigned, Version: "1", Release: &agentapi.Release{Base: agentapi.Image{Blob: agentapi.Blob(r.base)}, Delta: agentapi.Image{Blob: agentapi.Blob(delta)}}},
 	}
 	if err := state.Assignments.Put(t.Context(), r.store, host, a); err != nil {
 		t.Fatal(err)
@@ -595,7 +595,7 @@ func TestAssignmentOfADisklessHost(t *testing.T) {
 	a := state.Assignment{
 		Host: "n1", ISCSI: &state.ISCSI{Size: 1 << 30},
 		Spec: agentapi.Assignment{State: agentapi.Assigned, Version: "1-abc", Host: "n1", Release: &agentapi.Release{
-			Base: agentapi.Blob{Digest: "sha256:b"}, Delta: agentapi.Blob{Digest: "sha256:d"},
+			Base: agentapi.Image{Blob: agentapi.Blob{Digest: "sha256:b"}}, Delta: agentapi.Image{Blob: agentapi.Blob{Digest: "sha256:d"}},
 		}},
 	}
 	v.assignments = map[string]state.Assignment{"n1": a}
@@ -753,7 +753,7 @@ func TestTroubleIsToldOnce(t *testing.T) {
 	r.now = func() time.Time { return testStart.Add(time.Duration(now.Load())) }
 	one, two := r.put(t, "one"), r.put(t, "two")
 	a := r.assign(t, "n1", one)
-	a.Spec.Release.Base = agentapi.Blob(two)
+	a.Spec.Release.Base.Blob = agentapi.Blob(two)
 	if err := state.Assignments.Put(t.Context(), r.store, "n1", a); err != nil {
 		t.Fatal(err)
 	}

@@ -31,7 +31,7 @@ func (w *lunWorld) runs(base, delta string) *lunWorld {
 	w.f.assigned = &state.Assignment{
 		ISCSI: &state.ISCSI{Size: 1 << 30},
 		Spec: agentapi.Assignment{Release: &agentapi.Release{
-			Base: agentapi.Blob{Digest: digest.Of([]byte(base))}, Delta: agentapi.Blob{Digest: digest.Of([]byte(delta))},
+			Base: agentapi.Image{Blob: agentapi.Blob{Digest: digest.Of([]byte(base))}}, Delta: agentapi.Image{Blob: agentapi.Blob{Digest: digest.Of([]byte(delta))}},
 		}},
 	}
 	return w

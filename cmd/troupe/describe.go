@@ -375,7 +375,7 @@ func newDescribeReleaseCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "release ID",
 		Short:   "Say all about one release, by the first six or more hex digits of its id",
-		Example: "  troupe describe release 08e93db22447",
+		Example: "  troupe describe release 79a242ee3021",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return describe(cmd, &o, args[0], (*api.Client).Releases, isRelease, writeRelease)
@@ -408,7 +408,7 @@ func writeRelease(w io.Writer, r api.Release, now time.Time) error {
 	for _, part := range []struct {
 		name string
 		blob images.Blob
-	}{{"Base", c.Base}, {"Delta", c.Delta}, {"Kernel", c.Kernel}, {"Modules", c.Modules}, {"Disk", c.Disk}} {
+	}{{"Base", c.Base.Blob}, {"Delta", c.Delta.Blob}, {"Kernel", c.Kernel}, {"Modules", c.Modules}, {"Disk", c.Disk}} {
 		if part.blob.Digest != "" {
 			f.set(part.name, fmt.Sprintf("%s, %s", part.blob.Digest, api.Bytes(part.blob.Size)))
 		}

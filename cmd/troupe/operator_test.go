@@ -93,7 +93,7 @@ func addNamesake(f *apitest.Fleet) {
 	f.Schema.Images["db"] = img
 	id := images.BaseRecipeOf(img).ID()
 	base := f.Bases[string(images.BaseRecipeOf(f.Schema.Images["debian"]).ID())]
-	base.Recipe, base.Image = id, images.Blob{Digest: digest.Of([]byte("db")), Size: 77 << 20}
+	base.Recipe, base.Image.Blob = id, images.Blob{Digest: digest.Of([]byte("db")), Size: 77 << 20}
 	f.Bases[string(id)] = base
 	f.Builds[string(id)] = state.Build{
 		Recipe: id, Kind: "base", Name: "db", Phase: state.BuildDone, Attempts: 1, Started: f.Now.Add(-time.Hour),

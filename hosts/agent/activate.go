@@ -64,7 +64,7 @@ func (b *boot) activateCached(ctx context.Context, a agentapi.Assignment) (*moun
 	if err := b.rightKernel(ctx, a.Release); err != nil {
 		return nil, err
 	}
-	blobs := []agentapi.Blob{a.Release.Base, a.Release.Delta}
+	blobs := []agentapi.Blob{a.Release.Base.Blob, a.Release.Delta.Blob}
 	n, err := b.cache.Fetch(ctx, cache.Fetch{
 		Source: b.client, Blobs: blobs, Deltas: []string{deltaID(a)}, Report: b.progress(a.Release.ID), Retry: b.retrying,
 	})

@@ -26,7 +26,7 @@ func cacheWith(t *testing.T, dir string, a agentapi.Assignment, contents ...stri
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i, b := range []agentapi.Blob{a.Release.Base, a.Release.Delta} {
+	for i, b := range []agentapi.Blob{a.Release.Base.Blob, a.Release.Delta.Blob} {
 		if err := os.WriteFile(c.Path(b.Digest), []byte(contents[i]), 0o600); err != nil {
 			t.Fatal(err)
 		}

@@ -100,7 +100,7 @@ func TestMachineIDIsStableAndUnique(t *testing.T) {
 func assigned(s *agentapitest.Server, role string, gen uint64) agentapi.Assignment {
 	return agentapi.Assignment{
 		State: agentapi.Assigned, Host: "n1", Generation: gen, Role: role,
-		Release: &agentapi.Release{ID: digest.Of([]byte(role)), Base: s.Add([]byte("base")), Delta: s.Add([]byte("delta of " + role))},
+		Release: &agentapi.Release{ID: digest.Of([]byte(role)), Base: s.AddImage([]byte("base")), Delta: s.AddImage([]byte("delta of " + role))},
 		Node:    agentapi.Node{Hostname: "n1", Digest: digest.Of([]byte("node"))},
 	}
 }
@@ -276,7 +276,7 @@ func TestServiceBecomesHealthyAndStagesTheNextRelease(t *testing.T) {
 	if err := stop(); !errors.Is(err, context.Canceled) {
 		t.Errorf("run: %v", err)
 	}
-	for _, b := range []agentapi.Blob{next.Release.Base, next.Release.Delta} {
+	for _, b := range []agentapi.Blob{next.Release.Base.Blob, next.Release.Delta.Blob} {
 		if _, err := os.Stat(filepath.Join(n.dir, "cache/images/sha256", b.Digest.Hex())); err != nil {
 			t.Error(err)
 		}
@@ -386,7 +386,7 @@ func TestServiceReportsWhyItCannotMoveOn(t *testing.T) {
 	reboots, _ := n.start()
 	n.wait("health", healthy)
 	b := assigned(&s, "idle", 2)
-	b.Release.Delta = agentapi.Blob{Digest: digest.Of([]byte("nobody has it")), Size: 3}
+	b.Release.Delta.Blob = agentapi.Blob{Digest: digest.Of([]byte("nobody has it")), Size: 3}
 	s.Assign(b)
 	n.wait("the error", func(r agentapi.Report) bool { return strings.Contains(r.Error, "no such blob") && healthy(r) })
 	c := assigned(&s, "web", 3) // back to what runs: by another generation

@@ -262,18 +262,18 @@ func (b *boot) openNodeDisk(ctx context.Context, spec *agentapi.ISCSI) error {
 
 // activateLUNs mounts the root from the LUNs: nothing is to be fetched.
 func (b *boot) activateLUNs(ctx context.Context, a agentapi.Assignment) (*mounted, error) {
-	base, err := b.findImage(ctx, a.ISCSI.Base, a.Release.Base)
+	base, err := b.findImage(ctx, a.ISCSI.Base, a.Release.Base.Blob)
 	if err != nil {
 		return nil, err
 	}
-	delta, err := b.findImage(ctx, a.ISCSI.Delta, a.Release.Delta)
+	delta, err := b.findImage(ctx, a.ISCSI.Delta, a.Release.Delta.Blob)
 	if err != nil {
 		return nil, err
 	}
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageFetch, Detail: fmt.Sprintf("from LUNs %d and %d", a.ISCSI.Base, a.ISCSI.Delta)})
 	m, err := b.mount(a, base, delta)
 	if errors.Is(err, rootfs.ErrImage) {
-		return nil, errors.Join(err, hashImage(base, a.Release.Base), hashImage(delta, a.Release.Delta))
+		return nil, errors.Join(err, hashImage(base, a.Release.Base.Blob), hashImage(delta, a.Release.Delta.Blob))
 	}
 	if err == nil {
 		b.rep.fail(nil)

@@ -112,7 +112,7 @@ func brokenImage(t *testing.T) (b *boot, blobs []agentapi.Blob, why error) {
 	if !errors.Is(why, rootfs.ErrImage) || !errors.Is(why, unix.EBADMSG) {
 		t.Fatalf("mounting the broken image: %v", why)
 	}
-	return b, []agentapi.Blob{a.Release.Base, a.Release.Delta}, why
+	return b, []agentapi.Blob{a.Release.Base.Blob, a.Release.Delta.Blob}, why
 }
 
 func TestABrokenImageIsNoDamagedCache(t *testing.T) {

@@ -52,7 +52,7 @@ func (n *node) fetched(c *cache.Cache, a agentapi.Assignment) {
 		n.t.Fatal(err)
 	}
 	defer client.CloseIdle()
-	if _, err := c.Fetch(n.t.Context(), cache.Fetch{Source: client, Blobs: []agentapi.Blob{a.Release.Base, a.Release.Delta}}); err != nil {
+	if _, err := c.Fetch(n.t.Context(), cache.Fetch{Source: client, Blobs: []agentapi.Blob{a.Release.Base.Blob, a.Release.Delta.Blob}}); err != nil {
 		n.t.Fatal(err)
 	}
 }

@@ -157,11 +157,21 @@ type Blob struct {
 	Size   int64         `json:"size"` // bytes
 }
 
+// An Image is a file system with its dm-verity tree behind it, in one file, which its Blob names (package
+// internal/verity draws it).
+type Image struct {
+	Blob
+	Data int64  `json:"data"` // bytes of the file system, a whole number of blocks
+	Root string `json:"root"` // root hash of the tree: 64 lower-case hex digits
+	// Chunks is the index of the image's content-defined chunks; the zero Blob where there is none.
+	Chunks Blob `json:"chunks,omitzero"`
+}
+
 // A Release is the bytes of a role.
 type Release struct {
 	ID     digest.Digest `json:"id"`
-	Base   Blob          `json:"base"`
-	Delta  Blob          `json:"delta"`
+	Base   Image         `json:"base"`
+	Delta  Image         `json:"delta"`
 	Kernel digest.Digest `json:"kernel"` // a machine that runs another one must boot again to run this release
 	// KernelBlob and Modules are the kernel and the initramfs archive with its modules, for a machine that boots from its own
 	// disk or by kexec; the zero Blob for a release that no agent runs.

@@ -25,7 +25,7 @@ type baseTree struct {
 	w     *imageWriter
 	s     *steps
 
-	image      images.Blob
+	image      images.Image
 	kernel     images.Blob
 	version    string // of the kernel
 	status     []byte // dpkg's database

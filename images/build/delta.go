@@ -75,7 +75,7 @@ func (d *deltaBuild) make(ctx context.Context, b *Builder, base images.Base, scr
 		return images.Delta{}, err
 	}
 	image, err := w.commit()
-	return images.Delta{Recipe: d.r.ID(), Base: base.Image, Image: image, Packages: lock}, err
+	return images.Delta{Recipe: d.r.ID(), Base: base.Image.Blob, Image: image, Packages: lock}, err
 }
 
 // fill makes the layer. The chroot is there only for those who need it: a delta of files and units costs no copy of

@@ -59,7 +59,7 @@ urwxr-xr-x 0:0 usr/local/bin/tool ""
 	if diff := cmp.Diff(want, listing(t, b, d.Image)); diff != "" {
 		t.Errorf("layer (-want +got):\n%s", diff)
 	}
-	wantDelta := images.Delta{Recipe: r.ID(), Base: base.Image, Image: d.Image}
+	wantDelta := images.Delta{Recipe: r.ID(), Base: base.Image.Blob, Image: d.Image}
 	if diff := cmp.Diff(wantDelta, d); diff != "" {
 		t.Errorf("delta (-want +got):\n%s", diff)
 	}

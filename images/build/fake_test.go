@@ -18,6 +18,7 @@ import (
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/internal/verity"
 )
 
 // newBuilder is a Builder with a store and a scratch directory of its own.
@@ -96,30 +97,38 @@ func fakeBase(t *testing.T, b *Builder) images.Base {
 }
 
 // listing is an image of the store as text, one line for each file but the root directory; after fsck.erofs found
-// nothing wrong with it.
-func listing(t *testing.T, b *Builder, image images.Blob) string {
+// nothing wrong with it, nor veritysetup with its tree.
+func listing(t *testing.T, b *Builder, image images.Image) string {
 	t.Helper()
 	if out, err := exec.Command("fsck.erofs", b.Store.Path(image.Digest)).CombinedOutput(); err != nil {
 		t.Errorf("fsck.erofs: %v\n%s", err, out)
+	}
+	file := b.Store.Path(image.Digest)
+	out, err := exec.Command("veritysetup", "verify", file, file, image.Root, fmt.Sprintf("--hash-offset=%d", image.Data)).CombinedOutput()
+	if err != nil {
+		t.Errorf("veritysetup: %v\n%s", err, out)
+	}
+	if want := image.Data + verity.Size(image.Data); image.Size != want {
+		t.Errorf("the image has %d bytes, with %d of data want %d", image.Size, image.Data, want)
 	}
 	root, closeRoot, err := b.openImage(t.Context(), image.Digest)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer closeRoot()
-	var out strings.Builder
+	var list strings.Builder
 	err = fs.WalkDir(root, ".", func(name string, d fs.DirEntry, err error) error {
 		if err != nil || name == "." {
 			return err
 		}
 		line, err := listEntry(root, name, d)
-		out.WriteString(line + "\n")
+		list.WriteString(line + "\n")
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return out.String()
+	return list.String()
 }
 
 func listEntry(root fs.FS, name string, d fs.DirEntry) (string, error) {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/store"
+	"github.com/troupe-dev/troupe/internal/verity"
 )
 
 // epoch is the SOURCE_DATE_EPOCH of every build, and the newest time that anything in an image has. It is fixed, not
@@ -141,12 +142,35 @@ func (w *imageWriter) reopen(name string) func() (io.ReadCloser, error) {
 	return func() (io.ReadCloser, error) { return w.fs.Open(path.Join("/", name)) }
 }
 
-// commit writes the image, and names it by its bytes.
-func (w *imageWriter) commit() (images.Blob, error) {
+// commit writes the image and its verity tree, and names it by its bytes.
+func (w *imageWriter) commit() (images.Image, error) {
 	if err := w.fs.Close(); err != nil {
-		return images.Blob{}, errors.Join(fmt.Errorf("writing the image: %w", err), w.blob.Abort())
+		return images.Image{}, errors.Join(fmt.Errorf("writing the image: %w", err), w.blob.Abort())
 	}
-	return w.blob.Commit()
+	img, err := seal(w.blob)
+	if err != nil {
+		return images.Image{}, errors.Join(err, w.blob.Abort())
+	}
+	img.Blob, err = w.blob.Commit()
+	return img, err
+}
+
+// seal puts a verity tree behind the file system that was written to w. What was written is read once more: EROFS is
+// not written from its start to its end.
+func seal(w *store.Writer) (images.Image, error) {
+	size, err := w.Seek(0, io.SeekEnd)
+	if err != nil {
+		return images.Image{}, fmt.Errorf("writing the image: %w", err)
+	}
+	data := verity.Padded(size)
+	if err := w.Truncate(data); err != nil {
+		return images.Image{}, fmt.Errorf("writing the image: %w", err)
+	}
+	root, err := verity.Write(io.NewSectionReader(w, 0, data), data, w)
+	if err != nil {
+		return images.Image{}, fmt.Errorf("writing the image: %w", err)
+	}
+	return images.Image{Data: data, Root: root.String()}, nil
 }
 
 // abort leaves nothing. After commit it does nothing.

@@ -97,7 +97,7 @@ func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
 	current := run != nil && run.Release == rel.ID && run.Node == out.Spec.Node.Digest
 	out.FetchBytes = 0
 	if !current && out.iscsi == nil {
-		out.FetchBytes = missing(node.Cached, rel.Base, rel.Delta)
+		out.FetchBytes = missing(node.Cached, rel.Base.Blob, rel.Delta.Blob)
 	}
 	switch {
 	case !seen:
@@ -163,6 +163,11 @@ func (p *planner) leave(name string, a state.Assignment) Host {
 	return out
 }
 
+// agentImage is an image in the words that agents know.
+func agentImage(i images.Image) agentapi.Image {
+	return agentapi.Image{Blob: agentapi.Blob(i.Blob), Data: i.Data, Root: i.Root, Chunks: agentapi.Blob(i.Chunks)}
+}
+
 // spec is what the agent of a host is told that changes. One for which nothing changes is told the same as before.
 func spec(out *Host, want wanted) *agentapi.Assignment {
 	rel := want.role.release
@@ -173,7 +178,7 @@ func spec(out *Host, want wanted) *agentapi.Assignment {
 	s := &agentapi.Assignment{
 		State: agentapi.Assigned, Host: out.Name, Generation: out.Generation, Role: out.ToRole,
 		Release: &agentapi.Release{
-			ID: want.role.id, Base: agentapi.Blob(rel.Base), Delta: agentapi.Blob(rel.Delta),
+			ID: want.role.id, Base: agentImage(rel.Base), Delta: agentImage(rel.Delta),
 			Kernel: kernel, KernelArgs: rel.KernelArgs,
 		},
 		Node: agentapi.Node{Hostname: want.Name, Domain: want.domain, Digest: want.node},

@@ -114,15 +114,18 @@ func (w *world) build() {
 	blob := func(what string, id images.RecipeID, size int64) images.Blob {
 		return images.Blob{Digest: digest.Of([]byte(what + id.String())), Size: size}
 	}
+	image := func(what string, id images.RecipeID, size int64) images.Image {
+		return images.Image{Blob: blob(what, id, size), Data: size - 1, Root: digest.Of([]byte(what)).Hex(), Chunks: blob(what+" chunks", id, 1)}
+	}
 	for _, b := range w.plan().Builds {
 		if b.Disk != nil {
 			w.obs.Disks[b.Recipe] = images.Disk{Recipe: b.Recipe, Image: images.Blob{Digest: digest.Of([]byte(b.Disk.SHA256)), Size: 4 << 30}}
 		} else if b.Base != nil {
 			w.obs.Bases[b.Recipe] = images.Base{
-				Recipe: b.Recipe, Image: blob("base", b.Recipe, 1000), Kernel: blob("kernel", b.Recipe, 10), Modules: blob("modules", b.Recipe, 20),
+				Recipe: b.Recipe, Image: image("base", b.Recipe, 1000), Kernel: blob("kernel", b.Recipe, 10), Modules: blob("modules", b.Recipe, 20),
 			}
 		} else {
-			w.obs.Deltas[b.Recipe] = images.Delta{Recipe: b.Recipe, Base: w.obs.Bases[b.Delta.Base].Image, Image: blob("delta", b.Recipe, 30)}
+			w.obs.Deltas[b.Recipe] = images.Delta{Recipe: b.Recipe, Base: w.obs.Bases[b.Delta.Base].Image.Blob, Image: image("delta", b.Recipe, 30)}
 		}
 		w.obs.Builds[b.Recipe] = state.Build{Recipe: b.Recipe, Phase: state.BuildDone, Parts: b.Parts}
 	}
@@ -253,7 +256,7 @@ func TestSpecIsWhole(t *testing.T) {
 	base := w.obs.Bases[images.BaseRecipeOf(w.fleet.Images["debian"]).ID()]
 	want := &agentapi.Assignment{
 		State: agentapi.Assigned, Host: "n1", Generation: 1, Role: "web",
-		Release: &agentapi.Release{ID: rel, Base: agentapi.Blob(base.Image), Kernel: base.Kernel.Digest, KernelBlob: agentapi.Blob(base.Kernel), Modules: agentapi.Blob(base.Modules)},
+		Release: &agentapi.Release{ID: rel, Base: agentImage(base.Image), Kernel: base.Kernel.Digest, KernelBlob: agentapi.Blob(base.Kernel), Modules: agentapi.Blob(base.Modules)},
 		Node:    agentapi.Node{Hostname: "n1", Files: map[string]agentapi.File{"/srv/name": {Content: "n1", Mode: 0o644}}},
 		Checks: []agentapi.Check{{
 			HTTP: &agentapi.HTTPCheck{Port: 80, Path: "/", Status: 200}, Every: 10 * time.Second, Timeout: 5 * time.Second,
@@ -327,7 +330,7 @@ var changes = map[string]struct {
 	"OS image built again": {
 		change: func(w *world) {
 			for id, b := range w.obs.Bases {
-				b.Image = images.Blob{Digest: digest.Of([]byte("other bytes")), Size: 999}
+				b.Image.Blob = images.Blob{Digest: digest.Of([]byte("other bytes")), Size: 999}
 				w.obs.Bases[id] = b
 			}
 		},

@@ -39,7 +39,7 @@ func (a Artifacts[K]) Release(fleet *schema.Fleet, role schema.Role) Wanted {
 		return w
 	}
 	delta, ok := a.Deltas[K(w.Delta)]
-	if !ok || delta.Base != base.Image { // a base that was built again has other bytes under the delta
+	if !ok || delta.Base != base.Image.Blob { // a base that was built again has other bytes under the delta
 		w.Missing = Missing{What: "role " + role.Name, Recipe: w.Delta, Build: a.Builds[K(w.Delta)]}
 		return w
 	}

@@ -100,7 +100,7 @@ func (r *role) rebuilt(old *state.Assignment) []string {
 		return []string{"image " + r.OS + " was built again"}
 	}
 	rel := old.Spec.Release
-	if rel != nil && rel.Base == agentapi.Blob(r.release.Base) && rel.Kernel == r.release.Kernel.Digest {
+	if rel != nil && rel.Base == agentImage(r.release.Base) && rel.Kernel == r.release.Kernel.Digest {
 		return []string{"role " + r.Name + " was built again"}
 	}
 	return []string{"OS image " + r.OS + " was built again"}

@@ -406,7 +406,7 @@ func TestFetchEvictsOnlyWhenThereIsNoRoom(t *testing.T) {
 // switchTo counts a switch to a release of these images.
 func switchTo(t *testing.T, c *Cache, key string, base, delta agentapi.Blob) {
 	t.Helper()
-	a := agentapi.Assignment{Host: "n1", Release: &agentapi.Release{ID: digest.Of([]byte(key)), Base: base, Delta: delta}}
+	a := agentapi.Assignment{Host: "n1", Release: &agentapi.Release{ID: digest.Of([]byte(key)), Base: agentapi.Image{Blob: base}, Delta: agentapi.Image{Blob: delta}}}
 	if err := errors.Join(c.remember(key, a), c.Begin(key)); err != nil {
 		t.Fatal(err)
 	}

@@ -67,7 +67,7 @@ func (r Record) Images() []agentapi.Blob {
 	if r.Assignment.Release == nil {
 		return nil
 	}
-	return []agentapi.Blob{r.Assignment.Release.Base, r.Assignment.Release.Delta}
+	return []agentapi.Blob{r.Assignment.Release.Base.Blob, r.Assignment.Release.Delta.Blob}
 }
 
 func (r Record) digests() []digest.Digest {

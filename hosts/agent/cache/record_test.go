@@ -18,7 +18,7 @@ import (
 func assign(name string) agentapi.Assignment {
 	return agentapi.Assignment{
 		State: agentapi.Assigned, Host: "n1", Role: "web", Version: "v-" + name,
-		Release: &agentapi.Release{ID: digest.Of([]byte(name)), Base: agentapi.Blob{Digest: digest.Of([]byte("base")), Size: 4}},
+		Release: &agentapi.Release{ID: digest.Of([]byte(name)), Base: agentapi.Image{Blob: agentapi.Blob{Digest: digest.Of([]byte("base")), Size: 4}}},
 		Node:    agentapi.Node{Hostname: "n1", Digest: digest.Of([]byte("node"))},
 	}
 }

@@ -84,16 +84,24 @@ func New(now time.Time) *Fleet {
 	return f
 }
 
+func agentImage(i images.Image) agentapi.Image {
+	return agentapi.Image{Blob: agentapi.Blob(i.Blob), Data: i.Data, Root: i.Root}
+}
+
 func (f *Fleet) ago(d time.Duration) time.Time { return f.Now.Add(-d) }
 
 func blob(of string, size int64) images.Blob {
 	return images.Blob{Digest: digest.Of([]byte(of)), Size: size}
 }
 
+func image(of string, size int64) images.Image {
+	return images.Image{Blob: blob(of, size), Data: size * 127 / 128, Root: digest.Of([]byte("tree of " + of)).Hex()}
+}
+
 func (f *Fleet) base(name string) {
 	id := images.BaseRecipeOf(f.Schema.Images[name]).ID()
 	b := images.Base{
-		Recipe: id, Arch: "amd64", Image: blob(name, 243<<20), Kernel: blob("vmlinuz", 8<<20), Modules: blob("modules", 5<<20),
+		Recipe: id, Arch: "amd64", Image: image(name, 243<<20), Kernel: blob("vmlinuz", 8<<20), Modules: blob("modules", 5<<20),
 		Version: "6.1.0-40-cloud-amd64", Packages: []string{"systemd=252.38-1~deb12u1", "udev=252.38-1~deb12u1"},
 	}
 	f.Bases[string(id)] = b
@@ -120,7 +128,7 @@ func (f *Fleet) Role(name string, done bool) {
 		f.Builds[string(id)] = build
 		return
 	}
-	delta := images.Delta{Recipe: id, Base: f.Bases[string(base)].Image, Image: blob("delta "+name, 120<<10)}
+	delta := images.Delta{Recipe: id, Base: f.Bases[string(base)].Image.Blob, Image: image("delta "+name, 120<<10)}
 	build.Phase, build.Result, build.Size = state.BuildDone, delta.Image.Digest, delta.Image.Size
 	f.Builds[string(id)], f.Deltas[string(id)] = build, delta
 	b := f.Bases[string(base)]
@@ -163,7 +171,7 @@ func (f *Fleet) Assign(name, role string, generation uint64, why string) {
 		Release: rel, Node: node,
 		Spec: agentapi.Assignment{
 			Version: fmt.Sprint(name, generation), State: agentapi.Assigned, Host: name, Generation: generation, Role: role,
-			Release: &agentapi.Release{ID: rel, Base: agentapi.Blob(r.Release.Base), Delta: agentapi.Blob(r.Release.Delta), Kernel: r.Kernel.Digest},
+			Release: &agentapi.Release{ID: rel, Base: agentImage(r.Release.Base), Delta: agentImage(r.Release.Delta), Kernel: r.Kernel.Digest},
 			Node:    agentapi.Node{Hostname: name, Digest: node},
 		},
 	}
