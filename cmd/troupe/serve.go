@@ -109,6 +109,9 @@ func (o serveOptions) check() error {
 	if o.jobs < 1 {
 		return fmt.Errorf("--jobs %d: want 1 or more", o.jobs)
 	}
+	if _, err := o.registry(); err != nil {
+		return err
+	}
 	_, err := dhcpMode(o.dhcp)
 	return err
 }
