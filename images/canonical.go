@@ -18,7 +18,7 @@ import (
 //	blob    = string(digest) number(size)
 //	image   = blob number(data) string(root) blob(chunks)
 //
-//	base recipe:   suite mirror list(components) arch list(packages) kernel rebuild
+//	base recipe:   suite mirror list(components) arch list(packages) kernel
 //	delta recipe:  base files list(packages) list(enable) list(run)
 //	disk recipe:   url sha256 format
 //	release:       base delta kernel modules list(kernelArgs)
@@ -28,7 +28,7 @@ import (
 // end of a format goes up when the fields change, and when package build starts to make something else of the same
 // recipe: what was built before must not pass for it.
 const (
-	formatBase        = "troupe base recipe 4"
+	formatBase        = "troupe base recipe 3"
 	formatDelta       = "troupe delta recipe 2"
 	formatDisk        = "troupe disk recipe 1"
 	formatRelease     = "troupe release 2"
@@ -37,7 +37,7 @@ const (
 
 func (r BaseRecipe) canonical() []byte {
 	e := encoder{}.str(formatBase).str(r.Suite).str(r.Mirror).list(sorted(r.Components))
-	return e.str(r.Arch).list(sorted(r.Packages)).str(r.Kernel).str(r.Rebuild).b
+	return e.str(r.Arch).list(sorted(r.Packages)).str(r.Kernel).b
 }
 
 func (r DeltaRecipe) canonical() []byte {

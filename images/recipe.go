@@ -22,7 +22,6 @@ func BaseRecipeOf(img schema.Image) BaseRecipe {
 		Arch:       d.Arch,
 		Packages:   sorted(d.Packages),
 		Kernel:     d.Kernel,
-		Rebuild:    img.Rebuild,
 	}
 }
 

@@ -27,9 +27,9 @@ import (
 	"golang.org/x/sync/errgroup"
 	"oras.land/oras-go/v2"
 
+	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/backoff"
-	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/netboot/dhcp"
 	"github.com/troupe-dev/troupe/netboot/iscsi"
@@ -52,10 +52,12 @@ type Config struct {
 	Registry oras.Target
 	Place    string
 	Logs     string        // the directory of the builds' logs
-	Agent    digest.Digest // of the initramfs segment that holds the agent
-	Arch     string        // the agent's, and so that of every image: "amd64", "arm64"
-	Jobs     int           // builds at a time; 0 means 2
-	LUNs     string        // the directory of what hosts write to LUNs
+	Agent    agentapi.Blob // the initramfs segment that holds the agent
+	// Loaders are what machines start from their own disks; nil: none are at hand.
+	Loaders *agentapi.Loaders
+	Arch    string // the agent's, and so that of every image: "amd64", "arm64"
+	Jobs    int    // builds at a time; 0 means 2
+	LUNs    string // the directory of what hosts write to LUNs
 	// ISCSIPort is where ServeISCSI listens; 0: there is no target.
 	ISCSIPort uint16
 	Log       *slog.Logger // nil means none
@@ -125,7 +127,7 @@ func New(cfg Config) (*Reconciler, error) {
 
 // Director tells netboot what a machine boots. Like all that netboot asks for here, it answers from memory.
 func (r *Reconciler) Director() netboot.Director {
-	return &director{views: r.views, boots: r.boots, booting: r.luns.booting, agent: r.cfg.Agent}
+	return &director{views: r.views, boots: r.boots, booting: r.luns.booting, agent: r.cfg.Agent.Digest}
 }
 
 // Blobs gives netboot the store's bytes.

@@ -43,6 +43,7 @@ func (r *Reconciler) runViews(ctx context.Context) error {
 func (r *Reconciler) readView(ctx context.Context) (*view, error) {
 	v := newView(r.Fleet())
 	v.luns = r.luns.views()
+	v.local = localBoot{agent: r.cfg.Agent, loaders: r.cfg.Loaders}
 	s := r.cfg.Store
 	var err error
 	if v.assignments, err = state.Assignments.List(ctx, s); err != nil {

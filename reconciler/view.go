@@ -25,6 +25,7 @@ type view struct {
 	builds      map[images.RecipeID]state.Build
 	machines    map[string]state.Machine // by MAC
 	luns        lunViews
+	local       localBoot
 
 	addresses map[netip.Addr]string // host names
 	match     func() *plan.Matching // made once, of the machines that the view was given by the first question
@@ -92,7 +93,27 @@ func (v *view) assignment(id agentapi.Identity) agentapi.Assignment {
 	case a.ISCSI != nil:
 		return v.diskless(name, a)
 	}
-	return a.Spec
+	return v.local.in(a.Spec)
+}
+
+// localBoot is what machines that boot from their own disks get from this server, whatever they run.
+type localBoot struct {
+	agent   agentapi.Blob
+	loaders *agentapi.Loaders
+}
+
+// in is an assignment with that. It is part of what its version names: a node hears of a new agent, and takes it up as it runs.
+func (l localBoot) in(spec agentapi.Assignment) agentapi.Assignment {
+	if l.agent.Digest == "" {
+		return spec
+	}
+	spec.Agent, spec.Loaders = l.agent, l.loaders
+	text := string(l.agent.Digest)
+	if l.loaders != nil {
+		text += fmt.Sprint(*l.loaders)
+	}
+	spec.Version += "-" + digest.Of([]byte(text)).Short()
+	return spec
 }
 
 // waiting is what a host is told that has to wait, and why.

@@ -57,7 +57,15 @@ func qemuArgs(n Node, tap, accel string) []string {
 		args = append(args,
 			// The page cache outlives QEMU, and a lab need not outlive its host.
 			"-drive", "if=none,id=disk,format=raw,cache=unsafe,discard=unmap,file="+diskFile,
-			"-device", "virtio-blk-pci,drive=disk,serial="+n.Name[:min(len(n.Name), 20)]) // 20: the width of the field (virtio 1.2 section 5.2.6)
+			"-device", "virtio-blk-pci,drive=disk,serial="+n.Name[:min(len(n.Name), 20)]+diskIndex(n.Firmware)) // 20: the width of the field (virtio 1.2 section 5.2.6)
 	}
 	return args
+}
+
+// diskIndex puts the disk behind the network in the order of what firmware boots.
+func diskIndex(f Firmware) string {
+	if f == Direct {
+		return ""
+	}
+	return ",bootindex=1"
 }

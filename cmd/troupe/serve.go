@@ -17,11 +17,12 @@ import (
 	"golang.org/x/sync/errgroup"
 	"oras.land/oras-go/v2"
 
+	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/artifact"
 	"github.com/troupe-dev/troupe/images/build"
 	"github.com/troupe-dev/troupe/images/initramfs"
 	"github.com/troupe-dev/troupe/images/store"
-	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/netboot/dhcp"
 	"github.com/troupe-dev/troupe/reconciler"
@@ -108,9 +109,6 @@ it does not start until the port is free, or --iscsi-listen names another one.`,
 func (o serveOptions) check() error {
 	if o.jobs < 1 {
 		return fmt.Errorf("--jobs %d: want 1 or more", o.jobs)
-	}
-	if _, err := o.registry(); err != nil {
-		return err
 	}
 	_, err := dhcpMode(o.dhcp)
 	return err
@@ -225,6 +223,10 @@ func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	loaders, err := putLoaders(ctx, blobs, arch, log)
+	if err != nil {
+		return err
+	}
 	builder := &build.Builder{Store: blobs, Dir: filepath.Join(o.data, "build"), Log: log}
 	if err := builder.Clean(); err != nil {
 		return err
@@ -243,7 +245,7 @@ func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
 	rec, err := reconciler.New(reconciler.Config{
 		Repo: repo, Branch: o.branch, Path: o.path, Loader: &load.Loader{}, Store: records, Blobs: blobs, Builder: builder,
 		Registry: registry, Place: o.store,
-		Logs: filepath.Join(o.data, "logs"), Agent: agent, Arch: arch, Jobs: o.jobs, LUNs: o.disksDir(), ISCSIPort: portOf(disks), Log: log,
+		Logs: filepath.Join(o.data, "logs"), Agent: agentapi.Blob(agent), Loaders: loaders, Arch: arch, Jobs: o.jobs, LUNs: o.disksDir(), ISCSIPort: portOf(disks), Log: log,
 	})
 	if err != nil {
 		return err
@@ -354,40 +356,39 @@ func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
 }
 
 // putAgent makes the initramfs segment with the agent, and keeps it in the store. arch is the agent's.
-func putAgent(ctx context.Context, blobs *store.Store, name string) (segment digest.Digest, arch string, err error) {
+func putAgent(ctx context.Context, blobs *store.Store, name string) (segment images.Blob, arch string, err error) {
 	if name == "" {
 		self, err := os.Executable()
 		if err != nil {
-			return "", "", fmt.Errorf("finding troupe-agent: %w", err)
+			return images.Blob{}, "", fmt.Errorf("finding troupe-agent: %w", err)
 		}
 		name = filepath.Join(filepath.Dir(self), "troupe-agent")
 	}
 	f, err := os.Open(name)
 	if err != nil {
-		return "", "", fmt.Errorf("opening the agent that machines boot (see --agent): %w", err)
+		return images.Blob{}, "", fmt.Errorf("opening the agent that machines boot (see --agent): %w", err)
 	}
 	defer f.Close()
 	if arch, err = initramfs.Arch(f); err != nil {
-		return "", "", err
+		return images.Blob{}, "", err
 	}
 	segment, err = putSegment(ctx, blobs, f)
 	if err != nil {
-		return "", "", fmt.Errorf("writing the agent's initramfs: %w", err)
+		return images.Blob{}, "", fmt.Errorf("writing the agent's initramfs: %w", err)
 	}
 	return segment, arch, nil
 }
 
-func putSegment(ctx context.Context, blobs *store.Store, agent io.Reader) (digest.Digest, error) {
+func putSegment(ctx context.Context, blobs *store.Store, agent io.Reader) (images.Blob, error) {
 	w, err := blobs.Create(ctx)
 	if err != nil {
-		return "", err
+		return images.Blob{}, err
 	}
 	defer func() { _ = w.Abort() }()
 	if err := initramfs.Agent(w, agent); err != nil {
-		return "", err
+		return images.Blob{}, err
 	}
-	b, err := w.Commit()
-	return b.Digest, err
+	return w.Commit()
 }
 
 func closeLogged(log *slog.Logger, what string, closer func() error) {

@@ -61,6 +61,7 @@ func (b *boot) tryActivate(ctx context.Context, a agentapi.Assignment) (*mounted
 
 // activateCached fetches what is missing of a, and mounts it.
 func (b *boot) activateCached(ctx context.Context, a agentapi.Assignment) (*mounted, error) {
+	b.tryJump(a)
 	if err := b.rightKernel(ctx, a.Release); err != nil {
 		return nil, err
 	}
@@ -200,15 +201,21 @@ func cached(c *cache.Cache) []digest.Digest {
 	return list
 }
 
+// wrongKernel says why the kernel that runs, or what it was started with, does not fit a release; "" where it does.
+func (b *boot) wrongKernel(r *agentapi.Release) string {
+	if r.Kernel != "" && b.cmd.Kernel != "" && r.Kernel != b.cmd.Kernel {
+		return fmt.Sprintf("the release has kernel %s, %s was booted", r.Kernel.Short(), b.cmd.Kernel.Short())
+	}
+	if missing := b.cmd.lacks(r.KernelArgs); len(missing) > 0 {
+		return "the kernel was started without " + strings.Join(missing, " ")
+	}
+	return ""
+}
+
 // rightKernel reboots where another kernel, or other arguments, belong to the release: the server hands them out. A
 // server that does not must not make the machine boot for ever: each reboot in a row waits longer.
 func (b *boot) rightKernel(ctx context.Context, r *agentapi.Release) error {
-	why := ""
-	if r.Kernel != "" && b.cmd.Kernel != "" && r.Kernel != b.cmd.Kernel {
-		why = fmt.Sprintf("the release has kernel %s, %s was booted", r.Kernel.Short(), b.cmd.Kernel.Short())
-	} else if missing := b.cmd.lacks(r.KernelArgs); len(missing) > 0 {
-		why = "the kernel was started without " + strings.Join(missing, " ")
-	}
+	why := b.wrongKernel(r)
 	if why == "" {
 		return b.cache.SetState(func(s *cache.State) { s.Kernel, s.KernelTries = "", 0 })
 	}

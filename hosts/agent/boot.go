@@ -81,6 +81,7 @@ func Init(ctx context.Context) error {
 	for _, tty := range consoles() {
 		wg.Go(func() { rescue.Offer(shells, tty, log) })
 	}
+	b.jump = b.kexecInto
 	b.endShells = func() {
 		stopShells()
 		wg.Wait()
@@ -99,6 +100,9 @@ func (b *boot) run(ctx context.Context) error {
 	}
 	if b.cmd, err = ParseCmdline(string(text)); err != nil {
 		b.log.Warn("some of the command line is not understood", "error", err)
+	}
+	if b.cmd.Boot == "" || b.cmd.Boot == ownBoot { // no server named it
+		b.cmd.Boot = newBootID()
 	}
 	if b.client, err = agentapi.NewClient(b.cmd.Server, nil); err != nil {
 		return fmt.Errorf("troupe.server of the kernel's command line: %w", err)

@@ -11,6 +11,9 @@ import (
 	"github.com/troupe-dev/troupe/internal/digest"
 )
 
+// ownBoot is what troupe.boot= says where a machine was started from its own disk: that cannot name each boot.
+const ownBoot = "local"
+
 // A Cmdline is what the server told the agent through the kernel's command line.
 type Cmdline struct {
 	Server string        // troupe.server=http://HOST:PORT
@@ -101,4 +104,39 @@ func (c Cmdline) lacks(want []string) []string {
 		}
 	}
 	return missing
+}
+
+// rawArgs splits a command line as splitArgs does, and leaves quotes where they are.
+func rawArgs(s string) []string {
+	quoted := false
+	return strings.FieldsFunc(s, func(r rune) bool {
+		if r == '"' {
+			quoted = !quoted
+		}
+		return !quoted && (r == ' ' || r == '\t' || r == '\n')
+	})
+}
+
+// nextArgs are the arguments with which a machine starts the kernel of a release by itself: what the server gives every
+// machine, as this boot has it, then the role's. In the server's order the former stand before troupe.kernel= and the
+// latter behind it. What speaks of this boot alone, or of a boot loader, is left out. A boot whose line has no such mark was
+// started by hand: all of it counts as the machine's.
+func nextArgs(now string, kernel digest.Digest, role []string, own ...string) []string {
+	var out []string
+	for _, a := range rawArgs(now) {
+		key, _, _ := strings.Cut(a, "=")
+		if key == "troupe.kernel" {
+			break
+		}
+		switch key {
+		case "initrd", "BOOT_IMAGE", "troupe.boot", "troupe.dead":
+		default:
+			out = append(out, a)
+		}
+	}
+	out = append(append(out, own...), "troupe.kernel="+kernel.String())
+	for _, r := range role {
+		out = append(out, rawArgs(r)...)
+	}
+	return out
 }

@@ -42,6 +42,10 @@ type service struct {
 	goesDown func() bool                                       // isShutdown; another one in tests
 	settle   time.Duration                                     // settleAfter; another one in tests
 	reboot   func(ctx context.Context, log *slog.Logger) error // replaced in tests
+	bootable chan struct{}                                     // has room for one: see keepBootable
+	jumps    bool                                              // the kernel of what was prepared is loaded
+	load     func(a agentapi.Assignment) error                 // loadKernel from the cache; replaced in tests
+	jump     func(ctx context.Context, log *slog.Logger) error // starts it; replaced in tests
 	trim     func(dir string) error                            // disk.Trim; nothing in tests, whose directories are on a disk of others
 }
 
@@ -64,13 +68,14 @@ func newService(statePath string, log *slog.Logger) (*service, error) {
 	if err := check(st.Assignment); err != nil {
 		return nil, fmt.Errorf("what the boot left: %w", err)
 	}
-	s := &service{log: log, state: k, reboot: rebootSystem, settle: settleAfter, trim: disk.Trim, expired: make(chan struct{}, 1), goesDown: isShutdown}
+	s := &service{log: log, state: k, reboot: rebootSystem, jump: jumpSystem, settle: settleAfter, trim: disk.Trim, expired: make(chan struct{}, 1), bootable: make(chan struct{}, 1), goesDown: isShutdown}
 	if s.client, err = agentapi.NewClient(st.Server, nil); err != nil {
 		return nil, err
 	}
 	if s.cache, err = cache.Open(st.CacheDir, log); err != nil {
 		return nil, err
 	}
+	s.load = func(a agentapi.Assignment) error { return loadKernel(s.cache, a) }
 	s.rep = newReporter(s.client, log, agentapi.Report{
 		Identity: st.Identity, BootID: st.BootID, Agent: version.String(),
 		Running: running(st.Assignment), Cached: cached(s.cache), Marks: st.Marks,
@@ -142,6 +147,7 @@ func (s *service) run(ctx context.Context) error {
 	wg.Go(func() { s.fol.run(ctx) })
 	wg.Go(func() { s.watchDeadline(ctx) })
 	wg.Go(s.trimDeltas)
+	wg.Go(func() { s.keepBootable(ctx) })
 	if s.rep.session != nil {
 		wg.Go(func() { s.watchKeeper(ctx) })
 	}
@@ -218,7 +224,7 @@ func (s *service) pursue(ctx context.Context) error {
 			err := s.fol.whileCurrent(ctx, a, func(current context.Context) error { return s.prepare(current, a, d) })
 			if err == nil {
 				s.log.Warn("rebooting", "generation", a.Generation, "role", a.Role)
-				err = s.reboot(ctx, s.log)
+				err = s.leaveSystem(ctx)
 			}
 			if ctx.Err() != nil {
 				return ctx.Err()
@@ -329,6 +335,7 @@ func (s *service) adopt(a agentapi.Assignment) {
 	})
 	s.rep.fail(nil)
 	s.proof.wake()
+	s.wakeBootable()
 }
 
 // startChecks checks the health of what runs, until the function that it returns is called.
@@ -355,6 +362,7 @@ func (s *service) healthIs(h agentapi.Health) {
 	})
 	if h.Healthy {
 		s.rep.mark(agentapi.Mark{Stage: agentapi.StageHealthy})
+		s.wakeBootable()
 	}
 }
 
@@ -387,6 +395,9 @@ func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision
 		return err
 	}
 	s.rep.fail(nil)
+	if d == moveOn {
+		why += s.loadNext(a)
+	}
 	s.rep.mark(agentapi.Mark{Stage: agentapi.StageReboot, Detail: why})
 	flush(ctx, s.rep, 5*time.Second)
 	if ctx.Err() != nil { // the last moment to hear of a newer one
@@ -507,6 +518,12 @@ func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
 	})
 	if err != nil {
 		return err
+	}
+	if _, err := s.fetchBoot(ctx, a); err != nil {
+		if ctx.Err() != nil {
+			return err
+		}
+		s.log.Warn("what starts the release without the server is not in the cache", "error", err)
 	}
 	if err := s.cache.Remember(a); err != nil {
 		return err

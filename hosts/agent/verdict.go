@@ -255,4 +255,3 @@ func holdAgain(d time.Duration) <-chan time.Time {
 
 // backoffHold is how often at least a node looks whether what it left may be tried again.
 const backoffHold = 10 * time.Minute
-

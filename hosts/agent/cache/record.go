@@ -70,10 +70,18 @@ func (r Record) Images() []agentapi.Blob {
 	return []agentapi.Blob{r.Assignment.Release.Base.Blob, r.Assignment.Release.Delta.Blob}
 }
 
+// digests are all that the release is booted from: its images, and what starts its kernel where no server does.
 func (r Record) digests() []digest.Digest {
 	var out []digest.Digest
 	for _, b := range r.Images() {
 		out = append(out, b.Digest)
+	}
+	a := r.Assignment
+	if a.Release != nil && a.Release.KernelBlob.Digest != "" {
+		out = append(out, a.Release.KernelBlob.Digest, a.Release.Modules.Digest, a.Agent.Digest)
+	}
+	if l := a.Loaders; l != nil {
+		out = append(out, l.EFI.Digest, l.MBR.Digest, l.Core.Digest)
 	}
 	return out
 }

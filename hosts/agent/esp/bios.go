@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
-	"os"
 )
 
 // A BIOS reads the first sector of a disk, and starts it. GRUB's (boot.img, grub-core/boot/i386/pc/boot.S in 2.06) reads one
@@ -138,7 +137,7 @@ func (b BIOS) put(copyOf int, now, boot, core []byte) error {
 
 // on opens the disk. Its other partitions may be mounted: the kernel allows writes beside them.
 func (b BIOS) on(f func(device) error) error {
-	d, err := os.OpenFile(b.Disk, os.O_RDWR, 0)
+	d, err := openDevice(b.Disk)
 	if err != nil {
 		return err
 	}

@@ -12,10 +12,13 @@ package esp
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/internal/digest"
 )
@@ -40,9 +43,10 @@ type Boot struct {
 
 // An ESP is an EFI system partition that is open.
 type ESP struct {
-	path string
-	g    geometry
-	open func(path string) (opened, error) // replaced in tests
+	path  string
+	first int64 // where it begins, in bytes
+	g     geometry
+	open  func(path string) (opened, error) // replaced in tests
 }
 
 // opened is a device that must be closed.
@@ -51,15 +55,27 @@ type opened interface {
 	io.Closer
 }
 
-func openDevice(path string) (opened, error) { return os.OpenFile(path, os.O_RDWR, 0) }
+// openDevice has the kernel forget what it has of a device (BLKFLSBUF); a file of a test has no such thing.
+func openDevice(path string) (opened, error) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.IoctlSetInt(int(f.Fd()), unix.BLKFLSBUF, 0); err != nil && !errors.Is(err, unix.ENOTTY) {
+		f.Close()
+		return nil, fmt.Errorf("reading a device anew: %w", err)
+	}
+	return f, nil
+}
 
-// Open takes a partition of size bytes with sectors of so many bytes. Nothing is read or written yet.
-func Open(path string, size, sector int64) (*ESP, error) {
+// Open takes the partition of a disk that begins at first and has size bytes, with sectors of so many bytes. Nothing is read
+// or written yet.
+func Open(path string, first, size, sector int64) (*ESP, error) {
 	g, err := newGeometry(size, sector)
 	if err != nil {
 		return nil, err
 	}
-	return &ESP{path: path, g: g, open: openDevice}, nil
+	return &ESP{path: path, first: first, g: g, open: openDevice}, nil
 }
 
 // A Report says what Ensure did.
@@ -84,16 +100,24 @@ func (e *ESP) Ensure(loader []byte, b Boot) (Report, error) {
 	return rep, err
 }
 
-// on opens the partition: what is read then comes from the disk, since the kernel forgets what it has of a device that
-// nobody has open.
+// on opens the disk. What is read then comes from the disk, and not from what the kernel still has of it.
 func (e *ESP) on(f func(device) error) error {
 	dev, err := e.open(e.path)
 	if err != nil {
 		return fmt.Errorf("opening the EFI system partition: %w", err)
 	}
 	defer dev.Close()
-	return f(dev)
+	return f(shifted{dev, e.first})
 }
+
+// A shifted device begins later on another one.
+type shifted struct {
+	device
+	by int64
+}
+
+func (s shifted) ReadAt(b []byte, at int64) (int, error)  { return s.device.ReadAt(b, s.by+at) }
+func (s shifted) WriteAt(b []byte, at int64) (int, error) { return s.device.WriteAt(b, s.by+at) }
 
 func (e *ESP) ensureFormat(d device, rep *Report) error {
 	ok, err := e.g.hasFormat(d)

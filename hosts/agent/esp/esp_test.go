@@ -27,7 +27,7 @@ func blank(t *testing.T, size int64) (string, *ESP) {
 	if err := os.Truncate(path, size); err != nil {
 		t.Fatal(err)
 	}
-	e, err := Open(path, size, 512)
+	e, err := Open(path, 0, size, 512)
 	if err != nil {
 		t.Fatal(err)
 	}
