@@ -3,7 +3,7 @@
 //
 //	GET /boot/ipxe?mac=MAC&arch=N&uuid=UUID&serial=SERIAL  the script of one machine; without mac, one that asks again with it
 //	GET /boot/files/NAME                                   a boot loader
-//	GET /blobs/sha256/HEX                                  bytes, with Range; mac, boot and last tell which boot they are of
+//	GET /blobs/sha256/HEX                                  bytes, with Range, also several of them; mac, boot and last tell which boot they are of
 package httpboot
 
 import (
@@ -67,6 +67,10 @@ type Transfer struct {
 
 const (
 	maxQuery = 2048 // bytes
+
+	// maxRanges is how many ranges one request for bytes may ask for: each costs a seek and a header of its own (RFC 9110
+	// section 17.15). An agent asks for half as many.
+	maxRanges = 512
 
 	// slowMachine is how long a machine may take next to nothing of what is sent to it before it is dropped. An agent that
 	// writes an image at idle priority beside a busy disk stops for long, and goes on. And the kernel tells of room only when a
@@ -242,6 +246,10 @@ func (h *Handler) blob(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer f.Close()
+	if n := strings.Count(r.Header.Get("Range"), ",") + 1; n > maxRanges {
+		problem(w, http.StatusRequestedRangeNotSatisfiable, "the request asks for "+strconv.Itoa(n)+" ranges, more than "+strconv.Itoa(maxRanges))
+		return
+	}
 	w.Header().Set("Content-Type", "application/octet-stream")
 	w.Header().Set("ETag", `"`+d.String()+`"`)
 	w.Header().Set("Cache-Control", "public, max-age=31536000, immutable")

@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"mime"
+	"mime/multipart"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -227,6 +229,31 @@ func TestPartsOfABlob(t *testing.T) {
 	}
 	if len(s.sent) != 0 {
 		t.Errorf("told %+v", <-s.sent)
+	}
+}
+
+// TestRangesOfABlob asks for several parts at once, and for more than anybody needs.
+func TestRangesOfABlob(t *testing.T) {
+	s := newSite(t, nil)
+	path := "/blobs/sha256/" + digest.Of(kernel).Hex()
+	resp, body := s.get(t, path, "Range", "bytes=5-9,100-199")
+	kind, params, err := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	if err != nil || kind != "multipart/byteranges" || resp.StatusCode != http.StatusPartialContent {
+		t.Fatalf("%s, %q, %v", resp.Status, resp.Header.Get("Content-Type"), err)
+	}
+	parts := multipart.NewReader(strings.NewReader(body), params["boundary"])
+	for _, want := range [][]byte{kernel[5:10], kernel[100:200]} {
+		p, err := parts.NextPart()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := io.ReadAll(p); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("part %q: %d bytes, %v", p.Header.Get("Content-Range"), len(got), err)
+		}
+	}
+	many := "bytes=0-0" + strings.Repeat(",2-2", maxRanges)
+	if resp, body := s.get(t, path, "Range", many); resp.StatusCode != http.StatusRequestedRangeNotSatisfiable {
+		t.Errorf("%d ranges: %s, %d bytes", maxRanges+1, resp.Status, len(body))
 	}
 }
 
