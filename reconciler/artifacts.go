@@ -17,6 +17,7 @@ import (
 
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/artifact"
+	"github.com/troupe-dev/troupe/images/chunks"
 	"github.com/troupe-dev/troupe/images/sbom"
 	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/backoff"
@@ -47,6 +48,8 @@ type artifacts struct {
 
 	done map[images.RecipeID]digest.Digest // what was recorded, by the digest of its own record; owned by run
 	told map[images.RecipeID]bool          // of which people were told that it cannot be; owned by run
+
+	chunks chunks.Keeper
 }
 
 func newArtifacts(s *state.Store, blobs *store.Store, remote oras.Target, place string, events *recorder, log *slog.Logger) *artifacts {

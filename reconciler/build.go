@@ -370,6 +370,9 @@ func (b *builds) build(ctx context.Context, want plan.Build, obs plan.Observed, 
 		}
 		fits := func(v images.Base) bool { return v.Recipe == want.Recipe && v.Arch == want.Base.Arch }
 		base, err := taken(ctx, b, want, fits, p, func() (images.Base, error) { return b.builder.Base(ctx, *want.Base, p) })
+		if err == nil {
+			b.artifacts.keepChunks(ctx, base.Image)
+		}
 		return func(ctx context.Context) (images.Blob, error) {
 			return base.Image.Blob, state.Bases.Put(ctx, b.store, id, base)
 		}, err
@@ -384,6 +387,9 @@ func (b *builds) build(ctx context.Context, want plan.Build, obs plan.Observed, 
 	base := obs.Bases[want.Delta.Base]
 	fits := func(v images.Delta) bool { return v.Recipe == want.Recipe && v.Base == base.Image.Blob }
 	delta, err := taken(ctx, b, want, fits, p, func() (images.Delta, error) { return b.builder.Delta(ctx, *want.Delta, base, p) })
+	if err == nil {
+		b.artifacts.keepChunks(ctx, delta.Image)
+	}
 	return func(ctx context.Context) (images.Blob, error) {
 		return delta.Image.Blob, state.Deltas.Put(ctx, b.store, id, delta)
 	}, err

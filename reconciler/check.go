@@ -33,6 +33,7 @@ type artifactRecord struct {
 	kind   plan.Kind
 	recipe images.RecipeID
 	blobs  []images.Blob
+	image  images.Image // that nodes fetch; zero of a disk
 }
 
 // check looks, at the start, every hour, and when somebody found a blob rotten, until ctx ends, for artifacts that the store
@@ -48,6 +49,7 @@ func (b *builds) check(ctx context.Context, lost chan<- artifactRecord) {
 		}
 		for _, a := range all {
 			if b.whole(ctx, a) || b.mended(ctx, a) {
+				b.artifacts.keepChunks(ctx, a.image)
 				continue
 			}
 			select {
@@ -110,13 +112,13 @@ func (b *builds) onRecord(ctx context.Context) ([]artifactRecord, error) {
 	}
 	all := make([]artifactRecord, 0, len(bases)+len(deltas)+len(disks))
 	for _, base := range bases {
-		all = append(all, artifactRecord{plan.KindBase, base.Recipe, []images.Blob{base.Image.Blob, base.Kernel, base.Modules}})
+		all = append(all, artifactRecord{plan.KindBase, base.Recipe, []images.Blob{base.Image.Blob, base.Kernel, base.Modules}, base.Image})
 	}
 	for _, delta := range deltas {
-		all = append(all, artifactRecord{plan.KindDelta, delta.Recipe, []images.Blob{delta.Image.Blob}})
+		all = append(all, artifactRecord{plan.KindDelta, delta.Recipe, []images.Blob{delta.Image.Blob}, delta.Image})
 	}
 	for _, disk := range disks {
-		all = append(all, artifactRecord{plan.KindDisk, disk.Recipe, []images.Blob{disk.Image}})
+		all = append(all, artifactRecord{plan.KindDisk, disk.Recipe, []images.Blob{disk.Image}, images.Image{}})
 	}
 	return all, nil
 }

@@ -102,7 +102,7 @@ func (b *Builder) bootstrap(ctx context.Context, r images.BaseRecipe, scratch st
 	if terr != nil {
 		return nil, terr
 	}
-	t.image, err = w.commit()
+	t.image, err = w.commit(ctx)
 	return t, err
 }
 

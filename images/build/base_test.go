@@ -657,7 +657,7 @@ func TestBaseTreeLeavesIdleUnitsOut(t *testing.T) {
 	if err := tree.read(t.Context(), &stream); err != nil {
 		t.Fatal(err)
 	}
-	image, err := w.commit()
+	image, err := w.commit(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -74,7 +74,7 @@ func (d *deltaBuild) make(ctx context.Context, b *Builder, base images.Base, scr
 	if err := ctx.Err(); err != nil {
 		return images.Delta{}, err
 	}
-	image, err := w.commit()
+	image, err := w.commit(ctx)
 	return images.Delta{Recipe: d.r.ID(), Base: base.Image.Blob, Image: image, Packages: lock}, err
 }
 

@@ -89,7 +89,7 @@ func fakeBase(t *testing.T, b *Builder) images.Base {
 	if err := addAll(fakeTree(), w); err != nil {
 		t.Fatal(err)
 	}
-	blob, err := w.commit()
+	blob, err := w.commit(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

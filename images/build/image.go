@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/images"
+	"github.com/troupe-dev/troupe/images/chunks"
 	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/verity"
 )
@@ -51,6 +52,8 @@ type imageWriter struct {
 	out  *stoppable // to blob
 	fs   *erofs.Writer
 	seen map[string]bool
+
+	store *store.Store // takes what is made for transfers of it
 }
 
 // A stoppable passes writes on until it is stopped.
@@ -73,7 +76,7 @@ func (b *Builder) newImage(ctx context.Context, scratch string) (*imageWriter, e
 	}
 	out := &stoppable{WriteSeeker: blob}
 	w := erofs.Create(out, erofs.WithTempDir(scratch), erofs.WithBuildTime(uint64(epoch.Unix()), 0)) //nolint:gosec // it is after 1970
-	return &imageWriter{blob: blob, out: out, fs: w, seen: make(map[string]bool)}, nil
+	return &imageWriter{blob: blob, out: out, fs: w, seen: make(map[string]bool), store: b.Store}, nil
 }
 
 // add puts e at name, a clean path as of fs.FS. Nothing may come twice, and a directory comes before what is in it.
@@ -142,12 +145,15 @@ func (w *imageWriter) reopen(name string) func() (io.ReadCloser, error) {
 	return func() (io.ReadCloser, error) { return w.fs.Open(path.Join("/", name)) }
 }
 
-// commit writes the image and its verity tree, and names it by its bytes.
-func (w *imageWriter) commit() (images.Image, error) {
+// commit writes the image and its verity tree, and names it by its bytes. What nodes fetch of it is in the store before it is.
+func (w *imageWriter) commit(ctx context.Context) (images.Image, error) {
 	if err := w.fs.Close(); err != nil {
 		return images.Image{}, errors.Join(fmt.Errorf("writing the image: %w", err), w.blob.Abort())
 	}
 	img, err := seal(w.blob)
+	if err == nil {
+		img.Chunks, err = chunks.Make(ctx, w.store, w.blob, img.Data)
+	}
 	if err != nil {
 		return images.Image{}, errors.Join(err, w.blob.Abort())
 	}

@@ -1,11 +1,16 @@
 package chunk
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"math"
+
+	"github.com/troupe-dev/troupe/internal/digest"
 )
 
 // An ID names a chunk or a page by the first bytes of its SHA-256. It finds what is the same; that an image is right, the
@@ -291,3 +296,11 @@ func segments(chunks []Chunk, meta int64) []int {
 	}
 	return ends
 }
+
+// Digest names the file.
+func (b Blob) Digest() digest.Digest {
+	return digest.Digest(digest.Prefix + hex.EncodeToString(b.SHA256[:]))
+}
+
+// Reader reads the index as a file.
+func (x *Index) Reader() io.Reader { return bytes.NewReader(x.Bytes()) }
