@@ -102,11 +102,7 @@ func (b *boot) openCache(ctx context.Context, spec agentapi.Disks) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	machine := disk.Machine{Identity: b.id}
-	for _, n := range b.inv.NICs {
-		machine.MACs = append(machine.MACs, n.MAC)
-	}
-	maker := disk.Maker{Machine: machine, Settle: lateDisks, Rescan: b.coldplug, Log: b.log}
+	maker := b.maker()
 	found, err := maker.Ensure(ctx, spec)
 	if err != nil {
 		return err
@@ -300,7 +296,11 @@ func (b *boot) mount(a agentapi.Assignment, base, delta string) (*mounted, error
 
 func (b *boot) seed(a agentapi.Assignment, d *cache.Delta) error {
 	if !d.Fresh {
-		if err := refreshResolv(newRoot, b.lease.Load().ResolvConf()); err != nil {
+		l := b.lease.Load()
+		if l == nil { // a boot with no DHCP server, that never had one
+			return nil
+		}
+		if err := refreshResolv(newRoot, l.ResolvConf()); err != nil {
 			b.log.Warn("resolv.conf stays as it was", "error", err) // on a full disk, too, the role runs on
 		}
 		return nil

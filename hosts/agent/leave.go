@@ -49,6 +49,11 @@ func (b *boot) leave(ctx context.Context, m *mounted) error {
 	if err != nil {
 		return err
 	}
+	if a.ISCSI == nil {
+		if err := saveLease(b.cache, b.lease.Load()); err != nil {
+			b.log.Warn("a boot without a DHCP server would have no address", "error", err)
+		}
+	}
 	<-b.copied
 	if err := errors.Join(installService(), b.copyErr); err != nil {
 		return err

@@ -26,7 +26,8 @@ const resolvConf = "/etc/resolv.conf"
 // network that has DHCP, but no way to the server.
 const strangerPatience = 90 * time.Second
 
-// identify brings up the network, and finds out what machine this is meanwhile.
+// identify brings up the network, and finds out what machine this is meanwhile. Where there is no network, the machine is
+// known all the same.
 func (b *boot) identify(ctx context.Context) error {
 	b.finder = netup.Finder{MAC: b.cmd.MAC, Log: b.log, Drivers: b.drivers, Rescan: b.coldplug}
 	var wg sync.WaitGroup
@@ -46,9 +47,6 @@ func (b *boot) identify(ctx context.Context) error {
 	if len(disks) == 0 && diskErr == nil { // some show late; the network took its time meanwhile
 		disks, diskErr = disk.Scanner{}.Scan()
 	}
-	if netErr != nil {
-		return netErr
-	}
 	if diskErr != nil {
 		b.log.Warn("the disks cannot be listed", "error", diskErr)
 	}
@@ -56,6 +54,9 @@ func (b *boot) identify(ctx context.Context) error {
 	b.inv.Disks = disk.Inventory(disks)
 	b.id = agentapi.Identity{MAC: b.cmd.MAC, UUID: b.inv.SMBIOS.UUID, Serial: b.inv.SMBIOS.Serial}
 	b.speak()
+	if netErr != nil {
+		return netErr
+	}
 	b.take(lease)
 	return nil
 }
@@ -100,11 +101,12 @@ func (b *boot) writeResolv(conf string) error {
 
 // meet says hello to the server, and keeps the lease meanwhile: a server may be away for longer than a lease lasts. A
 // network on which it is not found is left for another one, unless the machine booted from it, or has no other interface.
-// The lease is kept on until stop is called, which waits for that; it may be called more than once.
-func (b *boot) meet(ctx context.Context) (stop func(), err error) {
+// It looks for as long as limited lasts. The lease is kept on until stop is called, which waits for that, or ctx ends; stop
+// may be called more than once.
+func (b *boot) meet(ctx, limited context.Context) (stop func(), err error) {
 	for {
 		stop = b.keepLease(ctx)
-		err := b.greet(ctx)
+		err := b.greet(limited)
 		if err == nil {
 			return stop, nil
 		}
@@ -117,7 +119,7 @@ func (b *boot) meet(ctx context.Context) (stop func(), err error) {
 		if err := b.finder.GiveUp(l); err != nil {
 			b.log.Warn("the address stays", "error", err)
 		}
-		if l, err = b.finder.Find(ctx); err != nil {
+		if l, err = b.finder.Find(limited); err != nil {
 			return nil, err
 		}
 		b.take(l)
@@ -181,7 +183,9 @@ func (b *boot) keepLease(ctx context.Context) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	keeper := netup.Keeper{Log: b.log, Save: func(l *netup.Lease) { b.lease.Store(l) }, Moving: moveSession(b.log)}
 	var wg sync.WaitGroup
-	wg.Go(func() { _ = keeper.Keep(ctx, b.lease.Load()) }) // ends with its context, and with nothing else
+	if l := b.lease.Load(); l != nil {
+		wg.Go(func() { _ = keeper.Keep(ctx, l) }) // ends with its context, and with nothing else
+	}
 	return func() {
 		cancel()
 		wg.Wait()

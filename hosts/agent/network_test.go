@@ -195,7 +195,7 @@ func TestBootLeavesANetworkWithoutItsServer(t *testing.T) {
 	}
 	met := make(chan end, 1)
 	go func() {
-		stop, err := b.meet(ctx)
+		stop, err := b.meet(ctx, ctx)
 		met <- end{stop, err}
 	}()
 	<-transport.first // in vain
@@ -257,7 +257,7 @@ func TestBootKeepsItsLeaseWhileTheServerIsAway(t *testing.T) {
 	}
 	b.speak()
 	b.take(first)
-	stop, err := b.meet(ctx)
+	stop, err := b.meet(ctx, ctx)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -181,6 +181,12 @@ func (s *service) saveLease(l *netup.Lease) {
 	if err := s.state.change(func(st *RunState) { st.Lease = l }); err != nil {
 		s.log.Warn("the lease cannot be kept", "error", err)
 	}
+	if s.state.get().Assignment.ISCSI != nil {
+		return
+	}
+	if err := saveLease(s.cache, l); err != nil {
+		s.log.Warn("a boot without a DHCP server would have another address", "error", err)
+	}
 }
 
 // pursue runs the checks of what runs, and acts on each newer assignment.

@@ -92,6 +92,23 @@ func (m Maker) Ensure(ctx context.Context, spec agentapi.Disks) (Found, error) {
 	return Found{Path: p.Path, Made: true}, m.fill(ctx, p.Path)
 }
 
+// Find returns the cache of this machine where there is one, and makes none. An error that wraps ErrNoDisk says that there
+// is none.
+func (m Maker) Find() (Found, error) {
+	disks, err := m.scan()
+	if err != nil {
+		return Found{}, err
+	}
+	p, ok := findCache(disks, agentapi.Disks{})
+	if !ok {
+		p, ok = findDamaged(disks, agentapi.Disks{})
+	}
+	if !ok {
+		return Found{}, fmt.Errorf("%w: none of this machine's is on any disk", ErrNoDisk)
+	}
+	return m.use(p, disks, agentapi.Disks{})
+}
+
 // settled returns the disks: at once where it is clear which one is to be used, and else when they have been the same
 // for Settle. While it waits it only looks for other devices; it reads the disks again where they are others, where one
 // could not be read, and in the end.

@@ -200,3 +200,18 @@ func TestWaitingForDisksEndsWithItsContext(t *testing.T) {
 		t.Error("the disk was written to")
 	}
 }
+
+func TestFindMakesNothing(t *testing.T) {
+	blank := diskWith(t, "true")
+	before := run(t, "sha256sum", blank.dev)
+	if found, err := makerOf(blank).Find(); !errors.Is(err, ErrNoDisk) {
+		t.Errorf("on a blank disk: %+v, %v", found, err)
+	}
+	if run(t, "sha256sum", blank.dev) != before {
+		t.Error("the blank disk was written to")
+	}
+	ours := diskWith(t)
+	if found, err := makerOf(blank, ours).Find(); err != nil || found.Made || found.Path != ours.dev+"p1" {
+		t.Errorf("our cache: %+v, %v", found, err)
+	}
+}

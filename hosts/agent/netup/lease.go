@@ -26,6 +26,14 @@ type Lease struct {
 	ACK       []byte        `json:"ack"`           // the server's last answer, as it came
 }
 
+// Kept is the lease as a later boot takes it up, which may hear of no DHCP server: it has run out, so that the first thing that
+// a Keeper does is to ask for its address anew.
+func (l *Lease) Kept() *Lease {
+	k := *l
+	k.Duration, k.Asked, k.ACK = time.Nanosecond, 0, nil
+	return &k
+}
+
 // A Route is one that the DHCP server gave.
 type Route struct {
 	To  netip.Prefix `json:"to"`

@@ -46,3 +46,15 @@ func reaches(peer netip.Addr) bool {
 	_, err := netlink.RouteGet(peer.AsSlice())
 	return !errors.Is(err, unix.ENETUNREACH) && !errors.Is(err, unix.EHOSTUNREACH)
 }
+
+// Assume sets the lease of an earlier boot on its interface, which may have no carrier yet.
+func (l *Lease) Assume(log *slog.Logger) error {
+	link, err := l.link()
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		return fmt.Errorf("setting %s up: %w", link.Attrs().Name, err)
+	}
+	return l.Apply(log)
+}

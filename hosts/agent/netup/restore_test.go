@@ -1,6 +1,7 @@
 package netup
 
 import (
+	"encoding/json"
 	"log/slog"
 	"net/netip"
 	"strings"
@@ -26,5 +27,37 @@ func TestRestoreSetsAgainWhatWasTakenAway(t *testing.T) {
 				t.Errorf("after %q:\n%s", harm, out)
 			}
 		}
+	}
+}
+
+// TestAKeptLeaseIsAssumedAndAskedFor has a boot with no DHCP server, after one that had one.
+func TestAKeptLeaseIsAssumedAndAskedFor(t *testing.T) {
+	w := newWire(t, "root")
+	w.serve("--dhcp-range=10.77.0.50,10.77.0.60,255.255.255.0,1h", "--dhcp-option=option:router,10.77.0.1")
+	l := find(t, &Finder{MAC: mac})
+	b, err := json.Marshal(l.Kept())
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, "ip", "addr", "flush", "dev", "root")
+	run(t, "ip", "link", "set", "root", "down")
+	var kept Lease
+	if err := json.Unmarshal(b, &kept); err != nil {
+		t.Fatal(err)
+	}
+	if err := kept.Assume(slog.New(slog.NewTextHandler(t.Output(), nil))); err != nil {
+		t.Fatal(err)
+	}
+	out := run(t, "ip", "-4", "addr", "show", "dev", "root") + run(t, "ip", "route")
+	if !strings.Contains(out, "inet "+l.Address.String()) || !strings.Contains(out, "default via 10.77.0.1") || !strings.Contains(out, "UP") {
+		t.Errorf("assumed:\n%s", out)
+	}
+	if kept.renewAfter()-kept.age() > 0 || !kept.expired() {
+		t.Errorf("it is not asked for at once: %+v", kept)
+	}
+	other := *l
+	other.Asked, other.ACK = l.Asked+5, append([]byte{1}, l.ACK...)
+	if again, err := json.Marshal(other.Kept()); err != nil || string(again) != string(b) {
+		t.Errorf("a renewal is written anew: %s, %v", again, err)
 	}
 }
