@@ -70,7 +70,7 @@ func (a *agents) Hello(ctx context.Context, peer netip.Addr, h agentapi.Hello) (
 	}
 	if n.BootID != h.BootID {
 		a.booting(v.host(id))
-		n = state.Node{MAC: id.MAC, BootID: h.BootID, Cached: n.Cached, Stage: string(agentapi.StageAgent)}
+		n = state.Node{MAC: id.MAC, BootID: h.BootID, Cached: n.Cached, Stage: string(agentapi.StageAgent), Bad: n.Bad, Good: n.Good}
 	}
 	n.Kernel, n.LastSeen = h.Kernel, now
 	if err := state.Nodes.Put(ctx, a.store, id.MAC, n); err != nil {
@@ -159,6 +159,7 @@ func nodeOf(before state.Node, r agentapi.Report, now time.Time) state.Node {
 	n := state.Node{
 		MAC: r.MAC, BootID: r.BootID, LastSeen: now, Booted: now.Add(-r.Uptime),
 		Stage: string(agentapi.StageAgent), Running: r.Running, Staged: r.Staged, Fetch: r.Fetch, Cached: r.Cached, Error: r.Error, Session: r.Session,
+		Bad: r.Bad, Good: r.Good, Warnings: r.Warnings,
 	}
 	if before.BootID == r.BootID {
 		n.Stage, n.Kernel = before.Stage, before.Kernel
@@ -168,6 +169,9 @@ func nodeOf(before state.Node, r agentapi.Report, now time.Time) state.Node {
 	}
 	if r.Cached == nil {
 		n.Cached = before.Cached
+	}
+	if r.Running == nil && r.Good == "" && r.Bad == nil { // its cache is not open yet
+		n.Bad, n.Good = before.Bad, before.Good
 	}
 	if len(r.Marks) > 0 {
 		n.Stage = string(r.Marks[len(r.Marks)-1].Stage)
@@ -199,6 +203,16 @@ func (a *agents) tell(ctx context.Context, host string, before state.Node, r age
 	if r.Error != "" && r.Error != before.Error {
 		a.events.note(ctx, state.Event{Kind: "node", Subject: subject, Message: r.Error, Warning: true})
 	}
+	for _, b := range r.Bad {
+		if !slices.Contains(before.Bad, b) {
+			a.events.note(ctx, state.Event{Kind: "node", Subject: subject, Warning: true, Message: badMessage(b)})
+		}
+	}
+	for _, w := range r.Warnings {
+		if !slices.Contains(before.Warnings, w) {
+			a.events.note(ctx, state.Event{Kind: "node", Subject: subject, Warning: true, Message: w})
+		}
+	}
 	if r.Running == nil {
 		return
 	}
@@ -213,6 +227,14 @@ func (a *agents) tell(ctx context.Context, host string, before state.Node, r age
 			Message: "no longer healthy: " + strings.Join(r.Running.Health.Failing, "; "),
 		})
 	}
+}
+
+// badMessage tells people of a release that does not work on a node.
+func badMessage(b agentapi.BadRelease) string {
+	if b.Again {
+		return fmt.Sprintf("release %s of role %s was good here and is left for a while: %s", b.Release.Short(), b.Role, b.Why)
+	}
+	return fmt.Sprintf("release %s of role %s does not work here and is not tried again: %s", b.Release.Short(), b.Role, b.Why)
 }
 
 // An UnavailableError says that the server cannot answer yet: the same request will do later.
@@ -258,6 +280,8 @@ const (
 	maxText      = 1024
 	maxItems     = 256
 	maxStage     = 64
+	maxBad       = 8
+	maxWarnings  = 20
 	maxFailing   = 8 << 10  // bytes of all checks that do not pass
 	maxInventory = 48 << 10 // bytes of JSON: what 256 disks take
 )
@@ -288,6 +312,15 @@ func clean(r agentapi.Report) agentapi.Report {
 		r.Marks[i].Detail, r.Marks[i].Stage = cut(r.Marks[i].Detail), agentapi.Stage(cutTo(string(r.Marks[i].Stage), maxStage))
 	}
 	r.Cached = r.Cached[:min(len(r.Cached), maxItems)]
+	r.Bad = slices.Clone(r.Bad[:min(len(r.Bad), maxBad)])
+	for i := range r.Bad {
+		b := &r.Bad[i]
+		b.Host, b.Role, b.Why, b.When = cut(b.Host), cut(b.Role), cut(b.Why), b.When.UTC()
+	}
+	r.Warnings = slices.Clone(r.Warnings[:min(len(r.Warnings), maxWarnings)])
+	for i := range r.Warnings {
+		r.Warnings[i] = cut(r.Warnings[i])
+	}
 	if r.Session != nil {
 		s := *r.Session
 		s.Error = cut(s.Error)

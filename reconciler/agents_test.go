@@ -6,9 +6,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/images"
@@ -232,6 +235,8 @@ func TestAStrangersWordsAreBounded(t *testing.T) {
 		h.Inventory.NICs = append(h.Inventory.NICs, agentapi.NIC{Name: long[:2000]})
 		r.Marks = append(r.Marks, agentapi.Mark{Stage: agentapi.Stage(long[:100]), At: time.Duration(i), Detail: fmt.Sprint(i, long[:2000])})
 		r.Cached = append(r.Cached, digest.Of(nil))
+		r.Bad = append(r.Bad, agentapi.BadRelease{Host: long[:2000], Role: long[:2000], Why: long[:2000]})
+		r.Warnings = append(r.Warnings, fmt.Sprint(i, long[:2000]))
 		r.Running.Health.Failing = append(r.Running.Health.Failing, long[:2000])
 	}
 	if _, err := a.Hello(t.Context(), testPeer, h); err != nil {
@@ -245,9 +250,9 @@ func TestAStrangersWordsAreBounded(t *testing.T) {
 		t.Errorf("node: boot %q, %v, failing checks %d", n.BootID, err, len(n.Running.Health.Failing))
 	}
 	wantSize(t, a.store, state.Machines, 52<<10)
-	wantSize(t, a.store, state.Nodes, 48<<10)
+	wantSize(t, a.store, state.Nodes, 128<<10)
 	wantSize(t, a.store, state.Boots, 64<<10)
-	wantSize(t, a.store, state.Events, 16<<10)
+	wantSize(t, a.store, state.Events, 96<<10)
 }
 
 // wantSize checks that there are records of a kind, and that they have at most so many bytes.
@@ -260,5 +265,51 @@ func wantSize[T any](t *testing.T, s *state.Store, kind state.Kind[T], most int)
 	b, err := json.Marshal(all)
 	if err != nil || len(all) == 0 || len(b) > most {
 		t.Errorf("records %s: %d of %d bytes, %v; want at most %d bytes", kind.Prefix(), len(all), len(b), err, most)
+	}
+}
+
+func TestABadReleaseIsToldOnce(t *testing.T) {
+	a := testAgents(t)
+	a.views.set(newView(testFleet()))
+	id := agentapi.Identity{MAC: "52:54:00:00:00:66"}
+	if _, err := a.Hello(t.Context(), testPeer, agentapi.Hello{Identity: id, BootID: "b1"}); err != nil {
+		t.Fatal(err)
+	}
+	bad := agentapi.BadRelease{Host: "n1", Role: "web", Release: digest.Of([]byte("r")), Why: "http :80/: not passed within 10m0s", When: time.Unix(1, 0)}
+	good := digest.Of([]byte("good"))
+	report := agentapi.Report{Identity: id, BootID: "b1", Bad: []agentapi.BadRelease{bad}, Good: good, Warnings: []string{"cache: a record is broken"}}
+	for range 2 {
+		if _, err := a.Report(t.Context(), testPeer, report); err != nil {
+			t.Fatal(err)
+		}
+	}
+	events, err := state.Events.List(t.Context(), a.store)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var told []string
+	for _, ev := range events {
+		if ev.Warning {
+			told = append(told, ev.Message)
+		}
+	}
+	slices.Sort(told)
+	want := []string{
+		"cache: a record is broken",
+		"release " + bad.Release.Short() + " of role web does not work here and is not tried again: http :80/: not passed within 10m0s",
+	}
+	if diff := cmp.Diff(want, told); diff != "" {
+		t.Errorf("warnings (-want +got):\n%s", diff)
+	}
+	// A boot that has not opened its cache yet does not know, and does not make the server forget.
+	next := agentapi.Report{Identity: id, BootID: "b2"}
+	if _, err := a.Hello(t.Context(), testPeer, agentapi.Hello{Identity: id, BootID: "b2"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Report(t.Context(), testPeer, next); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := state.Nodes.Get(t.Context(), a.store, id.MAC); err != nil || len(n.Bad) != 1 || n.Good != good {
+		t.Errorf("in its next boot: %+v, %v", n, err)
 	}
 }

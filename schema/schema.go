@@ -86,6 +86,8 @@ type Role struct {
 	Run      []string        `json:"run,omitempty"` // shell commands, run in order in the image when it is built
 	Kernel   Kernel          `json:"kernel,omitzero"`
 	Healthy  []Check         `json:"healthy,omitempty"`
+	// HealthyWithin is for how long a host may fail these after it booted another release; 0 means 10m.
+	HealthyWithin Duration `json:"healthyWithin,omitempty"`
 }
 
 // A File is a regular file of a role or of a host. In CUE a plain string is its content.

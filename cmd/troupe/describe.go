@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/netboot"
@@ -139,6 +140,13 @@ func hostFields(f *fields, h api.HostDetail, now time.Time) {
 	}
 	f.list("Failing", h.Failing)
 	f.set("Error", h.Error)
+	if h.Node != nil {
+		f.list("Bad", badLines(h.Node.Bad, now))
+		if h.Node.Good != "" {
+			f.set("Good", h.Node.Good.String())
+		}
+		f.list("Warnings", h.Node.Warnings)
+	}
 	if h.Node != nil && len(h.Node.Cached) > 0 {
 		var cached []string
 		for _, d := range h.Node.Cached {
@@ -153,6 +161,19 @@ func hostFields(f *fields, h api.HostDetail, now time.Time) {
 	if h.Lease != nil {
 		f.set("Lease", fmt.Sprintf("%s until %s", h.Lease.Address, h.Lease.Expires.Local().Format(time.DateTime)))
 	}
+}
+
+// badLines are the releases that do not work on a host.
+func badLines(all []agentapi.BadRelease, now time.Time) []string {
+	var lines []string
+	for _, b := range all {
+		line := fmt.Sprintf("%s, role %s, generation %d, %s: %s", b.Release.Short(), b.Role, b.Generation, ago(now, b.When), b.Why)
+		if b.Again {
+			line += "; it was good before, and is tried again"
+		}
+		lines = append(lines, line)
+	}
+	return lines
 }
 
 // targetFields are those about what the host has on the server's iSCSI target.

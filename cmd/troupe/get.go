@@ -202,7 +202,7 @@ func colourOf(text string) string {
 	word, _, _ := strings.Cut(text, " ")
 	const red, green, yellow, blue, violet = "31", "32", "33", "34", "35"
 	colour := map[string]string{
-		"healthy": green, "booted": green, "done": green, "unhealthy": red, "failed": red, "lost": red, "waiting": yellow, "queued": yellow,
+		"healthy": green, "booted": green, "done": green, "unhealthy": red, "failed": red, "lost": red, "rolled-back": red, "waiting": yellow, "queued": yellow,
 		"booting": blue, "staging": blue, "rebooting": blue, "running": blue, "unclaimed": violet,
 	}[word]
 	if colour == "" {

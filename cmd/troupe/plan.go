@@ -122,6 +122,7 @@ var actions = []struct {
 	{plan.StageAndReboot, "stage and reboot"},
 	{plan.Reboot, "reboot"},
 	{plan.AwaitBuild, "wait for a build"},
+	{plan.RolledBack, "stay rolled back"},
 	{plan.Claim, "be claimed"},
 	{plan.Boot, "boot"},
 	{plan.Update, "update as it runs"},

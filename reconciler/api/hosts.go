@@ -140,7 +140,7 @@ func (r *Records) sightings() map[string]sighting {
 		}
 		all[mac] = sighting{
 			stage: m.Stage, last: m.Time, err: m.Error, booting: true,
-			node: state.Node{MAC: mac, BootID: b.ID, Cached: r.Nodes[mac].Cached},
+			node: state.Node{MAC: mac, BootID: b.ID, Cached: r.Nodes[mac].Cached, Bad: r.Nodes[mac].Bad},
 		}
 	}
 	return all
@@ -202,7 +202,10 @@ func (r *Records) stateOf(a state.Assignment, want plan.Wanted, s sighting) (Hos
 	if silent := r.silent(s); silent > silentBooting || !leaving && silent > silentRunning {
 		return HostLost, "not seen for " + short(r.Now.Sub(s.last))
 	}
+	bad := s.node.BadOf(a)
 	switch {
+	case bad != nil && !s.runs(a):
+		return HostBad, rolledBack(*bad, s)
 	case s.stage == string(agentapi.StageFailed):
 		return HostFailed, s.err
 	case s.stage == string(agentapi.StageReboot):
@@ -219,6 +222,18 @@ func (r *Records) stateOf(a state.Assignment, want plan.Wanted, s sighting) (Hos
 		return HostBooting, s.stage
 	}
 	return r.stateRunning(a, s)
+}
+
+// rolledBack is why a host does not run what it shall, and what it does in place of that.
+func rolledBack(b agentapi.BadRelease, s sighting) string {
+	text := fmt.Sprintf("release %s: %s", b.Release.Short(), b.Why)
+	switch run := s.node.Running; {
+	case run != nil && !s.booting && run.Health.Healthy:
+		return text
+	case run != nil && !s.booting:
+		return text + "; what runs is not healthy: " + strings.Join(run.Health.Failing, "; ")
+	}
+	return text + " (" + join(s.stage, s.err) + ")"
 }
 
 // stateRunning says how a host is that runs some role while it has an assignment.

@@ -71,16 +71,17 @@ type HostState string
 
 // The states of a host.
 const (
-	HostHealthy   HostState = "healthy"   // runs what it shall run, and every check passes
-	HostUnhealthy HostState = "unhealthy" // runs what it shall run, and a check fails that passed in this boot, or does not come to pass
-	HostBooting   HostState = "booting"   // Detail: how far it came
-	HostWaiting   HostState = "waiting"   // its release, or its disk on the server, is not there yet; Detail: for what
-	HostStaging   HostState = "staging"   // runs something older and fetches what it shall run
-	HostRebooting HostState = "rebooting" // into what it staged
-	HostUnclaimed HostState = "unclaimed" // a machine that no host declares
-	HostAbsent    HostState = "absent"    // was never seen
-	HostLost      HostState = "lost"      // was seen, and is silent for longer than it should be
-	HostFailed    HostState = "failed"    // cannot go on; Detail: why
+	HostHealthy   HostState = "healthy"     // runs what it shall run, and every check passes
+	HostUnhealthy HostState = "unhealthy"   // runs what it shall run, and a check fails that passed in this boot, or does not come to pass
+	HostBooting   HostState = "booting"     // Detail: how far it came
+	HostWaiting   HostState = "waiting"     // its release, or its disk on the server, is not there yet; Detail: for what
+	HostStaging   HostState = "staging"     // runs something older and fetches what it shall run
+	HostRebooting HostState = "rebooting"   // into what it staged
+	HostUnclaimed HostState = "unclaimed"   // a machine that no host declares
+	HostAbsent    HostState = "absent"      // was never seen
+	HostLost      HostState = "lost"        // was seen, and is silent for longer than it should be
+	HostBad       HostState = "rolled-back" // runs an older release, or none, since what it shall run did not work; Detail: why
+	HostFailed    HostState = "failed"      // cannot go on; Detail: why
 	// HostBooted says that an image which is booted as it is runs, of the release that it shall run: no agent is there to say
 	// more. It counts as healthy.
 	HostBooted HostState = "booted"
@@ -88,7 +89,7 @@ const (
 
 var hostStates = []HostState{
 	HostHealthy, HostUnhealthy, HostBooting, HostWaiting, HostStaging, HostRebooting, HostUnclaimed, HostAbsent, HostLost,
-	HostFailed, HostBooted,
+	HostFailed, HostBad, HostBooted,
 }
 
 // Fine says whether there is nothing to do for a host in that state.

@@ -109,6 +109,21 @@ func TestHostStateOne(t *testing.T) {
 			node(func(n *state.Node) { n.LastSeen = now.Add(-2 * time.Millisecond) })(f)
 		}, "booting (checks: a; b)"},
 		{"needs help", node(func(n *state.Node) { n.Stage, n.Error = "failed", "cache full" }), "failed (cache full)"},
+		{"rolled back", node(func(n *state.Node) {
+			n.Bad = []agentapi.BadRelease{{Host: "n1", Release: n.Running.Release, Node: n.Running.Node, Why: "http :80/: not passed within 10m0s"}}
+			n.Running.Release = digest.Of(nil)
+		}), "rolled-back (release RECIPE: http :80/: not passed within 10m0s)"},
+		{"rolled back, and another is wanted by now", node(func(n *state.Node) {
+			n.Bad = []agentapi.BadRelease{{Host: "n1", Release: digest.Of([]byte("x")), Node: n.Running.Node, Why: "no"}}
+		}), "healthy"},
+		{"bad, and nothing to go back to", node(func(n *state.Node) {
+			n.Bad = []agentapi.BadRelease{{Host: "n1", Release: n.Running.Release, Node: n.Running.Node, Why: "no"}}
+			n.Running.Health = agentapi.Health{Failing: []string{"a"}}
+		}), "unhealthy (a)"},
+		{"bad, and waits in its boot", node(func(n *state.Node) {
+			n.Bad = []agentapi.BadRelease{{Host: "n1", Release: n.Running.Release, Node: n.Running.Node, Why: "no"}}
+			n.Stage, n.Running, n.Error = "failed", nil, "nothing to boot"
+		}), "rolled-back (release RECIPE: no (failed: nothing to boot))"},
 		{"went on after a failure", node(func(n *state.Node) { n.Stage = "failed" }), "healthy"},
 		{"tries again", node(func(n *state.Node) {
 			n.Running.Release, n.Error = digest.Of(nil), "fetching image ab: EOF; trying again"

@@ -99,6 +99,7 @@ func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
 	if !current && out.iscsi == nil {
 		out.FetchBytes = missing(node.Cached, rel.Base.Blob, rel.Delta.Blob)
 	}
+	bad := node.BadOf(state.Assignment{Host: out.Name, Release: rel.ID, Node: out.Spec.Node.Digest})
 	switch {
 	case !seen:
 		out.Action = Absent
@@ -107,6 +108,10 @@ func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
 		return
 	case current:
 		out.Action = Update
+		return
+	case bad != nil && !out.Changed: // with other checks it may be tried again
+		out.Action, out.FetchBytes = RolledBack, 0
+		out.Why = []string{fmt.Sprintf("release %s does not work on it: %s", rel.ID.Short(), bad.Why)}
 		return
 	case run == nil && !had:
 		out.Action = Claim
@@ -182,7 +187,7 @@ func spec(out *Host, want wanted) *agentapi.Assignment {
 			Kernel: kernel, KernelArgs: rel.KernelArgs,
 		},
 		Node: agentapi.Node{Hostname: want.Name, Domain: want.domain, Digest: want.node},
-		Disk: agentapi.Disks(want.Disk), Checks: want.role.checks, Activate: activateOf(want.role.Activate),
+		Disk: agentapi.Disks(want.Disk), Checks: want.role.checks, HealthyWithin: healthyWithin(want.role), Activate: activateOf(want.role.Activate),
 	}
 	if len(want.Node.Files) > 0 {
 		s.Node.Files = make(map[string]agentapi.File, len(want.Node.Files))
@@ -207,6 +212,9 @@ func version(s *agentapi.Assignment) string {
 	}
 	if s.Activate != "" {
 		e = e.str(s.Activate)
+	}
+	if s.HealthyWithin != 0 && s.HealthyWithin != agentapi.DefaultHealthyWithin {
+		e = e.num(uint64(s.HealthyWithin))
 	}
 	return fmt.Sprintf("%d-%s", s.Generation, digest.Of(e).Short())
 }
@@ -233,6 +241,14 @@ func (p *planner) node(h schema.Host) digest.Digest {
 	}
 	p.buf = e
 	return digest.Of(e)
+}
+
+// healthyWithin is the deadline of a role's hosts as the agent gets it; 0 for an image in which no agent runs.
+func healthyWithin(r *role) time.Duration {
+	if r.disk != nil {
+		return 0
+	}
+	return cmp.Or(time.Duration(r.HealthyWithin), agentapi.DefaultHealthyWithin)
 }
 
 // Defaults of a check, for fleets that did not come through schema/load.

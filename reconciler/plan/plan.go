@@ -93,6 +93,8 @@ const (
 	Absent Action = "absent"
 	// Claim: a machine that no host declared becomes this host.
 	Claim Action = "claim"
+	// RolledBack: the release did not work on the node, which runs an older one, or waits, until it is told to run another.
+	RolledBack Action = "rolled-back"
 	// Leave: the host is no longer in the fleet; its machine reboots to discovery.
 	Leave Action = "leave"
 )

@@ -256,8 +256,9 @@ func TestSpecIsWhole(t *testing.T) {
 	base := w.obs.Bases[images.BaseRecipeOf(w.fleet.Images["debian"]).ID()]
 	want := &agentapi.Assignment{
 		State: agentapi.Assigned, Host: "n1", Generation: 1, Role: "web",
-		Release: &agentapi.Release{ID: rel, Base: agentImage(base.Image), Kernel: base.Kernel.Digest, KernelBlob: agentapi.Blob(base.Kernel), Modules: agentapi.Blob(base.Modules)},
-		Node:    agentapi.Node{Hostname: "n1", Files: map[string]agentapi.File{"/srv/name": {Content: "n1", Mode: 0o644}}},
+		Release:       &agentapi.Release{ID: rel, Base: agentImage(base.Image), Kernel: base.Kernel.Digest, KernelBlob: agentapi.Blob(base.Kernel), Modules: agentapi.Blob(base.Modules)},
+		Node:          agentapi.Node{Hostname: "n1", Files: map[string]agentapi.File{"/srv/name": {Content: "n1", Mode: 0o644}}},
+		HealthyWithin: 10 * time.Minute,
 		Checks: []agentapi.Check{{
 			HTTP: &agentapi.HTTPCheck{Port: 80, Path: "/", Status: 200}, Every: 10 * time.Second, Timeout: 5 * time.Second,
 		}},
@@ -497,6 +498,28 @@ var changes = map[string]struct {
 		change: func(w *world) { w.change(1, func(h *schema.Host) { h.Disk.Take = true }) },
 		host:   "n1",
 		want:   Host{Action: Update, Changed: true, FromRole: "web", ToRole: "web", Generation: 2, Why: []string{"disk policy changed"}},
+	},
+	"the deadline of its checks": {
+		change: func(w *world) {
+			w.changeRole("web", func(r *schema.Role) { r.HealthyWithin = schema.Duration(time.Minute) })
+		},
+		host: "n1",
+		want: Host{Action: Update, Changed: true, FromRole: "web", ToRole: "web", Generation: 2, Why: []string{"healthyWithin 10m0s → 1m0s"}},
+	},
+	"rolled back": {
+		change: func(w *world) {
+			a := w.obs.Assignments["n1"]
+			for mac, n := range w.obs.Nodes {
+				if n.Running != nil && n.Running.Host == "n1" {
+					run := *n.Running
+					run.Release = digest.Of([]byte("the one before"))
+					n.Running, n.Bad = &run, []agentapi.BadRelease{{Host: "n1", Release: a.Release, Node: a.Node, Why: "http :80/: no"}}
+					w.obs.Nodes[mac] = n
+				}
+			}
+		},
+		host: "n1",
+		want: Host{Action: RolledBack, FromRole: "web", ToRole: "web", Generation: 1, Why: []string{"release RECIPE does not work on it: http :80/: no"}},
 	},
 	"the way to another release": {
 		change: func(w *world) { w.changeRole("web", func(r *schema.Role) { r.Activate = "kexec" }) },

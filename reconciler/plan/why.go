@@ -44,6 +44,9 @@ func (p *planner) changes(old *state.Assignment, want wanted) []string {
 	if !slices.EqualFunc(old.Spec.Checks, want.role.checks, sameCheck) {
 		why = append(why, "health checks of role "+want.Role+" changed")
 	}
+	if was, is := cmp.Or(old.Spec.HealthyWithin, agentapi.DefaultHealthyWithin), cmp.Or(healthyWithin(want.role), agentapi.DefaultHealthyWithin); was != is {
+		why = append(why, fmt.Sprintf("healthyWithin %v → %v", was, is))
+	}
 	if was, is := old.Spec.Activate, activateOf(want.role.Activate); was != is {
 		why = append(why, fmt.Sprintf("activate %s → %s", cmp.Or(was, "reboot"), cmp.Or(is, "reboot")))
 	}

@@ -287,7 +287,21 @@ type Node struct {
 	Fetch    *agentapi.Progress `json:"fetch,omitempty"`
 	Cached   []digest.Digest    `json:"cached,omitempty"`
 	Error    string             `json:"error,omitempty"`
-	Session  *agentapi.Session  `json:"session,omitempty"` // with its LUNs; nil where it runs from none
+	// Bad are the releases that it does not run though it may be told to, newest first; Good is the one that it goes back to.
+	Bad      []agentapi.BadRelease `json:"bad,omitempty"`
+	Good     digest.Digest         `json:"good,omitempty"`
+	Warnings []string              `json:"warnings,omitempty"` // what it noticed in this boot and got past
+	Session  *agentapi.Session     `json:"session,omitempty"`  // with its LUNs; nil where it runs from none
+}
+
+// BadOf is what the node says against a release that is assigned to it; nil for nothing.
+func (n Node) BadOf(a Assignment) *agentapi.BadRelease {
+	for _, b := range n.Bad {
+		if b.Host == a.Host && b.Release == a.Release && b.Node == a.Node {
+			return &b
+		}
+	}
+	return nil
 }
 
 // A Boot is the timeline of one boot of one machine.

@@ -275,6 +275,9 @@ func (e *evaluation) checkDiskSize(role string) {
 }
 
 func (e *evaluation) checkHealthy(role string) {
+	if within := []string{"roles", role, "healthyWithin"}; e.at(within).Exists() {
+		e.duration(time.Second, within...)
+	}
 	iter, err := e.at([]string{"roles", role, "healthy"}).List()
 	if err != nil {
 		return // there is none, or it was complained about

@@ -7,10 +7,10 @@ const MOST_ROWS = 1000; // of hosts in the document; the filter finds the others
 const DENSE = 30; // from how many hosts on they get less room each, and a frame to scroll in
 
 const LOOKS = { // of a host's state: colour class, sign
-  healthy: ["good", "✔"], booted: ["good", "✔"], unhealthy: ["bad", "✖"], failed: ["bad", "✖"], lost: ["bad", "?"], booting: ["busy", "▲"],
+  healthy: ["good", "✔"], booted: ["good", "✔"], unhealthy: ["bad", "✖"], failed: ["bad", "✖"], lost: ["bad", "?"], "rolled-back": ["bad", "↶"], booting: ["busy", "▲"],
   staging: ["busy", "▼"], rebooting: ["busy", "↻"], waiting: ["wait", "…"], absent: ["none", "○"], unclaimed: ["new", "+"],
 };
-const ORDER = ["healthy", "booted", "unhealthy", "failed", "lost", "waiting", "booting", "staging", "rebooting", "absent", "unclaimed"];
+const ORDER = ["healthy", "booted", "unhealthy", "failed", "rolled-back", "lost", "waiting", "booting", "staging", "rebooting", "absent", "unclaimed"];
 const PHASES = { done: ["good", "✔"], running: ["busy", "▲"], queued: ["wait", "…"], failed: ["bad", "✖"] };
 
 const STAGE_LOOK = { // of a boot's stage: whose time it took to get there
@@ -266,7 +266,7 @@ function showHosts() {
 }
 
 function hostRow(h) {
-  const bad = ["unhealthy", "failed", "lost"].includes(h.state);
+  const bad = ["unhealthy", "failed", "rolled-back", "lost"].includes(h.state);
   const up = h.booted && h.running && h.state !== "lost" ? ago(h.booted, "for") : "";
   return el("tr", { "data-key": "host " + h.name, "data-host": h.name },
     el("td", { class: "name" }, el("a", { href: "/hosts/" + encodeURIComponent(h.name) }, h.name), el("span", { class: "small dim mono" }, h.address || h.mac || "")),
@@ -394,7 +394,7 @@ function drawHost() {
   document.title = host + " · troupe";
   if (detailError) return render(byId("main"), el("p", { class: "note" }, detailError), el("a", { href: "/" }, "All hosts"));
   if (!detail) return render(byId("main"), el("p", { class: "note" }, "Loading…"));
-  const d = detail, bad = ["unhealthy", "failed", "lost"].includes(d.state);
+  const d = detail, bad = ["unhealthy", "failed", "rolled-back", "lost"].includes(d.state);
   render(byId("main"),
     el("div", { class: "title", "data-key": "title" }, el("a", { href: "/" }, "← all hosts"), el("h1", null, d.name || d.mac), stateOf(d),
       d.detail ? el("span", { class: bad ? "bad" : "dim" }, d.detail) : null),
