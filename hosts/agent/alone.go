@@ -66,7 +66,9 @@ func (b *boot) alone(ctx context.Context) (*mounted, error) {
 		}
 		r, _ := b.cache.Record(c.Key)
 		if k := r.Assignment.Release.Kernel; k != "" && k != b.cmd.Kernel {
-			return nil, b.jump(r)
+			b.log.Error("the kernel of a good release cannot be started from here", "release", r.Assignment.Release.ID.Short(), "error", b.jump(r))
+			b.jump = nil // so that the next choice is one with the kernel that runs
+			continue
 		}
 		b.assume()
 		a := r.Assignment
