@@ -8,6 +8,8 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"github.com/troupe-dev/troupe/images/build/vm"
 )
 
 // Exit statuses, the same for every verb.
@@ -36,6 +38,9 @@ func (e *exitError) Unwrap() error { return e.err }
 func differs(err error) error { return &exitError{status: exitDiffers, err: err} }
 
 func main() {
+	if vm.IsGuest(os.Args) {
+		os.Exit(vm.RunGuest(os.Args))
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	status := run(ctx, os.Args[1:], streams{in: os.Stdin, out: os.Stdout, err: os.Stderr})
 	stop()

@@ -122,21 +122,24 @@ func (a *archive) compress(w io.Writer) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	cw := cpio.Newc.Writer(z)
+	total, err := a.write(z)
+	return total, errors.Join(err, z.Close())
+}
+
+// write writes the archive as it is, and says how many bytes its files have.
+func (a *archive) write(w io.Writer) (int64, error) {
+	cw := cpio.Newc.Writer(w)
 	var total int64
 	var ino uint64
 	for _, name := range slices.Sorted(maps.Keys(a.entries)) {
 		ino++
 		n, err := writeEntry(cw, name, a.entries[name], ino)
 		if err != nil {
-			return 0, errors.Join(err, z.Close())
+			return 0, err
 		}
 		total += n
 	}
-	if err := cpio.WriteTrailer(cw); err != nil {
-		return 0, errors.Join(err, z.Close())
-	}
-	return total, z.Close()
+	return total, cpio.WriteTrailer(cw)
 }
 
 func writeEntry(cw cpio.RecordWriter, name string, e entry, ino uint64) (int64, error) {

@@ -25,12 +25,41 @@ const maxFile = 512 << 20
 // Agent writes the first archive: agent, a statically linked program, as /init; the console and the null device; and
 // empty directories to mount on.
 func Agent(w io.Writer, agent io.Reader) error {
-	prog, err := readAtMost(agent, maxFile)
+	a, err := withInit(agent)
 	if err != nil {
-		return fmt.Errorf("reading the agent: %w", err)
+		return fmt.Errorf("agent: %w", err)
+	}
+	if _, err := a.writeTo(w); err != nil {
+		return fmt.Errorf("writing the agent's initramfs: %w", err)
+	}
+	return nil
+}
+
+// Plain writes the same archive for another program, and does not compress it: for a machine that is on this one and
+// lives shortly, to compress takes longer than to read.
+func Plain(w io.Writer, program io.Reader) error {
+	a, err := withInit(program)
+	if err != nil {
+		return fmt.Errorf("program: %w", err)
+	}
+	counted := &counter{w: w}
+	if _, err := a.write(counted); err != nil {
+		return fmt.Errorf("writing an initramfs: %w", err)
+	}
+	if over := counted.n % align; over != 0 {
+		_, err = w.Write(make([]byte, align-over))
+	}
+	return err
+}
+
+// withInit is an archive with a statically linked program as /init.
+func withInit(program io.Reader) (*archive, error) {
+	prog, err := readAtMost(program, maxFile)
+	if err != nil {
+		return nil, fmt.Errorf("reading it: %w", err)
 	}
 	if err := checkStatic(prog); err != nil {
-		return fmt.Errorf("agent: %w", err)
+		return nil, err
 	}
 	a := newArchive()
 	for _, d := range []string{"dev", "etc", "mnt", "proc", "run", "sys", "var"} {
@@ -42,10 +71,7 @@ func Agent(w io.Writer, agent io.Reader) error {
 	a.device("dev/kmsg", 0o600, 1, 11)
 	a.device("dev/null", 0o666, 1, 3)
 	a.bytes("init", 0o755, prog)
-	if _, err := a.writeTo(w); err != nil {
-		return fmt.Errorf("writing the agent's initramfs: %w", err)
-	}
-	return nil
+	return a, nil
 }
 
 // Arch is the architecture that agent, a program, was built for, in Debian's word for it: "amd64", "arm64".
