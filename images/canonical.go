@@ -19,7 +19,8 @@ import (
 //	image   = blob number(data) string(root) blob(chunks)
 //
 //	base recipe:   suite mirror list(components) arch list(packages) kernel
-//	delta recipe:  base files list(packages) list(enable) list(run)
+//	delta recipe:  base files list(packages) list(enable) list(run) list(boot)
+//	compilation:   source url base list(run) output number(network: 0 or 1)
 //	disk recipe:   url sha256 format
 //	release:       base delta kernel modules list(kernelArgs)
 //	disk release:  disk, and the fields of a release
@@ -30,6 +31,8 @@ import (
 const (
 	formatBase        = "troupe base recipe 3"
 	formatDelta       = "troupe delta recipe 2"
+	formatCompile     = "troupe compilation 1"
+	formatCompiled    = "troupe compiled 1"
 	formatDisk        = "troupe disk recipe 1"
 	formatRelease     = "troupe release 2"
 	formatDiskRelease = "troupe disk release 2"
@@ -46,7 +49,20 @@ func (r DeltaRecipe) canonical() []byte {
 		f := r.Files[path]
 		e = e.str(path).str(f.Content).num(uint64(f.Mode)).num(uint64(f.UID)).num(uint64(f.GID))
 	}
-	return e.list(sorted(r.Packages)).list(sorted(r.Enable)).list(r.Run).b
+	return e.list(sorted(r.Packages)).list(sorted(r.Enable)).list(r.Run).list(r.Boot).b
+}
+
+func (r CompileRecipe) canonical() []byte {
+	return r.steps(encoder{}.str(formatCompile).str(string(r.Source)).str(r.URL).str(string(r.Base))).b
+}
+
+// steps adds what is done with the source.
+func (r CompileRecipe) steps(e encoder) encoder {
+	e = e.list(r.Run).str(r.Output)
+	if r.Network {
+		return e.num(1)
+	}
+	return e.num(0)
 }
 
 func (r DiskRecipe) canonical() []byte {

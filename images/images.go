@@ -52,6 +52,7 @@ type DeltaRecipe struct {
 	Packages []string        `json:"packages,omitempty"` // sorted, without repeats
 	Enable   []string        `json:"enable,omitempty"`   // systemd units, sorted, without repeats
 	Run      []string        `json:"run,omitempty"`      // in this order
+	Boot     []string        `json:"boot,omitempty"`     // in this order, in a machine that booted base and delta
 }
 
 // A File is a regular file of a DeltaRecipe.
@@ -69,6 +70,16 @@ type Delta struct {
 	Image  Image    `json:"image"` // EROFS: an overlayfs layer
 	// Packages is the lock of what the delta adds or changes, as in Base.
 	Packages []string `json:"packages,omitempty"`
+}
+
+// A CompileRecipe is how a machine, made of an OS base for that purpose, makes files of a source. The zero value is none.
+type CompileRecipe struct {
+	Source  digest.Digest `json:"source"`        // of the file at URL or, without one, of a directory: internal/treesum
+	URL     string        `json:"url,omitempty"` // of an archive
+	Base    RecipeID      `json:"base"`          // of the machine
+	Run     []string      `json:"run"`           // in this order
+	Output  string        `json:"output"`        // absolute path of a file or directory
+	Network bool          `json:"network,omitempty"`
 }
 
 // A DiskRecipe is a whole disk that somebody else made.

@@ -40,6 +40,7 @@ func DeltaRecipeOf(base RecipeID, r schema.Role) DeltaRecipe {
 		Packages: sorted(r.Packages),
 		Enable:   sorted(r.Services.Enable),
 		Run:      slices.Clone(r.Run),
+		Boot:     slices.Clone(r.Build.Boot),
 	}
 }
 
@@ -49,6 +50,29 @@ func DiskRecipeOf(img schema.Image) DiskRecipe {
 		return DiskRecipe{}
 	}
 	return DiskRecipe(*img.From.Disk)
+}
+
+// CompileRecipeOf is the recipe of what an image gets of a source that is compiled on the OS base named base; the zero recipe where nothing is
+// compiled for it.
+func CompileRecipeOf(base RecipeID, c *schema.Compile) CompileRecipe {
+	if c == nil {
+		return CompileRecipe{}
+	}
+	source := digest.Digest(c.Source.Tree)
+	if c.Source.URL != "" {
+		source = digest.Digest(digest.Prefix + c.Source.SHA256)
+	}
+	return CompileRecipe{
+		Source: source, URL: c.Source.URL, Base: base, Run: slices.Clone(c.Run), Output: c.Output, Network: c.Network,
+	}
+}
+
+// ID names the recipe: the digest of its canonical bytes. It is the same for the same source from another place only where that is in no URL.
+func (r CompileRecipe) ID() RecipeID { return digest.Of(r.canonical()) }
+
+// Result names what comes out of the recipe on the base with that image, wherever the source came from.
+func (r CompileRecipe) Result(base digest.Digest) digest.Digest {
+	return digest.Of(r.steps(encoder{}.str(formatCompiled).str(string(r.Source)).str(string(base))).b)
 }
 
 // ID names the recipe: the digest of its canonical bytes. Two files with the same content have two recipes where they are

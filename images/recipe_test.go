@@ -34,6 +34,14 @@ func deltaRecipe() DeltaRecipe {
 		Packages: []string{"hello"},
 		Enable:   []string{"web.service"},
 		Run:      []string{"true", "echo"},
+		Boot:     []string{"systemctl", "true"},
+	}
+}
+
+func compileRecipe() CompileRecipe {
+	return CompileRecipe{
+		Source: digest.Of([]byte("source")), URL: "https://example.com/x.tar.gz", Base: digest.Of([]byte("base")),
+		Run: []string{"make", "make install"}, Output: "/out",
 	}
 }
 
@@ -62,8 +70,8 @@ func TestGolden(t *testing.T) {
 	}
 	for _, c := range []struct{ name, got, want string }{
 		{"base", baseRecipe().ID().Hex(), "17a3d229e711307acfef2f0fb42c762de292e37a52415ba880f708b6e7d47643"},
-		{"delta", deltaRecipe().ID().Hex(), "552249b1de316d2f356dae12f20bcf670e660736a22de6f2482e9388cbffcade"},
-		{"empty delta", DeltaRecipe{Base: digest.Of([]byte("base"))}.ID().Hex(), "44ff345c2a6dc7c35fdf9a4c6b46dbbc32364fafcaaf7d63c0af18cbbe4127ec"},
+		{"delta", deltaRecipe().ID().Hex(), "28b3fb14e0835fea67b79621f2b0551e56553bf202db0142a55c5a4cabb53daa"},
+		{"empty delta", DeltaRecipe{Base: digest.Of([]byte("base"))}.ID().Hex(), "e848fe7c44213630a50993017153bbcd0750099e8215180f1889421b35e37de2"},
 		{"disk", DiskRecipe{URL: "https://example.com/x.qcow2", SHA256: strings.Repeat("0", 64)}.ID().Hex(), "4d0a9f5683b7395ba7c371619581287a1f31bcdeda7aa614f7687877d2222257"},
 		{"disk release", Release{Disk: Blob{Digest: digest.Of([]byte("disk")), Size: 4}}.ID().Hex(), "3c626a93df6210cd34524746de6306fa6605de7087ecdb030a5a99580ca5d753"},
 		{"release", release().ID().Hex(), "a3e0534d2c16970736c71a6643c59daa4ffcda9f1c188241f3508eb70924bf1d"},
@@ -96,6 +104,7 @@ func TestOrderWithoutMeaningChangesNothing(t *testing.T) {
 func TestEveryFieldCounts(t *testing.T) {
 	checkFields(t, baseRecipe, BaseRecipe.ID)
 	checkFields(t, deltaRecipe, DeltaRecipe.ID)
+	checkFields(t, compileRecipe, CompileRecipe.ID)
 	checkFields(t, release, Release.ID)
 	checkFields(t, func() Release {
 		return Release{Disk: Blob{Digest: digest.Of([]byte("disk")), Size: 4}, KernelArgs: []string{"quiet"}}
@@ -129,6 +138,8 @@ func mutations(v reflect.Value, name string) []mutation {
 	switch v.Kind() {
 	case reflect.String:
 		return []mutation{{name, func() { v.SetString(v.String() + "x") }}}
+	case reflect.Bool:
+		return []mutation{{name, func() { v.SetBool(!v.Bool()) }}}
 	case reflect.Int64:
 		return []mutation{{name, func() { v.SetInt(v.Int() + 1) }}}
 	case reflect.Uint32:
@@ -183,6 +194,7 @@ func TestRecipesOfSchema(t *testing.T) {
 		Packages: []string{"hello"},
 		Services: schema.Services{Enable: []string{"web.service"}},
 		Run:      []string{"true", "echo"},
+		Build:    schema.Build{Boot: []string{"systemctl", "true"}},
 	}
 	if diff := cmp.Diff(deltaRecipe(), DeltaRecipeOf(digest.Of([]byte("base")), role)); diff != "" {
 		t.Errorf("delta recipe (-want +got):\n%s", diff)
@@ -190,6 +202,52 @@ func TestRecipesOfSchema(t *testing.T) {
 	role.Name, role.Healthy, role.Kernel.Args = "other", []schema.Check{{Unit: "x"}}, []string{"quiet"}
 	if DeltaRecipeOf(digest.Of([]byte("base")), role).ID() != deltaRecipe().ID() {
 		t.Error("a name, a check or a kernel argument changed the id of a delta: it would be built twice")
+	}
+}
+
+// TestCompiledResult holds that only what may change what comes out of a compilation gives it another name.
+func TestCompiledResult(t *testing.T) {
+	base, want := digest.Of([]byte("image")), compileRecipe().Result(digest.Of([]byte("image")))
+	same := compileRecipe()
+	same.URL, same.Base = "https://example.org/other", digest.Of([]byte("another recipe for the same image"))
+	if same.Result(base) != want {
+		t.Error("what is the same source on the same image is compiled twice")
+	}
+	seen := map[digest.Digest]string{want: "nothing"}
+	for name, change := range map[string]func(r *CompileRecipe){
+		"source":  func(r *CompileRecipe) { r.Source = digest.Of(nil) },
+		"run":     func(r *CompileRecipe) { r.Run = []string{"make install", "make"} },
+		"output":  func(r *CompileRecipe) { r.Output = "/other" },
+		"network": func(r *CompileRecipe) { r.Network = true },
+	} {
+		r := compileRecipe()
+		change(&r)
+		if other, dup := seen[r.Result(base)]; dup {
+			t.Errorf("changing %s is as changing %s", name, other)
+		}
+		seen[r.Result(base)] = name
+	}
+	if _, dup := seen[same.Result(digest.Of([]byte("newer image")))]; dup {
+		t.Error("another base gives nothing new")
+	}
+}
+
+func TestCompileRecipeOf(t *testing.T) {
+	base := digest.Of([]byte("base"))
+	if diff := cmp.Diff(CompileRecipe{}, CompileRecipeOf(base, nil)); diff != "" {
+		t.Errorf("of nothing (-want +got):\n%s", diff)
+	}
+	c := &schema.Compile{In: "debian", Run: []string{"make"}, Output: "/out", Network: true}
+	want := CompileRecipe{Base: base, Run: []string{"make"}, Output: "/out", Network: true}
+	tree := digest.Of([]byte("tree"))
+	c.Source, want.Source = schema.CompileSource{Dir: "src/x", Tree: tree.String()}, tree
+	if diff := cmp.Diff(want, CompileRecipeOf(base, c)); diff != "" {
+		t.Errorf("of a directory (-want +got):\n%s", diff)
+	}
+	c.Source = schema.CompileSource{URL: "https://example.com/x", SHA256: tree.Hex()}
+	want.URL = c.Source.URL
+	if diff := cmp.Diff(want, CompileRecipeOf(base, c)); diff != "" {
+		t.Errorf("of an archive (-want +got):\n%s", diff)
 	}
 }
 
@@ -205,6 +263,7 @@ func FuzzDeltaCanonical(f *testing.F) {
 			Packages: sorted([]string{pkg, unit}),
 			Enable:   sorted([]string{unit, run}),
 			Run:      []string{run, pkg, ""},
+			Boot:     []string{unit, "", run},
 		}
 		d := decoder{want.canonical()}
 		if got := d.str(); got != formatDelta {
@@ -267,6 +326,6 @@ func (d *decoder) delta() DeltaRecipe {
 		path := d.str()
 		r.Files[path] = File{d.str(), uint32(d.num()), uint32(d.num()), uint32(d.num())}
 	}
-	r.Packages, r.Enable, r.Run = d.list(), d.list(), d.list()
+	r.Packages, r.Enable, r.Run, r.Boot = d.list(), d.list(), d.list(), d.list()
 	return r
 }

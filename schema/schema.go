@@ -84,6 +84,7 @@ type Role struct {
 	Packages []string        `json:"packages,omitempty"`
 	Services Services        `json:"services,omitzero"`
 	Run      []string        `json:"run,omitempty"` // shell commands, run in order in the image when it is built
+	Build    Build           `json:"build,omitzero"`
 	Kernel   Kernel          `json:"kernel,omitzero"`
 	Healthy  []Check         `json:"healthy,omitempty"`
 	// HealthyWithin is for how long a host may fail these after it booted another release; 0 means 10m.
@@ -101,6 +102,12 @@ type File struct {
 // Services are systemd units.
 type Services struct {
 	Enable []string `json:"enable,omitempty"`
+}
+
+// Build has what a role does at build time beside Run.
+type Build struct {
+	// Boot are shell commands, run in order in a machine that booted the OS with all else that the role adds to it.
+	Boot []string `json:"boot,omitempty"`
 }
 
 // Kernel has what the kernel of a role gets on its command line, after troupe's own.

@@ -79,7 +79,7 @@ const (
 )
 
 // notOnDisk are the fields of a role that an agent carries out, or a build over an OS base, beside node.
-var notOnDisk = []string{"activate", "apps", "files", "packages", "services", "run", "kernel", "healthy", "healthyWithin"}
+var notOnDisk = []string{"activate", "apps", "files", "packages", "services", "run", "build", "kernel", "healthy", "healthyWithin"}
 
 // checkDiskRole complains about all that nobody could carry out in an image that is booted as it is.
 func (m *merged) checkDiskRole(name string, r found[schema.Role], img found[schema.Image]) {
