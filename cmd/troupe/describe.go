@@ -373,6 +373,7 @@ func writeRole(w io.Writer, r api.Role, _ time.Time) error {
 	}
 	f.list("Files", files)
 	f.list("Run", r.Spec.Run)
+	f.list("Run after boot", r.Spec.Build.Boot)
 	f.list("Kernel args", r.Spec.Kernel.Args)
 	var checks []string
 	for _, c := range r.Spec.Healthy {

@@ -21,6 +21,7 @@ import (
 	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/artifact"
 	"github.com/troupe-dev/troupe/images/build"
+	"github.com/troupe-dev/troupe/images/build/vm"
 	"github.com/troupe-dev/troupe/images/initramfs"
 	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/netboot"
@@ -46,6 +47,7 @@ type serveOptions struct {
 	agent              string
 	ipxe               []string
 	jobs               int
+	machines           int
 	verbose            bool
 }
 
@@ -98,6 +100,7 @@ it does not start until the port is free, or --iscsi-listen names another one.`,
 	f.StringVar(&o.agent, "agent", "", "the troupe-agent program (default: beside this one)")
 	f.StringSliceVar(&o.ipxe, "ipxe", nil, "directories of iPXE's boot files (default: where Debian has them)")
 	f.IntVar(&o.jobs, "jobs", 2, "builds at a time")
+	f.IntVar(&o.machines, "build-machines", 0, "machines that run for builds at a time (default: by processors and memory)")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "log what is done for whom")
 	for _, name := range []string{"repo", "data"} {
 		_ = cmd.MarkFlagRequired(name) // fails for unknown flags only
@@ -109,6 +112,9 @@ it does not start until the port is free, or --iscsi-listen names another one.`,
 func (o serveOptions) check() error {
 	if o.jobs < 1 {
 		return fmt.Errorf("--jobs %d: want 1 or more", o.jobs)
+	}
+	if o.machines < 0 {
+		return fmt.Errorf("--build-machines %d: want 1 or more", o.machines)
 	}
 	_, err := dhcpMode(o.dhcp)
 	return err
@@ -227,7 +233,10 @@ func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	builder := &build.Builder{Store: blobs, Dir: filepath.Join(o.data, "build"), Log: log}
+	builder, err := o.builder(blobs, log)
+	if err != nil {
+		return err
+	}
 	if err := builder.Clean(); err != nil {
 		return err
 	}
@@ -436,4 +445,16 @@ func (o serveOptions) serveBoot(ctx context.Context, boot *netboot.Server) error
 		return fmt.Errorf("opening the ports of DHCP and TFTP on %s: %w", o.iface, err)
 	}
 	return boot.Serve(ctx, socks)
+}
+
+// builder makes images. Its machines run this program, which is static, as their init.
+func (o serveOptions) builder(blobs *store.Store, log *slog.Logger) (*build.Builder, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("looking for this program: %w", err)
+	}
+	return &build.Builder{
+		Store: blobs, Dir: filepath.Join(o.data, "build"), Log: log,
+		VMs: vm.NewHost(self, o.machines), Compiled: filepath.Join(o.data, "compiled"),
+	}, nil
 }

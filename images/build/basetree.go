@@ -115,9 +115,22 @@ func (t *baseTree) takeKernel(ctx context.Context, version string, r io.Reader) 
 
 // entryOf is the entry of a tar header with the content r.
 func (t *baseTree) entryOf(h *tar.Header, r io.Reader) (entry, error) {
+	if h.Typeflag == tar.TypeLink { // an EROFS image that go-erofs writes has none: the content comes a second time
+		as := *h
+		as.Typeflag = tar.TypeReg
+		e, err := headerEntry(&as)
+		e.open = t.w.reopen(path.Clean(h.Linkname))
+		return e, err
+	}
+	e, err := headerEntry(h)
+	e.open = func() (io.ReadCloser, error) { return io.NopCloser(r), nil }
+	return e, err
+}
+
+// headerEntry is the entry of a tar header, without its content.
+func headerEntry(h *tar.Header) (entry, error) {
 	e := entry{
-		mode: uint32(h.Mode) & 0o7777, uid: uint32(h.Uid), gid: uint32(h.Gid), mtime: h.ModTime, //nolint:gosec // the kernel that mmdebstrap asked has 32 bits for each
-		open: func() (io.ReadCloser, error) { return io.NopCloser(r), nil },
+		mode: uint32(h.Mode) & 0o7777, uid: uint32(h.Uid), gid: uint32(h.Gid), mtime: h.ModTime, //nolint:gosec // a kernel has 32 bits for each
 	}
 	for k, v := range h.PAXRecords {
 		if name, ok := strings.CutPrefix(k, "SCHILY.xattr."); ok {
@@ -130,9 +143,6 @@ func (t *baseTree) entryOf(h *tar.Header, r io.Reader) (entry, error) {
 	switch h.Typeflag {
 	case tar.TypeReg:
 		e.mode |= unix.S_IFREG
-	case tar.TypeLink: // an EROFS image that go-erofs writes has none: the content comes a second time
-		e.mode |= unix.S_IFREG
-		e.open = t.w.reopen(path.Clean(h.Linkname))
 	case tar.TypeDir:
 		e.mode |= unix.S_IFDIR
 	case tar.TypeSymlink:

@@ -33,6 +33,16 @@
 // service in there. Run steps get "sh -ec" and see /proc, /sys, an own /dev, and an empty /tmp and /run. Everything
 // that happened becomes part of the layer, deletions too (as whiteouts).
 //
+// Boot steps come last: a machine (package vm) boots base and layer, with the base's kernel and its own systemd, and they
+// run when that is up. It has no network. The layer is read when the system has ended in good order. So what differs from boot to boot
+// by nature is left out as above, and nothing of it is in the layer while somebody writes it. It is not the first boot
+// to systemd, nor one after an update: what is due only then, nodes do for themselves.
+//
+// # What is compiled
+//
+// In such a machine, too, but one that runs nothing else: its kernel, an init of ours, one shell after the other. It has
+// the source in /src, no network unless the recipe wants one, and all that is kept of it is the output.
+//
 // # Layout
 //
 // go-erofs puts the data of all files first, by path and each at a block of 4 KiB, and all metadata last, with the whole
@@ -58,6 +68,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/troupe-dev/troupe/images/build/vm"
 	"github.com/troupe-dev/troupe/images/store"
 )
 
@@ -69,6 +80,13 @@ type Builder struct {
 	// users must be able to reach Dir: mmdebstrap works under the subordinate user ids of subuid(5).
 	Dir string
 	Log *slog.Logger // nil: discard
+
+	// VMs runs machines for boot steps and for what is compiled. Without it, recipes with either fail.
+	VMs *vm.Host
+	// Compiled is a directory that remembers which blob came of what was compiled; "" is none.
+	Compiled string
+
+	compiling oneByOne
 }
 
 // Clean removes what builds left behind that were killed, but for what they had fetched of disk images. Call it before the first build, and not during one. What cannot

@@ -270,7 +270,7 @@ func (c *chroot) scan(v *view, keep []string) (hadKeys bool, err error) {
 		if d.Type() == fs.ModeSocket {
 			return nil
 		}
-		if !slices.Contains(keep, name) && (isTransient(name, d.IsDir()) || name == "etc/machine-id") {
+		if leftOut(name, d.IsDir(), keep) {
 			hadKeys = hadKeys || isHostKey(name) && d.Type().IsRegular()
 			return nil
 		}
@@ -288,6 +288,11 @@ func (c *chroot) scan(v *view, keep []string) (hadKeys bool, err error) {
 		return false, fmt.Errorf("reading the layer: %w", err)
 	}
 	return hadKeys, nil
+}
+
+// leftOut says whether what is in a layer at name belongs into no image, unless it is in keep.
+func leftOut(name string, dir bool, keep []string) bool {
+	return !slices.Contains(keep, name) && (isTransient(name, dir) || name == "etc/machine-id")
 }
 
 // unchanged says whether e is a regular file that the base has just so, but for its time: programs write anew what has

@@ -52,9 +52,23 @@ type deltaBuild struct {
 }
 
 func (d *deltaBuild) make(ctx context.Context, b *Builder, base images.Base, scratch string) (images.Delta, error) {
-	if err := d.fill(ctx); err != nil {
+	keep, err := d.fill(ctx)
+	if err != nil {
 		return images.Delta{}, err
 	}
+	if len(d.r.Boot) == 0 {
+		return d.image(ctx, b, base, scratch)
+	}
+	done, err := d.boot(ctx, b, base, keep)
+	if err != nil {
+		return images.Delta{}, err
+	}
+	defer done()
+	return d.image(ctx, b, base, scratch)
+}
+
+// image makes the image of the layer.
+func (d *deltaBuild) image(ctx context.Context, b *Builder, base images.Base, scratch string) (images.Delta, error) {
 	d.s.begin("image")
 	lock, err := d.lock(base)
 	if err != nil {
@@ -79,29 +93,29 @@ func (d *deltaBuild) make(ctx context.Context, b *Builder, base images.Base, scr
 }
 
 // fill makes the layer. The chroot is there only for those who need it: a delta of files and units costs no copy of
-// the base.
-func (d *deltaBuild) fill(ctx context.Context) error {
+// the base. It gives the names of what the recipe's files brought into the layer.
+func (d *deltaBuild) fill(ctx context.Context) ([]string, error) {
 	if len(d.r.Packages) > 0 {
 		d.s.begin("packages")
 		if err := d.packages(ctx); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	d.s.begin("files")
 	put, err := d.files()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if len(d.r.Run) > 0 {
 		if err := d.run(ctx, put); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	if len(d.r.Enable) == 0 {
-		return nil
+		return put, nil
 	}
 	d.s.begin("services")
-	return d.view.enable(d.r.Enable)
+	return put, d.view.enable(d.r.Enable)
 }
 
 // packages has apt install the recipe's packages, and takes what that did into the layer.
@@ -222,7 +236,7 @@ func checkDelta(r images.DeltaRecipe, base images.Base) error {
 			return fmt.Errorf("file %q is no absolute path of a file", name)
 		}
 	}
-	if len(r.Packages)+len(r.Run) > 0 && !isRoot() {
+	if len(r.Packages)+len(r.Run) > 0 && !isRoot() { // boot steps do not
 		return errors.New("packages and run steps need root's rights: run the server as root")
 	}
 	return nil

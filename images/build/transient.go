@@ -15,6 +15,7 @@ import (
 var emptied = []string{
 	"boot", "dev", "proc", "run", "sys", "tmp", "var/tmp",
 	"var/cache/apt", "var/lib/apt/lists",
+	"var/lib/systemd/coredump", "var/lib/systemd/timers", "var/lib/systemd/timesync", "var/log/journal",
 }
 
 // hostKeys are the keys by which SSH knows a machine.
@@ -28,6 +29,7 @@ func isHostKey(name string) bool {
 // transient are files that differ from build to build and that nobody misses. Those of path.Match's patterns.
 var transient = []string{
 	"etc/.pwd.lock",
+	"etc/.updated", "var/.updated",
 	"etc/passwd-", "etc/group-", "etc/shadow-", "etc/gshadow-", "etc/subuid-", "etc/subgid-",
 	hostKeys,
 	"var/cache/debconf/*-old",
@@ -38,6 +40,7 @@ var transient = []string{
 	"var/lib/dpkg/*-old", "var/lib/dpkg/lock", "var/lib/dpkg/lock-frontend", "var/lib/dpkg/triggers/Lock",
 	"var/lib/systemd/credential.secret",
 	"var/lib/systemd/random-seed",
+	"var/lib/systemd/timers", "var/lib/systemd/timesync", // made where a timer or the clock is first started
 }
 
 // isTransient says whether name, as a build left it, does not belong into an image.

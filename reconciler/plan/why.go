@@ -228,6 +228,13 @@ func deltaParts(r images.DeltaRecipe) map[string]string {
 		e = e.str(cmd)
 	}
 	parts := map[string]string{"commands": digest.Of(e).Short()}
+	if len(r.Boot) > 0 {
+		e = encoder("")
+		for _, cmd := range r.Boot {
+			e = e.str(cmd)
+		}
+		parts["commands after boot"] = digest.Of(e).Short()
+	}
 	named(parts, "package ", r.Packages)
 	named(parts, "service ", r.Enable)
 	for path, f := range r.Files {

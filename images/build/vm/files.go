@@ -26,7 +26,7 @@ const (
 // Names in the archive that a machine gets.
 const (
 	orderName  = "order.json"
-	upperNames = "upper/" // begins those of what the upper layer has
+	UpperNames = "upper/" // begins those of what the upper layer has
 )
 
 // An order is what a machine is told to do.

@@ -129,8 +129,8 @@ func takeOrder(upper string) error {
 		}
 		if h.Name == orderName {
 			err = writeFile(orderPath, r, 0o600)
-		} else if name, ok := strings.CutPrefix(h.Name, upperNames); ok {
-			err = unpack(filepath.Join(upper, name), h, r)
+		} else if name, ok := strings.CutPrefix(h.Name, UpperNames); ok {
+			err = unpack(upper, name, h, r)
 		}
 		if err != nil {
 			return err
@@ -157,7 +157,11 @@ func writeFile(name string, r io.Reader, mode os.FileMode) error {
 }
 
 // unpack makes one file of the upper layer.
-func unpack(full string, h *tar.Header, r io.Reader) error {
+func unpack(upper, name string, h *tar.Header, r io.Reader) error {
+	full := filepath.Join(upper, name)
+	if h.Typeflag == tar.TypeLink {
+		return os.Link(filepath.Join(upper, strings.TrimPrefix(h.Linkname, UpperNames)), full)
+	}
 	if err := makeNode(full, h, r); err != nil {
 		return fmt.Errorf("making %q: %w", h.Name, err)
 	}

@@ -209,7 +209,7 @@ func drain(fd int, take func([]byte) error) (end bool, err error) {
 }
 
 func (w *watcher) takeConsole(p []byte) error {
-	if w.job.Console == nil {
+	if w.job.Console == nil || w.failure != nil || w.done != nil { // that a kernel says good-bye is of no interest
 		return nil
 	}
 	_, err := w.job.Console.Write(p)
@@ -244,12 +244,12 @@ func (w *watcher) take(line []byte) error {
 		return nil
 	}
 	w.timer.Reset(w.limit)
+	// The console is on another wire; what was said there before is there already.
+	if _, err := drain(w.console, w.takeConsole); err != nil {
+		return err
+	}
 	switch {
 	case e.Begin != nil && *e.Begin >= 0 && *e.Begin < len(w.job.Steps):
-		// The console is on another wire; what the step before said there is here already.
-		if _, err := drain(w.console, w.takeConsole); err != nil {
-			return err
-		}
 		if w.job.Step != nil {
 			w.job.Step(*e.Begin)
 		}

@@ -27,6 +27,8 @@ import (
 	"runtime"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/troupe-dev/troupe/internal/qemu"
 )
 
@@ -37,11 +39,25 @@ type Host struct {
 	cpus  int
 }
 
-// NewHost is a Host for up to limit machines at a time, which share this one's processors. init is a static program for
-// this kernel that calls RunGuest where IsGuest says so: this one.
+// NewHost is a Host for up to limit machines at a time, which share this one's processors; 0 means as many as half of its
+// processors and of its memory are good for. init is a static program that calls RunGuest where IsGuest says so: this one.
 func NewHost(init string, limit int) *Host {
-	limit = max(limit, 1)
+	if limit < 1 {
+		limit = defaultLimit()
+	}
 	return &Host{init: init, slots: make(chan struct{}, limit), cpus: max(runtime.NumCPU()/limit, 1)}
+}
+
+// perMachine is what one machine takes of this one's memory, in bytes, with what QEMU and the page cache want beside it.
+const perMachine = 3 << 30
+
+func defaultLimit() int {
+	limit := runtime.NumCPU() / 2
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err == nil { // it fails for bad addresses only
+		limit = min(limit, int(info.Totalram*uint64(info.Unit)/2/perMachine)) //nolint:gosec // no machine has as much memory
+	}
+	return max(limit, 1)
 }
 
 // A Job is what a machine is for.
@@ -63,8 +79,8 @@ type Job struct {
 	// Network gives the machine a way out, through this one's own.
 	Network bool
 
-	// Files writes what the upper layer begins with, as overlayfs keeps it: whiteouts are devices 0:0. A directory comes before
-	// what is in it. nil writes nothing.
+	// Files writes what the upper layer begins with, as overlayfs keeps it: whiteouts are devices 0:0, names begin with UpperNames, those that hard
+	// links name, too. A directory comes before what is in it. nil writes nothing.
 	Files func(*tar.Writer) error
 	// Output is the absolute path, in the machine, of the file or directory that Result has; "" means the whole upper layer.
 	Output string
