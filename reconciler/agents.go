@@ -29,6 +29,7 @@ type agents struct {
 	each   *striped // one report or hello of a machine at a time: both write its records
 
 	strangers *strangers
+	deltas    *nodeDeltas
 	booting   func(host string) // is told of hosts whose machines begin to boot
 }
 
@@ -135,7 +136,7 @@ func (a *agents) Report(ctx context.Context, _ netip.Addr, r agentapi.Report) (a
 	if err != nil && !notFound(err) {
 		return agentapi.ReportReply{}, err
 	}
-	reply := agentapi.ReportReply{Version: v.assignment(id).Version, Hello: notFound(err)}
+	reply := agentapi.ReportReply{Version: v.assignment(id).Version, Hello: notFound(err), Diff: a.deltas.asked(id.MAC)}
 	if reply.Hello && !v.declares(id.MAC) {
 		return reply, nil
 	}
@@ -159,7 +160,7 @@ func nodeOf(before state.Node, r agentapi.Report, now time.Time) state.Node {
 	n := state.Node{
 		MAC: r.MAC, BootID: r.BootID, LastSeen: now, Booted: now.Add(-r.Uptime),
 		Stage: string(agentapi.StageAgent), Running: r.Running, Staged: r.Staged, Fetch: r.Fetch, Cached: r.Cached, Error: r.Error, Session: r.Session,
-		Bad: r.Bad, Good: r.Good, Warnings: r.Warnings,
+		Bad: r.Bad, Good: r.Good, Warnings: r.Warnings, Changes: r.Changes,
 	}
 	if before.BootID == r.BootID {
 		n.Stage, n.Kernel = before.Stage, before.Kernel
@@ -328,7 +329,7 @@ func clean(r agentapi.Report) agentapi.Report {
 	}
 	if r.Running != nil {
 		run := *r.Running
-		run.Host, run.Role = cut(run.Host), cut(run.Role)
+		run.Host, run.Role, run.Order = cut(run.Host), cut(run.Role), cutTo(run.Order, maxStage)
 		run.Health.Failing = cleanFailing(run.Health.Failing)
 		r.Running = &run
 	}

@@ -43,6 +43,7 @@ func testAgents(t *testing.T) *agents {
 		store: s, views: newViews(), boots: newBoots(s, log), events: &recorder{store: s, log: log},
 		now: func() time.Time { return testStart }, each: newStriped(), booting: func(string) {},
 	}
+	a.deltas = newNodeDeltas(s, a.events)
 	a.boots.standing = a.views.standing
 	a.strangers = newStrangers(a)
 	return a

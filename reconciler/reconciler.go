@@ -11,6 +11,7 @@
 //	luns        assignments, nodes, sessions   luns, and the files of hosts' disks
 //	views       all of these                   the view that machines are answered from (memory)
 //	agents      what agents say                machines, nodes, boots
+//	nodeDeltas  what operators ask for         orders
 //	strangers   machines, nodes, the fleet     removes machines, nodes and boots of those that no host is
 //	boots       what netboot's servers see     boots
 package reconciler
@@ -76,6 +77,7 @@ type Reconciler struct {
 	assign    *assign
 	luns      *luns
 	agents    *agents
+	deltas    *nodeDeltas
 
 	target *iscsi.Server
 
@@ -97,6 +99,8 @@ func New(cfg Config) (*Reconciler, error) {
 	r.events = &recorder{store: cfg.Store, log: cfg.Log}
 	r.boots = newBoots(cfg.Store, cfg.Log)
 	r.agents = &agents{store: cfg.Store, views: r.views, boots: r.boots, events: r.events, now: time.Now, each: newStriped()}
+	r.deltas = newNodeDeltas(cfg.Store, r.events)
+	r.agents.deltas = r.deltas
 	r.boots.standing = r.views.standing
 	r.agents.strangers = newStrangers(r.agents)
 	r.follow = &follow{

@@ -15,7 +15,7 @@ const settle = 20 * time.Millisecond
 // runViews is the controller that makes a new view whenever something that machines are told from has changed.
 func (r *Reconciler) runViews(ctx context.Context) error {
 	changed := r.cfg.Store.Watch(ctx, state.Assignments.Prefix(), state.Releases.Prefix(), state.Bases.Prefix(),
-		state.Disks.Prefix(), state.Builds.Prefix(), state.Machines.Prefix())
+		state.Disks.Prefix(), state.Builds.Prefix(), state.Machines.Prefix(), state.Orders.Prefix())
 	for {
 		select {
 		case <-changed:
@@ -47,6 +47,9 @@ func (r *Reconciler) readView(ctx context.Context) (*view, error) {
 	s := r.cfg.Store
 	var err error
 	if v.assignments, err = state.Assignments.List(ctx, s); err != nil {
+		return nil, err
+	}
+	if v.orders, err = state.Orders.List(ctx, s); err != nil {
 		return nil, err
 	}
 	if v.machines, err = state.Machines.List(ctx, s); err != nil {

@@ -24,6 +24,7 @@ type view struct {
 	disks       map[images.RecipeID]images.Disk
 	builds      map[images.RecipeID]state.Build
 	machines    map[string]state.Machine // by MAC
+	orders      map[string]state.Order   // by host
 	luns        lunViews
 	local       localBoot
 
@@ -91,9 +92,9 @@ func (v *view) assignment(id agentapi.Identity) agentapi.Assignment {
 	case !ok:
 		return v.waiting(name, v.waits[v.fleet.Hosts[name].Role]())
 	case a.ISCSI != nil:
-		return v.diskless(name, a)
+		return v.ordered(name, v.diskless(name, a))
 	}
-	return v.local.in(a.Spec)
+	return v.ordered(name, v.local.in(a.Spec))
 }
 
 // localBoot is what machines that boot from their own disks get from this server, whatever they run.
@@ -113,6 +114,17 @@ func (l localBoot) in(spec agentapi.Assignment) agentapi.Assignment {
 		text += fmt.Sprint(*l.loaders)
 	}
 	spec.Version += "-" + digest.Of([]byte(text)).Short()
+	return spec
+}
+
+// ordered is an assignment with what an operator wants to be dropped of what the host wrote.
+func (v *view) ordered(name string, spec agentapi.Assignment) agentapi.Assignment {
+	o, ok := v.orders[name]
+	if !ok || spec.State != agentapi.Assigned {
+		return spec
+	}
+	spec.Delta = &o.DeltaOrder
+	spec.Version += "-" + o.ID
 	return spec
 }
 

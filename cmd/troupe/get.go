@@ -63,6 +63,9 @@ func newGetHostsCommand() *cobra.Command {
 		Long: `Lists the declared hosts and the machines that no host declares. NAME is a host's
 name, a machine's MAC, or a list of names as in n[1-5,9].
 
+CHANGES is how many paths a node changed over its release, as it counted last: see
+troupe delta.
+
 -o wide adds the last stage that a host's boot reached, its address and its MAC.
 
 With -o cue it prints host entries to paste into the fleet's repo, for unclaimed
@@ -128,6 +131,17 @@ func (o *getHosts) roleExists(ctx context.Context, c *api.Client) error {
 	return fmt.Errorf("flag --role %q: the fleet in force has no such role; it has %s", o.role, or(strings.Join(names, ", "), "none"))
 }
 
+// changes is how many paths a node changed over its release.
+func changes(h api.Host) string {
+	switch {
+	case h.Changes == nil:
+		return "-"
+	case h.Dropping:
+		return strconv.Itoa(h.Changes.Changes) + ", dropping"
+	}
+	return strconv.Itoa(h.Changes.Changes)
+}
+
 // orEmpty keeps JSON from having null for an empty list.
 func orEmpty[T any](all []T) []T {
 	if all == nil {
@@ -152,7 +166,7 @@ func writeEntries(w io.Writer, hosts []api.Host, role string) error {
 }
 
 func writeHosts(w io.Writer, hosts []api.Host, wide bool, now time.Time) error {
-	t := table{header: []string{"NAME", "ROLE", "STATE", "GENERATION", "RELEASE", "TARGET", "UPTIME", "LAST-SEEN"}}
+	t := table{header: []string{"NAME", "ROLE", "STATE", "GENERATION", "RELEASE", "TARGET", "CHANGES", "UPTIME", "LAST-SEEN"}}
 	if wide {
 		t.header = append(t.header, "STAGE", "ADDRESS", "MAC")
 	}
@@ -172,7 +186,7 @@ func writeHosts(w io.Writer, hosts []api.Host, wide bool, now time.Time) error {
 		cells := []string{
 			h.Key(), or(fromTo(h.RunningRole, h.Role), "-"), cut(stateText(h), 200),
 			or(fromTo(generation(h.RunningGeneration), generation(h.Generation)), "-"), short(h.Running), short(h.Target),
-			uptime, ago(now, h.LastSeen),
+			changes(h), uptime, ago(now, h.LastSeen),
 		}
 		if wide {
 			cells = append(cells, or(h.Stage, "-"), addressOf(h), or(h.MAC, "-"))

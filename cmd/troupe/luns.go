@@ -87,16 +87,15 @@ func newResetCommand() *cobra.Command {
 	var o resetOptions
 	cmd := &cobra.Command{
 		Use:   "reset HOST",
-		Short: "Drop what a host wrote to its disk on the server",
-		Long: `Has a host that runs from the server begin anew, with its disk as it was made first.
-What it wrote is lost. A host that is off finds its new disk when it boots next.
+		Short: "Drop what a host wrote, and have it begin anew",
+		Long: `Has a host begin anew, as it was when its release first booted there. All that it
+wrote is lost, in its other releases, too. A node that runs is told to reboot; one that
+is off begins anew when it boots next. Nothing is downloaded for that.
 
-A node with an agent is told to reboot, and loses its old disk when it does, or after
-a minute. Nobody can tell a system that was booted from an image of kind "disk":
+A host that runs from the server gets a new disk there, and loses its old one when it
+reboots, or after a minute. Nobody can tell a system that was booted from an image of kind "disk":
 while it is logged in that takes --force, after which all that it reads and writes
-fails until somebody boots it again.
-
-A host that keeps what it writes on a disk of its own cannot be reset yet.`,
+fails until somebody boots it again.`,
 		Example: `  troupe reset n1
   troupe reset n1 --wait
   troupe reset vm1 --force`,
@@ -106,7 +105,7 @@ A host that keeps what it writes on a disk of its own cannot be reset yet.`,
 	o.flags(cmd, "table", "json", "yaml")
 	f := cmd.Flags()
 	f.BoolVar(&o.force, "force", false, "also where that takes the disk from a system that runs")
-	f.BoolVar(&o.wait, "wait", false, "wait until the old disk is gone")
+	f.BoolVar(&o.wait, "wait", false, "wait until what was is gone")
 	f.DurationVar(&o.timeout, "timeout", 5*time.Minute, "with --wait: give up after this time")
 	return cmd
 }
@@ -127,7 +126,12 @@ func (o *resetOptions) run(cmd *cobra.Command, host string) error {
 	}
 	return o.print(cmd, t, func(w io.Writer) error {
 		line := fmt.Sprintf("host %s begins with a new disk when it boots next\n", host)
-		if t.Resetting {
+		switch {
+		case t.Name == "" && t.Resetting:
+			line = fmt.Sprintf("host %s reboots, and begins anew; where it is off, when it boots next\n", host)
+		case t.Name == "":
+			line = fmt.Sprintf("host %s has begun anew\n", host)
+		case t.Resetting:
 			line = fmt.Sprintf("host %s is told to reboot; it begins with a new disk then, or in a minute\n", host)
 		}
 		_, err := io.WriteString(w, line)
@@ -148,6 +152,10 @@ func (o *resetOptions) await(ctx context.Context, c *api.Client, t api.Target) (
 		h, err := c.Host(ctx, t.Host)
 		if err != nil {
 			return t, err
+		}
+		if t.Name == "" { // its disk is its own
+			t.Resetting = h.Dropping
+			continue
 		}
 		t = *cmp.Or(h.ISCSI, &api.Target{Host: t.Host})
 	}

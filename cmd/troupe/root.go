@@ -35,7 +35,7 @@ Every flag can also be given as an environment variable: --data as TROUPE_DATA.`
 	root.SetErr(std.err)
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(newServeCommand(), newLabCommand(), newDemoCommand(), newVersionCommand(), newVetCommand(), newEvalCommand())
-	root.AddCommand(newStatusCommand(), newGetCommand(), newDescribeCommand(), newEventsCommand(), newPlanCommand(), newLogsCommand(), newImageCommand(), newResetCommand(), newISCSICommand())
+	root.AddCommand(newStatusCommand(), newGetCommand(), newDescribeCommand(), newEventsCommand(), newPlanCommand(), newLogsCommand(), newImageCommand(), newResetCommand(), newDeltaCommand(), newISCSICommand())
 	explainUsage(root)
 	return root
 }

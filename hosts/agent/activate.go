@@ -273,7 +273,7 @@ func (b *boot) mount(a agentapi.Assignment, base, delta string) (*mounted, error
 	if err := b.begin(a); err != nil {
 		return nil, err
 	}
-	d, err := b.cache.Delta(deltaID(a))
+	d, dropped, err := openDelta(b.cache, a)
 	if err != nil {
 		return nil, err
 	}
@@ -284,18 +284,22 @@ func (b *boot) mount(a agentapi.Assignment, base, delta string) (*mounted, error
 	if err := rootfs.Mount(spec); err != nil {
 		return nil, err
 	}
+	kind := map[bool]string{true: "new node delta", false: "kept node delta"}[d.Fresh] + dropped
 	if err := b.seed(a, d); err != nil {
 		return nil, errors.Join(err, rootfs.Unmount(spec))
 	}
 	if _, err := initOf(newRoot); err != nil {
 		return nil, errors.Join(err, rootfs.Unmount(spec))
 	}
-	b.rep.mark(agentapi.Mark{Stage: agentapi.StageMount, Detail: map[bool]string{true: "new node delta", false: "kept node delta"}[d.Fresh]})
+	b.rep.mark(agentapi.Mark{Stage: agentapi.StageMount, Detail: kind})
 	return &mounted{assignment: a, delta: d}, nil
 }
 
 func (b *boot) seed(a agentapi.Assignment, d *cache.Delta) error {
 	if !d.Fresh {
+		if err := b.obey(a, d); err != nil {
+			return err
+		}
 		l := b.lease.Load()
 		if l == nil { // a boot with no DHCP server, that never had one
 			return nil
@@ -309,6 +313,7 @@ func (b *boot) seed(a agentapi.Assignment, d *cache.Delta) error {
 		return err
 	}
 	fresh := *d
+	fresh.Order = orderID(a)
 	return fresh.Seeded()
 }
 

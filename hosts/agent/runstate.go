@@ -33,6 +33,7 @@ type RunState struct {
 	Lease      *netup.Lease        `json:"lease,omitempty"`
 	CacheDir   string              `json:"cacheDir"`
 	NodeDelta  string              `json:"nodeDelta"`
+	Order      string              `json:"order,omitempty"` // to drop something, that the node delta was brought up to
 	// Began is when the service came up, in nanoseconds since the kernel started: the deadline of its checks counts from then.
 	Began time.Duration `json:"began,omitempty"`
 	// Watchdog is the device that was armed, "" for none.

@@ -36,6 +36,7 @@ type service struct {
 	rep    *reporter
 	fol    *follower
 	staged staged
+	diff   diffAsks
 	proof  probation
 	// expired is told that the running release is bad. It has room for one.
 	expired  chan struct{}
@@ -89,7 +90,11 @@ func newService(statePath string, log *slog.Logger) (*service, error) {
 	}
 	s.fol = newFollower(s.client, log, s.hello)
 	s.fol.latest = st.Assignment
-	s.rep.onReply = s.fol.reply
+	s.rep.update(false, func(r *agentapi.Report) { r.Running.Order = st.Order })
+	s.rep.onReply = func(r agentapi.ReportReply) {
+		s.fol.reply(r)
+		s.diff.ask(r.Diff)
+	}
 	if st.Assignment.ISCSI != nil {
 		s.rep.session = sessionStatus
 	}
@@ -148,6 +153,7 @@ func (s *service) run(ctx context.Context) error {
 	wg.Go(func() { s.watchDeadline(ctx) })
 	wg.Go(s.trimDeltas)
 	wg.Go(func() { s.keepBootable(ctx) })
+	wg.Go(func() { s.runDiffs(ctx) })
 	if s.rep.session != nil {
 		wg.Go(func() { s.watchKeeper(ctx) })
 	}
@@ -308,7 +314,7 @@ func decide(now, a agentapi.Assignment) decision {
 		return moveOn // which says what is wrong with it
 	case a.Host != now.Host || a.Release.ID != now.Release.ID || a.Node.Digest != now.Node.Digest:
 		return moveOn
-	case (a.ISCSI == nil) != (now.ISCSI == nil) || isReset(now, a):
+	case (a.ISCSI == nil) != (now.ISCSI == nil) || isReset(now, a) || isOrdered(now, a):
 		return moveOn
 	}
 	return adopt
@@ -334,9 +340,9 @@ func (s *service) adopt(a agentapi.Assignment) {
 		s.log.Warn("the assignment cannot be kept", "error", err)
 	}
 	s.rep.update(true, func(r *agentapi.Report) {
-		h := r.Running.Health
+		before := r.Running
 		r.Running = running(a)
-		r.Running.Health = h
+		r.Running.Health, r.Running.Order = before.Health, before.Order
 		r.Staged = ""
 	})
 	s.rep.fail(nil)
@@ -387,6 +393,9 @@ func (s *service) prepare(ctx context.Context, a agentapi.Assignment, d decision
 		why, goal = fmt.Sprintf("generation %d, role %s", a.Generation, a.Role), deltaID(a)
 		if isReset(s.state.get().Assignment, a) {
 			why += "; its disk was reset"
+		}
+		if isOrdered(s.state.get().Assignment, a) {
+			why += "; what it wrote is dropped"
 		}
 		if err := s.stage(ctx, a); err != nil {
 			if ctx.Err() != nil || !s.needsRepair(err) {

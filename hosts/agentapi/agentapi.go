@@ -5,6 +5,7 @@
 //	GET  /node/v1/assignment  ?mac=MAC&after=VERSION&wait=SECONDS -> Assignment
 //	                                                        returns at once if its version is not VERSION, else when it changes or time is up
 //	POST /node/v1/report      Report -> ReportReply         every few seconds, and at each stage
+//	POST /node/v1/delta       DeltaAnswer                   where a ReportReply asked for it
 //	GET  /blobs/sha256/HEX    bytes, with Range
 package agentapi
 
@@ -109,6 +110,8 @@ type Assignment struct {
 	ISCSI  *ISCSI  `json:"iscsi,omitempty"`
 	Disk   Disks   `json:"disk,omitzero"`
 	Checks []Check `json:"checks,omitempty"`
+	// Delta is what an operator wants to be dropped of the node delta; nil for nothing.
+	Delta *DeltaOrder `json:"delta,omitempty"`
 	// HealthyWithin is how long after the start of its services a node may take until all checks have passed once, in
 	// nanoseconds; 0 means DefaultHealthyWithin.
 	HealthyWithin time.Duration `json:"healthyWithin,omitempty"`
@@ -279,6 +282,8 @@ type Report struct {
 	Good digest.Digest `json:"good,omitempty"`
 	// Warnings are what the node noticed in this boot and got past, for people; 20 at most.
 	Warnings []string `json:"warnings,omitempty"`
+	// Changes is how much the node changed over its release; nil where it did not count that yet.
+	Changes *DeltaCount `json:"changes,omitempty"`
 	// Error is what keeps the node from its assignment, "" when nothing does. It may be something that the node expects to
 	// get past by trying again; where it does not, StageFailed is marked, too.
 	Error string `json:"error,omitempty"`
@@ -307,6 +312,8 @@ type Running struct {
 	Delta      digest.Digest `json:"delta"`
 	Node       digest.Digest `json:"node"`
 	Health     Health        `json:"health"`
+	// Order is the DeltaOrder that the node delta was brought up to.
+	Order string `json:"order,omitempty"`
 }
 
 // Health is the outcome of the checks.
@@ -336,6 +343,8 @@ type ReportReply struct {
 	// Hello asks for a Hello: the server does not know this machine (any more). The marks of the report are not
 	// acknowledged then: they are sent again, and the server leaves out those that it has.
 	Hello bool `json:"hello,omitempty"`
+	// Diff asks for a DeltaAnswer with this ID; "" for none.
+	Diff string `json:"diff,omitempty"`
 }
 
 // An Error is the body of every answer that is not 2xx.

@@ -22,6 +22,7 @@ const (
 	PathHello      = "/node/v1/hello"
 	PathAssignment = "/node/v1/assignment"
 	PathReport     = "/node/v1/report"
+	PathDelta      = "/node/v1/delta"
 	PathBlobs      = "/blobs/sha256/"
 )
 
@@ -93,6 +94,12 @@ func (c *Client) Report(ctx context.Context, r Report) (ReportReply, error) {
 	var reply ReportReply
 	err := c.call(ctx, http.MethodPost, PathReport, r, &reply, callTimeout)
 	return reply, err
+}
+
+// Delta answers what a ReportReply asked for.
+func (c *Client) Delta(ctx context.Context, a DeltaAnswer) error {
+	var none struct{}
+	return c.call(ctx, http.MethodPost, PathDelta, a, &none, callTimeout)
 }
 
 func (c *Client) call(ctx context.Context, method, path string, in, out any, limit time.Duration) error {

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/reconciler/state"
 	"github.com/troupe-dev/troupe/schema"
 )
@@ -71,6 +72,17 @@ func (c *Client) Reset(ctx context.Context, host string, force bool) (Target, er
 	var t Target
 	err := c.post(ctx, "/api/v1/hosts/"+url.PathEscape(host)+"/reset", ResetRequest{Force: force}, &t)
 	return t, err
+}
+
+// Delta asks the node that a host runs on what it changed over its release.
+func (c *Client) Delta(ctx context.Context, host string) (agentapi.DeltaDiff, error) {
+	return get[agentapi.DeltaDiff](ctx, c, "/api/v1/hosts/"+url.PathEscape(host)+"/delta", nil)
+}
+
+// Drop has what a host wrote be dropped at its next boot, below some paths, or all of it.
+func (c *Client) Drop(ctx context.Context, host string, paths []string) error {
+	var done DropRequest
+	return c.post(ctx, "/api/v1/hosts/"+url.PathEscape(host)+"/delta/drop", DropRequest{Paths: paths}, &done)
 }
 
 // Roles lists the declared roles by name.

@@ -41,6 +41,7 @@ func (r *Records) Hosts() []Host {
 			h.see(s)
 			h.State, h.Detail = r.stateOf(r.Assignments[name], releases[h.Role], s)
 		}
+		h.Dropping = r.drops(name, mac)
 		all = append(all, h)
 	}
 	first := len(all)
@@ -51,6 +52,13 @@ func (r *Records) Hosts() []Host {
 	}
 	r.propose(all[first:])
 	return all
+}
+
+// drops says whether something of what a host wrote is still to be dropped.
+func (r *Records) drops(host, mac string) bool {
+	o, ok := r.Orders[host]
+	run := r.Nodes[mac].Running
+	return ok && (run == nil || run.Host != host || run.Order != o.ID)
 }
 
 // declared are the hosts of the fleet in force. Before that is loaded, just after the server started, those that have
@@ -170,7 +178,7 @@ func (r *Records) reached(n state.Node) string {
 func (h *Host) see(s sighting) {
 	n := s.node
 	h.Stage, h.BootID, h.Booted, h.LastSeen, h.Error = s.stage, n.BootID, n.Booted, s.last, s.err
-	h.Staged, h.Fetch = n.Staged, n.Fetch
+	h.Staged, h.Fetch, h.Changes = n.Staged, n.Fetch, n.Changes
 	if run := n.Running; run != nil && !s.booting {
 		h.RunningRole, h.RunningGeneration, h.Running = run.Role, run.Generation, run.Release
 		h.Healthy, h.Failing = run.Health.Healthy, run.Health.Failing

@@ -123,9 +123,6 @@ type ResetRequest struct {
 }
 
 func (s *Server) resetHost(w http.ResponseWriter, r *http.Request) error {
-	if s.LUNs == nil {
-		return notHere("iSCSI target")
-	}
 	var req ResetRequest
 	if err := readJSON(w, r, maxBody, &req); err != nil {
 		return err
@@ -137,6 +134,15 @@ func (s *Server) resetHost(w http.ResponseWriter, r *http.Request) error {
 	host := r.PathValue("host")
 	if _, declared := recs.declared()[host]; !declared {
 		return notFound("there is no host %q", host)
+	}
+	if a, assigned := recs.Assignments[host]; assigned && a.ISCSI == nil && s.Deltas != nil {
+		if err := s.Deltas.Drop(r.Context(), host, nil, true); err != nil {
+			return err
+		}
+		return writeJSON(w, http.StatusAccepted, Target{Host: host, Resetting: true, LUNs: []LUN{}, Sessions: []Session{}})
+	}
+	if s.LUNs == nil {
+		return notHere("iSCSI target")
 	}
 	if err := s.LUNs.Reset(r.Context(), host, req.Force); err != nil {
 		return err

@@ -17,6 +17,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/reconciler/plan"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
@@ -63,6 +64,8 @@ func TestOpenAPISchemas(t *testing.T) {
 		HostDetail{},
 		LUN{},
 		ResetRequest{},
+		DropRequest{},
+		agentapi.DeltaDiff{},
 		Role{},
 		Image{},
 		ImageDetail{},

@@ -29,6 +29,7 @@ type Records struct {
 	Releases    map[string]state.Release
 	Machines    map[string]state.Machine
 	Nodes       map[string]state.Node
+	Orders      map[string]state.Order
 	Boots       map[string]state.Boot // the newest of each machine, by MAC
 	Events      map[string]state.Event
 	NoLUNs      map[string]string // what keeps hosts from their LUNs, by host
@@ -57,6 +58,7 @@ func (s *Server) records(ctx context.Context) (*Records, error) {
 	list(ctx, s.Store, state.Releases, &r.Releases, &err)
 	list(ctx, s.Store, state.Machines, &r.Machines, &err)
 	list(ctx, s.Store, state.Nodes, &r.Nodes, &err)
+	list(ctx, s.Store, state.Orders, &r.Orders, &err)
 	var luns map[string]state.LUNs
 	list(ctx, s.Store, state.LUNSets, &luns, &err)
 	list(ctx, s.Store, state.Events, &r.Events, &err)
@@ -103,6 +105,6 @@ func watched() []string {
 	return []string{
 		state.Sources.Prefix(), state.Assignments.Prefix(), state.Builds.Prefix(), state.Bases.Prefix(),
 		state.Deltas.Prefix(), state.Disks.Prefix(), state.Releases.Prefix(), state.Machines.Prefix(), state.Nodes.Prefix(),
-		state.LUNSets.Prefix(), state.Boots.Prefix(), state.Events.Prefix(),
+		state.LUNSets.Prefix(), state.Orders.Prefix(), state.Boots.Prefix(), state.Events.Prefix(),
 	}
 }

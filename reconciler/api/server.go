@@ -53,6 +53,7 @@ type Server struct {
 	Planner Planner
 	Images  Images
 	LUNs    LUNs
+	Deltas  Deltas
 
 	// Planned is the hash of the commit that all assignments are those of, so that a fleet does not count as converged
 	// between a commit's coming into force and its plan. nil: that moment is not told apart.
@@ -124,6 +125,8 @@ func (s *Server) routes() []route {
 		{"GET /api/v1/hosts", lists, s.getHosts},
 		{"GET /api/v1/hosts/{host}", lists, s.getHost},
 		{"POST /api/v1/hosts/{host}/reset", lists, s.resetHost},
+		{"GET /api/v1/hosts/{host}/delta", quick, s.getDelta},
+		{"POST /api/v1/hosts/{host}/delta/drop", quick, s.dropDelta},
 		{"GET /api/v1/luns", lists, s.getLUNs},
 		{"GET /api/v1/roles", lists, s.getRoles},
 		{"GET /api/v1/images", lists, s.getImages},
@@ -139,6 +142,7 @@ func (s *Server) routes() []route {
 		{"POST /node/v1/hello", quick, s.hello},
 		{"GET /node/v1/assignment", streams, s.assignment}, // waits for up to maxWait
 		{"POST /node/v1/report", quick, s.report},
+		{"POST /node/v1/delta", quick, s.takeDelta},
 		{"GET /healthz", quick, s.healthz},
 		{"GET /metrics", lists, s.metrics},
 	}

@@ -124,6 +124,11 @@ type Host struct {
 	Failing           []string           `json:"failing,omitempty"`
 	Error             string             `json:"error,omitempty"`
 
+	// Changes is how much the node changed over its release; absent where it did not count that yet.
+	Changes *agentapi.DeltaCount `json:"changes,omitempty"`
+	// Dropping says that something of what it wrote is dropped at its next boot.
+	Dropping bool `json:"dropping,omitempty"`
+
 	BootID   string    `json:"bootID,omitempty"`
 	Booted   time.Time `json:"booted,omitzero"` // when its kernel started
 	LastSeen time.Time `json:"lastSeen,omitzero"`

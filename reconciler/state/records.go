@@ -15,6 +15,7 @@
 //	node        nodes/<mac>             agents            what it runs and how it is: changes often
 //	            (both are deleted by strangers, where no host is that machine)
 //	luns        luns/<host>             luns              what a host has on the iSCSI target, with its secrets
+//	order       orders/<host>           node deltas       what is to be dropped of what a host wrote
 //	boot        boots/<mac>/<boot>      boots             the timeline of one boot; the last few of each machine
 //	lease       leases/<mac>            dhcp              an address of the dynamic range
 //	event       events/<time>-<n>       the recorder      what happened, for people; the last two thousand
@@ -87,6 +88,14 @@ type ISCSI struct {
 	Size int64 `json:"size"` // bytes of the disk that it writes to
 	// Image, of kind "disk", is what that disk begins as; nil: it is blank, and an agent's.
 	Image *images.Blob `json:"image,omitempty"`
+}
+
+// An Order is what an operator wants to be dropped of what a host wrote. It stands until there is another one: a node that was off for a
+// year follows it, too.
+type Order struct {
+	Host  string    `json:"host"`
+	Since time.Time `json:"since"`
+	agentapi.DeltaOrder
 }
 
 // LUNs are what one host has on the server's iSCSI target. They hold secrets: no view, plan or log shows them.
@@ -286,7 +295,9 @@ type Node struct {
 	Staged   digest.Digest      `json:"staged,omitempty"`
 	Fetch    *agentapi.Progress `json:"fetch,omitempty"`
 	Cached   []digest.Digest    `json:"cached,omitempty"`
-	Error    string             `json:"error,omitempty"`
+	// Changes is how much the node changed over its release, as it counted last in this boot; nil: not yet.
+	Changes *agentapi.DeltaCount `json:"changes,omitempty"`
+	Error   string               `json:"error,omitempty"`
 	// Bad are the releases that it does not run though it may be told to, newest first; Good is the one that it goes back to.
 	Bad      []agentapi.BadRelease `json:"bad,omitempty"`
 	Good     digest.Digest         `json:"good,omitempty"`

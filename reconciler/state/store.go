@@ -259,6 +259,7 @@ var (
 	Machines    = Kind[Machine]{"machines/"}
 	Nodes       = Kind[Node]{"nodes/"}
 	LUNSets     = Kind[LUNs]{"luns/"}
+	Orders      = Kind[Order]{"orders/"}
 	Boots       = Kind[Boot]{"boots/"}
 	Leases      = Kind[Lease]{"leases/"}
 	Events      = Kind[Event]{"events/"}

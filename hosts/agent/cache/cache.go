@@ -4,7 +4,8 @@
 //	                       file with such a name is whole and was right: a warm boot does not hash it again
 //	images/tmp/HEX         a transfer that is not finished; what is there is hashed again before it goes on
 //	deltas/ID/upper, work  a node delta: the two directories of overlayfs
-//	deltas/ID/seeded       the delta has what it shall start with; without this file it is made anew. The 16 deltas
+//	deltas/ID/seeded       the delta has what it shall start with; without this file it is made anew. It says which order to
+//	                       drop something was followed last. The 16 deltas
 //	                       that were used last are kept, and fewer where an image needs the room
 //	releases/KEY.json      what this node knows of one release on one host: see Record. KEY is the ID of its node delta
 //	state.json             what it remembers beside that: see State
