@@ -47,6 +47,17 @@ func TestParseCmdline(t *testing.T) {
 	if diff := cmp.Diff(want, c); diff != "" {
 		t.Errorf("command line (-want +got):\n%s", diff)
 	}
+	dead := digest.Of([]byte("r"))
+	c, err = ParseCmdline("troupe.watchdog=15 troupe.dead=" + dead.String())
+	if err != nil || c.Watchdog != 15*time.Second || c.Dead != dead {
+		t.Errorf("watchdog and dead: %+v, %v", c, err)
+	}
+	if c, err := ParseCmdline("troupe.watchdog=off"); err != nil || c.Watchdog >= 0 {
+		t.Errorf("no watchdog: %+v, %v", c, err)
+	}
+	if c, err := ParseCmdline("troupe.watchdog=0"); err == nil || c.Watchdog != 0 {
+		t.Errorf("a watchdog of no time: %+v, %v", c, err)
+	}
 	c, err = ParseCmdline("troupe.server=http://s troupe.mac=52:54 troupe.kernel=md5:1")
 	if err == nil || !strings.Contains(err.Error(), "troupe.mac=52:54, troupe.kernel=md5:1") || c.Server != "http://s" || c.MAC != "" {
 		t.Errorf("malformed: %+v, %v", c, err)

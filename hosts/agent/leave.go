@@ -61,11 +61,12 @@ func (b *boot) leave(ctx context.Context, m *mounted) error {
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageSwitch, Detail: init})
 	// The service would tell it, too, but only if the system comes up: where it does not, this is the last word.
 	flush(ctx, b.rep, lastWord)
+	armed := b.armWatchdog(a)
 	keeper := stateKeeper{path: filepath.Join(runDir, stateFile)}
 	err = keeper.change(func(s *RunState) {
 		*s = RunState{
 			Server: b.client.Server(), Identity: b.id, BootID: b.cmd.Boot, Kernel: b.cmd.Kernel, Inventory: b.inv,
-			Assignment: a, Marks: b.rep.pending(), Marked: b.rep.stages(), Lease: b.lease.Load(), CacheDir: cacheDir, NodeDelta: m.delta.ID, Order: orderID(a),
+			Assignment: a, Marks: b.rep.pending(), Marked: b.rep.stages(), Lease: b.lease.Load(), CacheDir: cacheDir, NodeDelta: m.delta.ID, Watchdog: armed, Order: orderID(a),
 		}
 	})
 	if err != nil {

@@ -151,6 +151,9 @@ func (s *service) run(ctx context.Context) error {
 	wg.Go(func() { s.rep.run(ctx) })
 	wg.Go(func() { s.fol.run(ctx) })
 	wg.Go(func() { s.watchDeadline(ctx) })
+	if name := s.state.get().Watchdog; name != "" {
+		wg.Go(func() { s.petWatchdog(ctx, name) })
+	}
 	wg.Go(s.trimDeltas)
 	wg.Go(func() { s.keepBootable(ctx) })
 	wg.Go(func() { s.runDiffs(ctx) })

@@ -247,9 +247,9 @@ const (
 	StageStay    Stage = "stay"        // that reboot was called off: what runs is wanted again
 	// StageBootable: the machine's own disk boots what runs, without the server; Detail says what was written, or why not.
 	StageBootable Stage = "bootable"
-	StageAlone   Stage = "alone"       // the server was not found, and a release of the cache is booted without it
-	StageBad     Stage = "bad"         // the release is not tried again: Detail says why
-	StageFailed  Stage = "failed"      // it cannot go on without somebody's help: Detail says why
+	StageAlone    Stage = "alone"  // the server was not found, and a release of the cache is booted without it
+	StageBad      Stage = "bad"    // the release is not tried again: Detail says why
+	StageFailed   Stage = "failed" // it cannot go on without somebody's help: Detail says why
 )
 
 // A Mark is one stage reached, in the agent's own time.
