@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"log/slog"
 	"maps"
+	"reflect"
 	"slices"
 	"sync"
 	"time"
@@ -97,6 +98,9 @@ func (b *boots) observe(ev netboot.Event) {
 		boot.Error = m.Error
 	}
 	addMark(boot, m)
+	if ev.Stage == netboot.StageKernel && ev.Err == nil {
+		boot.Loads.Loaded = boot.Loads.Served
+	}
 	b.changed(mac)
 }
 
@@ -121,6 +125,9 @@ func (b *boots) at(mac, stage string, now time.Time) (boot *state.Boot, ok bool)
 	}
 	if cur == nil || beginsBoot(cur, stage, now) {
 		next := &state.Boot{ID: newBootID(now), MAC: mac, Started: now, Bytes: stagedBytes(cur)}
+		if cur != nil {
+			next.Loads = cur.Loads
+		}
 		b.current[mac], cur = next, next
 	}
 	return cur, true
@@ -316,7 +323,7 @@ func (b *boots) upToDate(r agentapi.Report) bool {
 	if cur == nil || cur.ID != r.BootID {
 		return r.Error == ""
 	}
-	return cur.Error == r.Error && !b.dirty[r.MAC]
+	return cur.Error == r.Error && !b.dirty[r.MAC] && reflect.DeepEqual(cur.Loads, agentCame(cur.Loads, r))
 }
 
 // adopt makes the boot of a report the machine's current one, where it is not: a machine that was booted by another
@@ -332,6 +339,9 @@ func (b *boots) adopt(ctx context.Context, r agentapi.Report, received time.Time
 	boot, err := state.Boots.Get(ctx, b.store, r.MAC+"/"+id)
 	if notFound(err) {
 		boot, err = state.Boot{ID: id, MAC: r.MAC, Started: received.Add(-r.Uptime)}, nil
+		if cur != nil {
+			boot.Loads = cur.Loads
+		}
 	}
 	if err != nil {
 		return err
@@ -359,6 +369,9 @@ func (b *boots) withMarks(host string, r agentapi.Report, received time.Time) (s
 	boot.Host = cmp.Or(host, boot.Host)
 	if r.Error != boot.Error { // what the agent does not complain of any more is over, the firmware's troubles, too
 		boot.Error, changed = r.Error, true
+	}
+	if loads := agentCame(boot.Loads, r); !reflect.DeepEqual(loads, boot.Loads) {
+		boot.Loads, changed = loads, true
 	}
 	delete(b.dirty, r.MAC)
 	return clone(boot), changed

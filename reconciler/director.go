@@ -59,6 +59,14 @@ func (d *director) Boot(_ context.Context, m netboot.Machine) (netboot.Boot, err
 			return netboot.Boot{}, fmt.Errorf("host %s: its release %s is not in the store", host, a.Release.Short())
 		}
 		boot.Title = fmt.Sprintf("%s: role %s, generation %d", host, a.Role, a.Generation)
+		served, isDead := d.boots.serve(mac, a.Release, func(id digest.Digest) bool { return v.releases[id].Kernel.Digest != "" })
+		if served != a.Release {
+			r = v.releases[served]
+			boot.Title += ", with the kernel of release " + served.Short() + ", since " + a.Release.Short() + " does not work on it"
+		}
+		if isDead { // only the node's own records say what it does not try again
+			boot.Args = append(boot.Args, "troupe.dead="+a.Release.String())
+		}
 		d.kernel(&boot, r.Kernel.Digest, r.Modules.Digest, r.KernelArgs)
 		return boot, nil
 	}

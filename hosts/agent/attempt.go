@@ -27,6 +27,11 @@ func (b *boot) choose(ctx context.Context, wanted *agentapi.Assignment) (choice.
 		Wanted: wanted, Records: b.cache.Records(),
 		Whole: func(r cache.Record) error { return b.canBoot(r, wanted != nil) },
 	}, time.Now())
+	if r, _ := b.cache.Record(c.Key); wanted != nil && c.Key == deltaID(*wanted) && r.Bad != nil { // by other checks
+		if err := b.cache.Change(c.Key, func(r *cache.Record) { r.Bad, r.Attempts, r.Ended = nil, 0, 0 }); err != nil {
+			return c, err
+		}
+	}
 	if v := c.Judge; v != nil {
 		if err := judge(b.cache, *v, ""); err != nil {
 			return c, err
@@ -124,9 +129,6 @@ func (b *boot) begin(a agentapi.Assignment) error {
 		return nil
 	}
 	err := b.cache.Remember(a)
-	if r, _ := b.cache.Record(key); err == nil && r.Bad != nil { // it was found bad by other checks
-		err = b.cache.Change(key, func(r *cache.Record) { r.Bad, r.Attempts, r.Ended = nil, 0, 0 })
-	}
 	if err == nil {
 		err = b.cache.Begin(key)
 	}

@@ -328,6 +328,20 @@ type Boot struct {
 	// Kernel is when the node's kernel started, on the server's clock: the earliest time that any report of the boot
 	// allows, since a report may be late, but never early. Zero until the agent's first report.
 	Kernel time.Time `json:"kernel,omitzero"`
+	// Loads is what came of the kernels that the machine was given; the next boot takes it over.
+	Loads Loads `json:"loads,omitzero"`
+}
+
+// Loads say which kernels of a machine did not come as far as an agent, and what it goes back to.
+type Loads struct {
+	Served digest.Digest `json:"served,omitempty"` // release whose kernel the last script named
+	Loaded digest.Digest `json:"loaded,omitempty"` // that of Served, once all files were sent, until an agent comes up
+	// Dead is the release with whose kernel no agent came up the last Times in a row.
+	Dead  digest.Digest `json:"dead,omitempty"`
+	Times int           `json:"times,omitempty"`
+	// Good is the release that the node goes back to, and Bad are those that it does not boot, as its agent said last.
+	Good digest.Digest   `json:"good,omitempty"`
+	Bad  []digest.Digest `json:"bad,omitempty"`
 }
 
 // A Mark is one stage of a Boot, on the server's clock.
