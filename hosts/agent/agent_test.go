@@ -48,8 +48,8 @@ func TestParseCmdline(t *testing.T) {
 		t.Errorf("command line (-want +got):\n%s", diff)
 	}
 	dead := digest.Of([]byte("r"))
-	c, err = ParseCmdline("troupe.watchdog=15 troupe.dead=" + dead.String())
-	if err != nil || c.Watchdog != 15*time.Second || c.Dead != dead {
+	c, err = ParseCmdline("troupe.watchdog=15 troupe.alone=5 troupe.dead=" + dead.String())
+	if err != nil || c.Watchdog != 15*time.Second || c.Alone != 5*time.Second || c.Dead != dead {
 		t.Errorf("watchdog and dead: %+v, %v", c, err)
 	}
 	if c, err := ParseCmdline("troupe.watchdog=off"); err != nil || c.Watchdog >= 0 {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -26,7 +27,7 @@ var errAlone = errors.New("no word of the server")
 // the cache, mounted; where there is nothing of that kind, it goes on looking for the server, for as long as it takes. The
 // lease is kept until stop is called, as by meet.
 func (b *boot) connect(ctx context.Context) (stop func(), m *mounted, err error) {
-	limited, cancel := context.WithTimeoutCause(ctx, b.alonePatience, errAlone)
+	limited, cancel := context.WithTimeoutCause(ctx, cmp.Or(b.cmd.Alone, alonePatience), errAlone)
 	defer cancel()
 	if err = b.identify(limited); err == nil {
 		stop, err = b.meet(ctx, limited)
@@ -55,7 +56,7 @@ func (b *boot) connect(ctx context.Context) (stop func(), m *mounted, err error)
 
 // alone mounts the root of the release that is to be booted with no server.
 func (b *boot) alone(ctx context.Context) (*mounted, error) {
-	b.log.Warn("the server is not found: looking for what is good in the cache", "server", b.client.Server(), "waited", b.alonePatience)
+	b.log.Warn("the server is not found: looking for what is good in the cache", "server", b.client.Server(), "waited", cmp.Or(b.cmd.Alone, alonePatience))
 	if err := b.openOwnCache(ctx); err != nil {
 		return nil, err
 	}

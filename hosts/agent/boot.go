@@ -35,34 +35,33 @@ const waitWithDisks = 2 * time.Minute
 
 // boot is the first life.
 type boot struct {
-	log           *slog.Logger
-	cmd           Cmdline
-	mods          *kmod.Loader
-	finder        netup.Finder
-	lease         atomic.Pointer[netup.Lease] // the newest answer
-	id            agentapi.Identity
-	inv           agentapi.Inventory
-	client        *agentapi.Client
-	rep           *reporter
-	fol           *follower
-	cache         *cache.Cache  // nil until it was opened
-	drivers       chan struct{} // closed once the drivers were loaded
-	copied        chan struct{} // closed once the program was copied to agentFile, or copyErr says why not
-	copyErr       error
-	luns          *luns                      // nil: the images are in a cache on a disk of the machine
-	fsReady       chan struct{}              // closed once fsModules were tried
-	begun         string                     // key of the release that this boot was counted for
-	jump          func(r cache.Record) error // starts the kernel of a release in the cache, and returns only with an error; nil: nobody can
-	place         string                     // what the last mark of StageAgent says
-	shown         string                     // what the last mark of StageWait says
-	fetched       int64                      // image bytes since the last mark of it
-	force         func() error               // reboots; replaced in tests
-	unmount       func(target string, flags int) error
-	resolv        string        // resolvConf; another file in tests
-	patience      time.Duration // strangerPatience; another one in tests
-	alonePatience time.Duration // alonePatience; another one in tests
-	endShells     func()        // nobody sits at the console any more
-	panics        string        // what the kernel was to do after a panic before we said
+	log       *slog.Logger
+	cmd       Cmdline
+	mods      *kmod.Loader
+	finder    netup.Finder
+	lease     atomic.Pointer[netup.Lease] // the newest answer
+	id        agentapi.Identity
+	inv       agentapi.Inventory
+	client    *agentapi.Client
+	rep       *reporter
+	fol       *follower
+	cache     *cache.Cache  // nil until it was opened
+	drivers   chan struct{} // closed once the drivers were loaded
+	copied    chan struct{} // closed once the program was copied to agentFile, or copyErr says why not
+	copyErr   error
+	luns      *luns                      // nil: the images are in a cache on a disk of the machine
+	fsReady   chan struct{}              // closed once fsModules were tried
+	begun     string                     // key of the release that this boot was counted for
+	jump      func(r cache.Record) error // starts the kernel of a release in the cache, and returns only with an error; nil: nobody can
+	place     string                     // what the last mark of StageAgent says
+	shown     string                     // what the last mark of StageWait says
+	fetched   int64                      // image bytes since the last mark of it
+	force     func() error               // reboots; replaced in tests
+	unmount   func(target string, flags int) error
+	resolv    string        // resolvConf; another file in tests
+	patience  time.Duration // strangerPatience; another one in tests
+	endShells func()        // nobody sits at the console any more
+	panics    string        // what the kernel was to do after a panic before we said
 }
 
 // Init is the first life: PID 1 of the initramfs. It returns only if the machine cannot even be rebooted.
@@ -75,7 +74,7 @@ func Init(ctx context.Context) error {
 	}
 	b := &boot{
 		log: log, drivers: make(chan struct{}), fsReady: make(chan struct{}), copied: make(chan struct{}), force: forceReboot, unmount: unix.Unmount,
-		resolv: resolvConf, patience: strangerPatience, alonePatience: alonePatience, panics: setPanic(panicReboot),
+		resolv: resolvConf, patience: strangerPatience, panics: setPanic(panicReboot),
 	}
 	shells, stopShells := context.WithCancel(ctx)
 	var wg sync.WaitGroup

@@ -25,7 +25,9 @@ type Cmdline struct {
 	// Watchdog is how long the system may take from the switch of root to the agent's service: troupe.watchdog=SECONDS. 0
 	// where it is not said, below 0 for no watchdog (troupe.watchdog=off).
 	Watchdog time.Duration
-	Args     []string // all arguments
+	// Alone is how long a boot looks for a server before it does without: troupe.alone=SECONDS; 0 where it is not said.
+	Alone time.Duration
+	Args  []string // all arguments
 }
 
 // ParseCmdline reads what /proc/cmdline has. A missing or malformed argument of ours is left out, and named in the
@@ -57,13 +59,15 @@ func ParseCmdline(s string) (Cmdline, error) {
 			default:
 				c.Kernel = d
 			}
-		case "troupe.watchdog":
+		case "troupe.watchdog", "troupe.alone":
 			secs, err := strconv.Atoi(value)
 			switch {
-			case value == "off":
+			case a == "troupe.watchdog=off":
 				c.Watchdog = -1
 			case err != nil || secs < 1 || secs > 3600:
 				bad = append(bad, a)
+			case key == "troupe.alone":
+				c.Alone = time.Duration(secs) * time.Second
 			default:
 				c.Watchdog = time.Duration(secs) * time.Second
 			}

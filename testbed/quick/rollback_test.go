@@ -14,6 +14,7 @@ import (
 // faulty are roles that do not come to run, beside a and b of the default fleet.
 const faulty = `package fleet
 
+roles: a: kernel: args: ["troupe.alone=5"]
 roles: sick: {files: "/etc/quick": "unhealthy\n", healthyWithin: "10s"}
 roles: hangs: {files: "/etc/quick": "hang\n", kernel: args: ["troupe.watchdog=15"]}
 roles: panics: kernel: args: ["rdinit=/nonexistent"]
