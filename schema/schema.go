@@ -76,7 +76,7 @@ type Debian struct {
 type Role struct {
 	Name     string          `json:"name"`
 	OS       string          `json:"os"`   // names an Image of kind "os"
-	Boot     string          `json:"boot"` // "disk": from a cache on a local disk; "iscsi": from LUNs of the server
+	Boot     string          `json:"boot"` // "disk": from a cache on a local disk; "iscsi": from LUNs of the server; "ram": from memory
 	ISCSI    ISCSI           `json:"iscsi,omitzero"`
 	Activate string          `json:"activate,omitempty"` // how a host goes to another release: "kexec" where it can; "" or "reboot"
 	Apps     []string        `json:"apps,omitempty"`

@@ -48,6 +48,9 @@ func (b *boot) tryActivate(ctx context.Context, a agentapi.Assignment) (*mounted
 		}
 		return b.activateLUNs(ctx, a)
 	}
+	if a.RAM { // and nothing else is in memory
+		return b.activateCached(ctx, a)
+	}
 	c, err := b.choose(ctx, &a)
 	if err != nil {
 		return nil, err
@@ -190,6 +193,9 @@ const lateDisks = 6 * time.Second
 
 // cached lists the cache for a report; what cannot be listed is not there.
 func cached(c *cache.Cache) []digest.Digest {
+	if c.InMemory {
+		return nil // the next boot does not find it
+	}
 	list, err := c.List()
 	if err != nil {
 		return nil

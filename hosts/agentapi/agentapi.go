@@ -107,7 +107,9 @@ type Assignment struct {
 	Release    *Release `json:"release,omitempty"`
 	Node       Node     `json:"node,omitzero"`
 	// ISCSI, where it is set, is where the images and the node delta are, in place of a cache on a disk of the machine.
-	ISCSI  *ISCSI  `json:"iscsi,omitempty"`
+	ISCSI *ISCSI `json:"iscsi,omitempty"`
+	// RAM says to keep images and node delta in memory, and to use no disk.
+	RAM    bool    `json:"ram,omitempty"`
 	Disk   Disks   `json:"disk,omitzero"`
 	Checks []Check `json:"checks,omitempty"`
 	// Delta is what an operator wants to be dropped of the node delta; nil for nothing.

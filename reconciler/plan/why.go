@@ -160,16 +160,25 @@ func nodeChanges(old *state.Assignment, want wanted) []string {
 func bootChange(old *state.Assignment, want wanted) []string {
 	now := want.role.iscsi
 	switch {
-	case old.ISCSI == nil && now == nil:
-		return nil
-	case old.ISCSI == nil:
-		return []string{"boot disk → iscsi"}
+	case bootOf(old) != want.role.Boot && (bootOf(old) != bootDisk || want.role.Boot != ""):
+		return []string{fmt.Sprintf("boot %s → %s", bootOf(old), cmp.Or(want.role.Boot, bootDisk))}
 	case now == nil:
-		return []string{"boot iscsi → disk"}
+		return nil
 	case old.ISCSI.Size != now.Size:
 		return []string{fmt.Sprintf("disk on the server %s → %s, from its next reset on", bytes(old.ISCSI.Size), bytes(now.Size))}
 	}
 	return nil
+}
+
+// bootOf is from where a host was to run.
+func bootOf(a *state.Assignment) string {
+	switch {
+	case a.ISCSI != nil:
+		return bootISCSI
+	case a.Spec.RAM:
+		return bootRAM
+	}
+	return bootDisk
 }
 
 // bytes is a size for people: in GiB where it has whole ones.

@@ -38,6 +38,9 @@ import (
 
 // A Cache is a directory on a disk of the node. It is safe for concurrent use, by one process.
 type Cache struct {
+	// InMemory says that no boot finds the cache again. It is set by who opened it, before anything else.
+	InMemory bool
+
 	dir string
 	log *slog.Logger
 
