@@ -290,9 +290,13 @@ func (b *boot) mount(a agentapi.Assignment, base, delta string) (*mounted, error
 	if err := rootfs.Mount(spec); err != nil {
 		return nil, err
 	}
+	// What is kept is mounted last: what a role puts there as its own files is what it begins with.
 	kind := map[bool]string{true: "new node delta", false: "kept node delta"}[d.Fresh] + dropped
 	if err := b.seed(a, d); err != nil {
 		return nil, errors.Join(err, rootfs.Unmount(spec))
+	}
+	if err := b.persist(a); err != nil {
+		return nil, errors.Join(err, unmountKept(a), rootfs.Unmount(spec))
 	}
 	if _, err := initOf(newRoot); err != nil {
 		return nil, errors.Join(err, rootfs.Unmount(spec))

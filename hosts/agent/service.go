@@ -318,7 +318,7 @@ func decide(now, a agentapi.Assignment) decision {
 		return moveOn // which says what is wrong with it
 	case a.Host != now.Host || a.Release.ID != now.Release.ID || a.Node.Digest != now.Node.Digest:
 		return moveOn
-	case (a.ISCSI == nil) != (now.ISCSI == nil) || a.RAM != now.RAM || isReset(now, a) || isOrdered(now, a):
+	case (a.ISCSI == nil) != (now.ISCSI == nil) || a.RAM != now.RAM || !slices.Equal(a.Persist, now.Persist) || isReset(now, a) || isOrdered(now, a):
 		return moveOn
 	}
 	return adopt

@@ -112,6 +112,10 @@ type Assignment struct {
 	RAM    bool    `json:"ram,omitempty"`
 	Disk   Disks   `json:"disk,omitzero"`
 	Checks []Check `json:"checks,omitempty"`
+	// Fresh says to begin with a new node delta at each boot.
+	Fresh bool `json:"fresh,omitempty"`
+	// Persist are directories of the root that outlive the release: absolute and clean.
+	Persist []string `json:"persist,omitempty"`
 	// Delta is what an operator wants to be dropped of the node delta; nil for nothing.
 	Delta *DeltaOrder `json:"delta,omitempty"`
 	// HealthyWithin is how long after the start of its services a node may take until all checks have passed once, in

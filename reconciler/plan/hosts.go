@@ -87,12 +87,14 @@ func (p *planner) host(name string, h schema.Host) Host {
 		out.Spec = spec(&out, want)
 	}
 	out.iscsi = r.iscsi
-	p.act(&out, old.Why, had, p.seen(mac), node)
+	remounts := had && !slices.Equal(old.Spec.Persist, out.Spec.Persist)
+	p.act(&out, old.Why, had, remounts, p.seen(mac), node)
 	return out
 }
 
 // act finds what the machine has to do to follow out.Spec; why is what its assignment was made for.
-func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
+// remounts says that other directories outlive the release: the same one is booted again.
+func (p *planner) act(out *Host, why string, had, remounts, seen bool, node state.Node) {
 	run, rel := node.Running, out.Spec.Release
 	current := run != nil && run.Release == rel.ID && run.Node == out.Spec.Node.Digest
 	out.FetchBytes = 0
@@ -110,7 +112,7 @@ func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
 	case current && !out.Changed:
 		out.Action = None
 		return
-	case current:
+	case current && !remounts:
 		out.Action = Update
 		return
 	case bad != nil && !out.Changed: // with other checks it may be tried again
@@ -191,7 +193,7 @@ func spec(out *Host, want wanted) *agentapi.Assignment {
 			Kernel: kernel, KernelArgs: rel.KernelArgs,
 		},
 		Node: agentapi.Node{Hostname: want.Name, Domain: want.domain, Digest: want.node},
-		RAM:  want.role.Boot == bootRAM,
+		RAM:  want.role.Boot == bootRAM, Fresh: want.role.Role.Delta == deltaFresh, Persist: want.role.Persist,
 		Disk: agentapi.Disks(want.Disk), Checks: want.role.checks, HealthyWithin: healthyWithin(want.role), Activate: activateOf(want.role.Activate),
 	}
 	if len(want.Node.Files) > 0 {
@@ -220,6 +222,15 @@ func version(s *agentapi.Assignment) string {
 	}
 	if s.RAM {
 		e = e.str(bootRAM)
+	}
+	if s.Fresh {
+		e = e.str(deltaFresh)
+	}
+	if len(s.Persist) > 0 {
+		e = e.str("persist").num(uint64(len(s.Persist)))
+	}
+	for _, p := range s.Persist {
+		e = e.str(p)
 	}
 	if s.HealthyWithin != 0 && s.HealthyWithin != agentapi.DefaultHealthyWithin {
 		e = e.num(uint64(s.HealthyWithin))

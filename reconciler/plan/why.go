@@ -47,6 +47,12 @@ func (p *planner) changes(old *state.Assignment, want wanted) []string {
 	if was, is := cmp.Or(old.Spec.HealthyWithin, agentapi.DefaultHealthyWithin), cmp.Or(healthyWithin(want.role), agentapi.DefaultHealthyWithin); was != is {
 		why = append(why, fmt.Sprintf("healthyWithin %v → %v", was, is))
 	}
+	if was, is := old.Spec.Fresh, want.role.Role.Delta == deltaFresh; was != is {
+		why = append(why, "delta "+map[bool]string{true: "keep → fresh", false: "fresh → keep"}[is])
+	}
+	if !slices.Equal(old.Spec.Persist, want.role.Persist) {
+		why = append(why, "persist of role "+want.Role+" changed")
+	}
 	if was, is := old.Spec.Activate, activateOf(want.role.Activate); was != is {
 		why = append(why, fmt.Sprintf("activate %s → %s", cmp.Or(was, "reboot"), cmp.Or(is, "reboot")))
 	}
