@@ -48,6 +48,8 @@ type Boot struct {
 	// starts joins them without padding (seen with Linux 6.1), and then finds no cpio archive at an odd place.
 	Initrds []digest.Digest
 	Args    []string // of the kernel, without initrd=; troupe.server is added by the server
+	// Local says that the machine can start something from a disk of its own, where nobody answers any more.
+	Local bool
 	// Disk, where it is set, is booted in place of Kernel: iPXE attaches it, describes it in the iBFT and starts the boot
 	// loader that is on it.
 	Disk *Disk

@@ -135,7 +135,7 @@ func (s *Server) script(ctx context.Context, r httpboot.Request) (string, error)
 }
 
 func scriptOf(b Boot, r httpboot.Request) ipxe.Script {
-	sc := ipxe.Script{Title: b.Title, Machine: fmt.Sprintf("%s at %s", r.MAC, r.Peer), Server: r.Base, Again: r.Again, Try: r.Try}
+	sc := ipxe.Script{Title: b.Title, Machine: fmt.Sprintf("%s at %s", r.MAC, r.Peer), Server: r.Base, Again: r.Again, Try: r.Try, Local: b.Local}
 	if d := b.Disk; d != nil {
 		sc.Disk = &ipxe.Disk{
 			Server: hostOf(r.Base), Port: d.Port, Target: d.Target, LUN: d.LUN, Initiator: d.Initiator,

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -67,6 +68,7 @@ func (d *director) Boot(_ context.Context, m netboot.Machine) (netboot.Boot, err
 		if isDead { // only the node's own records say what it does not try again
 			boot.Args = append(boot.Args, "troupe.dead="+a.Release.String())
 		}
+		boot.Local = a.ISCSI == nil && hasBootDisk(v.machines[mac])
 		d.kernel(&boot, r.Kernel.Digest, r.Modules.Digest, r.KernelArgs)
 		return boot, nil
 	}
@@ -79,6 +81,11 @@ func (d *director) Boot(_ context.Context, m netboot.Machine) (netboot.Boot, err
 	}
 	d.kernel(&boot, base.Kernel.Digest, base.Modules.Digest, nil)
 	return boot, nil
+}
+
+// hasBootDisk says whether a machine told of a disk that its firmware can start.
+func hasBootDisk(m state.Machine) bool {
+	return m.Inventory != nil && slices.ContainsFunc(m.Inventory.Disks, func(d agentapi.Disk) bool { return d.Boots })
 }
 
 // disk has a machine boot an image as it is, from its own disk on the server, once that is open.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -153,7 +154,11 @@ func (b *boot) loadDrivers(wg *sync.WaitGroup) {
 	wg.Go(func() {
 		b.coldplug()
 		close(b.drivers)
-		for _, m := range fsModules {
+		wanted := fsModules
+		if _, err := os.Stat("/sys/firmware/efi"); err == nil { // the system may have no such module
+			wanted = append(slices.Clone(wanted), "efivarfs")
+		}
+		for _, m := range wanted {
 			if err := b.mods.Load(m); err != nil && !errors.Is(err, kmod.ErrNoModule) {
 				b.log.Warn("a file system's module does not load", "error", err)
 			}

@@ -15,6 +15,7 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agent/esp"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/internal/kmod"
 )
 
 // bootName is the name of our entry in the settings of UEFI firmware.
@@ -62,7 +63,7 @@ func (s *service) keepBootable(ctx context.Context) {
 func (s *service) makeBootable(ctx context.Context) error {
 	a := s.state.get().Assignment
 	files := bootFiles(a)
-	if r, ok := s.cache.Record(deltaID(a)); files == nil || keepsNothing(a) || !ok || !r.IsGood() {
+	if r, ok := s.cache.Record(deltaID(a)); files == nil || a.ISCSI != nil || !ok || !r.IsGood() {
 		return nil
 	}
 	n, err := s.fetchBoot(ctx, a)
@@ -204,6 +205,9 @@ func mountVars() error {
 	}
 	if len(list) > 0 {
 		return nil
+	}
+	if mods, err := kmod.OpenRunning(); err == nil { // where it is built in, or the system loads it, the mount tells
+		_ = mods.Load("efivarfs")
 	}
 	if err := unix.Mount("efivarfs", efivar.Dir, "efivarfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return fmt.Errorf("mounting the settings of the firmware: %w", err)

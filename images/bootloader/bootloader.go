@@ -35,6 +35,9 @@ var common = []string{
 // ErrMissing says that GRUB is not installed; its text names the packages.
 var ErrMissing = errors.New("GRUB is not installed (Debian packages grub-common, grub-pc-bin and grub-efi-amd64-bin)")
 
+// prefix is where GRUB looks for its commands in the archive that is built in.
+const prefix = "/boot/grub"
+
 // modulesDir is where Debian has GRUB's modules.
 const modulesDir = "/usr/lib/grub"
 
@@ -67,7 +70,7 @@ func Make(ctx context.Context) (Loaders, error) {
 // image is GRUB for one platform.
 func image(ctx context.Context, dir, platform string, modules ...string) ([]byte, error) {
 	out := filepath.Join(dir, platform)
-	args := append([]string{"-O", platform, "-o", out, "-p", "(memdisk)", "-m", filepath.Join(dir, "memdisk")}, common...)
+	args := append([]string{"-O", platform, "-o", out, "-p", "(memdisk)" + prefix, "-m", filepath.Join(dir, "memdisk")}, common...)
 	said, err := exec.CommandContext(ctx, "grub-mkimage", append(args, modules...)...).CombinedOutput()
 	if err != nil {
 		return nil, fmt.Errorf("making GRUB for %s: %w: %s", platform, missing(err), bytes.TrimSpace(said))
@@ -87,7 +90,7 @@ func missing(err error) error {
 func memdisk() ([]byte, error) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
-	err := w.WriteHeader(&tar.Header{Name: "grub.cfg", Mode: 0o644, Size: int64(len(config)), Format: tar.FormatUSTAR})
+	err := w.WriteHeader(&tar.Header{Name: prefix[1:] + "/grub.cfg", Mode: 0o644, Size: int64(len(config)), Format: tar.FormatUSTAR})
 	if err == nil {
 		_, err = w.Write(config)
 	}

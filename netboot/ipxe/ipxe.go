@@ -20,6 +20,7 @@ type Script struct {
 	Initrds []string // their URLs, in order
 	Args    []string // of the kernel; each without white space at its ends. What no argument can hold is an error
 	Disk    *Disk    // to boot in place of Kernel
+	Local   bool     // the machine can start something from its own disk, where the server is gone
 
 	Again string // the URL of this script. A number of tries is added to it
 	Try   int    // how many times in a row the machine could not boot what it was told to
@@ -66,7 +67,8 @@ func (s Script) Render() (string, error) {
 	b.WriteString("\n:failed\necho\n")
 	if s.Try+1 >= maxTries {
 		fmt.Fprintf(&b, "echo Could not boot %d times. Rebooting in %s ...\n", s.Try+1, seconds(longWait))
-		fmt.Fprintf(&b, "sleep %d\nreboot\n", int(longWait.Seconds()))
+		fmt.Fprintf(&b, "sleep %d\n", int(longWait.Seconds()))
+		s.giveUp(&b)
 		return b.String(), nil
 	}
 	wait := backoff(s.Try)
@@ -147,6 +149,15 @@ func (s Script) again(b *strings.Builder, wait time.Duration, try int) {
 	}
 	for _, w := range []time.Duration{wait, wait + 10*time.Second, longWait} {
 		fmt.Fprintf(b, "sleep %d\nchain --replace --autofree %s || echo No answer from the server.\n", int(w.Seconds()), next)
+	}
+	s.giveUp(b)
+}
+
+// giveUp leaves the network to the machine's own disk, where that has something: UEFI goes on with its next boot entry when
+// iPXE ends with an error, and on a BIOS iPXE starts the first disk itself. Else the machine reboots.
+func (s Script) giveUp(b *strings.Builder) {
+	if s.Local {
+		b.WriteString("echo Starting what the disk has.\niseq ${platform} efi && exit 1 ||\nsanboot --no-describe --drive 0x80 ||\n")
 	}
 	b.WriteString("reboot\n")
 }

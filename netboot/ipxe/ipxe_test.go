@@ -42,6 +42,8 @@ func TestRender(t *testing.T) {
 	waiting.Kernel, waiting.Initrds, waiting.Title = "", nil, "n1: the image is being built"
 	second, last := boot, boot
 	second.Try, last.Try = 1, 9
+	lastLocal := last
+	lastLocal.Local = true
 	fromDisk := boot
 	fromDisk.Kernel, fromDisk.Initrds, fromDisk.Args, fromDisk.Disk = "", nil, nil, &disk
 	tests := []struct {
@@ -65,6 +67,13 @@ sleep 14
 chain --replace --autofree http://10.77.0.1:8080/boot/ipxe?mac=52:54:00:77:00:01&arch=0&try=2 || echo No answer from the server.
 sleep 60
 chain --replace --autofree http://10.77.0.1:8080/boot/ipxe?mac=52:54:00:77:00:01&arch=0&try=2 || echo No answer from the server.
+reboot
+`},
+		{"last try of a machine with a disk that boots", lastLocal, head + load + `echo Could not boot 10 times. Rebooting in 60 s ...
+sleep 60
+echo Starting what the disk has.
+iseq ${platform} efi && exit 1 ||
+sanboot --no-describe --drive 0x80 ||
 reboot
 `},
 		{"last try", last, head + load + `echo Could not boot 10 times. Rebooting in 60 s ...

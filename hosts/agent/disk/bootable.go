@@ -2,9 +2,12 @@ package disk
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
+
+	"github.com/troupe-dev/troupe/hosts/agent/esp"
 )
 
 // Bootable is where a disk with a cache has what firmware boots.
@@ -12,6 +15,13 @@ type Bootable struct {
 	Disk      string // path of the whole disk
 	Block     int64  // bytes of a logical block
 	ESP, BIOS Entry  // the EFI system partition, and the one for GRUB of a BIOS; their Size is 0 where the disk has none
+}
+
+// isOurFAT says whether a partition has the file system that package esp makes.
+func isOurFAT(r io.ReaderAt) bool {
+	b := make([]byte, len(esp.Mark))
+	_, err := r.ReadAt(b, 0)
+	return err == nil && string(b) == esp.Mark
 }
 
 // Bootable finds it for the device of a cache. A cache that somebody made by hand, or an older troupe, has no place for it.

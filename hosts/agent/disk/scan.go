@@ -40,6 +40,7 @@ type Disk struct {
 	Foreign   bool              // that cache is another machine's; only a Maker knows
 	Err       error
 	Parts     []Part
+	Boots     bool // it has an EFI system partition that troupe made
 }
 
 // A Part is a partition of a GPT.
@@ -179,6 +180,9 @@ func (s Scanner) look(d *Disk) error {
 				d.Holds = Troupe
 			}
 		}
+		if e.Name == espLabel {
+			d.Boots = isOurFAT(io.NewSectionReader(f, e.First, e.Size))
+		}
 		d.Parts = append(d.Parts, p)
 	}
 	return nil
@@ -241,7 +245,7 @@ func extUUID(r io.ReaderAt) string {
 func Inventory(disks []Disk) []agentapi.Disk {
 	out := make([]agentapi.Disk, 0, len(disks))
 	for _, d := range disks {
-		a := agentapi.Disk{Name: d.Name, Size: d.Size, Model: d.Model, Serial: d.Serial, WWN: d.WWN, Rotary: d.Rotary, Holds: d.Holds}
+		a := agentapi.Disk{Name: d.Name, Size: d.Size, Model: d.Model, Serial: d.Serial, WWN: d.WWN, Rotary: d.Rotary, Holds: d.Holds, Boots: d.Boots}
 		if d.Err != nil {
 			a.Holds = "unreadable"
 		}

@@ -82,7 +82,8 @@ func (v Vars) Ensure(name string, p Partition, file string) (written bool, err e
 	return written || moved, err
 }
 
-// order puts a number into BootOrder where it is not there: behind the last entry for the network, else at the end.
+// order puts a number into BootOrder where it is not there: behind the entry for the network that this boot came by, or else behind
+// the last one for the network, or else at the end. Firmware has several, and each that does not answer takes a minute.
 func (v Vars) order(number uint16, entries []option) (written bool, err error) {
 	b, err := v.read("BootOrder")
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -95,10 +96,17 @@ func (v Vars) order(number uint16, entries []option) (written bool, err error) {
 	if slices.Contains(order, number) {
 		return false, nil
 	}
+	now, err := v.read("BootCurrent")
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return false, err
+	}
 	at := len(order)
 	for i, n := range order {
 		if slices.ContainsFunc(entries, func(e option) bool { return e.number == n && e.isNetwork() }) {
 			at = i + 1
+			if len(now) >= 2 && n == binary.LittleEndian.Uint16(now) {
+				break
+			}
 		}
 	}
 	var out []byte

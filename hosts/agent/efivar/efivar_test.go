@@ -84,6 +84,27 @@ func TestTheEntryComesBehindTheNetworkOnce(t *testing.T) {
 	}
 }
 
+func TestTheEntryComesBehindTheNetworkThatThisBootCameBy(t *testing.T) {
+	for _, c := range []struct{ now, behind byte }{{1, 1}, {5, 5}, {2, 5}} {
+		v := firmware(t)
+		entry, err := v.read("Boot0001")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, content := range map[string][]byte{"Boot0005": entry, "BootOrder": {0, 0, 1, 0, 5, 0, 2, 0}, "BootCurrent": {c.now, 0}} {
+			if err := v.write(name, content); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ensure(t, v, esp, true)
+		if c.behind == 1 {
+			order(t, v, 0, 1, 4, 5, 2)
+		} else {
+			order(t, v, 0, 1, 5, 4, 2)
+		}
+	}
+}
+
 func TestFirmwareWithoutAnOrder(t *testing.T) {
 	v := Vars{t.TempDir()}
 	ensure(t, v, esp, true)

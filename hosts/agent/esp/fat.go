@@ -31,6 +31,9 @@ const (
 	volume     = "TROUPE     " // the label, padded
 )
 
+// Mark is what a file system of this package begins with: a jump that nobody takes, and who made it.
+const Mark = "\xeb\x58\x90troupe  "
+
 // The clusters of directories, and of the file that is written in place.
 const (
 	rootDir = iota + 2
@@ -226,7 +229,7 @@ func files(names []string, runs []run) [][]byte {
 func (g geometry) bootSector() []byte {
 	le := binary.LittleEndian
 	b := make([]byte, g.sector)
-	copy(b, "\xeb\x58\x90troupe  ")
+	copy(b, Mark)
 	le.PutUint16(b[11:], uint16(g.sector)) //nolint:gosec // 4096 at most
 	b[13] = byte(g.cluster / g.sector)     //nolint:gosec // 16 at most
 	le.PutUint16(b[14:], reserved)

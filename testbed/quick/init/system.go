@@ -293,7 +293,7 @@ func (s *system) do(args []string) (status int, text string) {
 	}
 	verb, names := args[0], args[1:]
 	switch verb {
-	case "reboot", "poweroff":
+	case "reboot", "poweroff", "kexec":
 		go s.shutDown(verb)
 		return 0, ""
 	case "daemon-reload", "enable", "disable", "reset-failed":
@@ -343,8 +343,11 @@ func (s *system) shutDown(verb string) {
 	_ = unix.Kill(-1, unix.SIGKILL)
 	unix.Sync()
 	how := unix.LINUX_REBOOT_CMD_RESTART
-	if verb == "poweroff" {
+	switch verb {
+	case "poweroff":
 		how = unix.LINUX_REBOOT_CMD_POWER_OFF
+	case "kexec":
+		how = unix.LINUX_REBOOT_CMD_KEXEC
 	}
 	if err := unix.Reboot(how); err != nil {
 		say("reboot: " + err.Error())
