@@ -212,7 +212,7 @@ func (r *Records) stateOf(a state.Assignment, want plan.Wanted, s sighting) (Hos
 	}
 	bad := s.node.BadOf(a)
 	switch {
-	case bad != nil && !s.runs(a):
+	case bad != nil && !s.runs(a) && want.Missing.What == "" && (want.ID == "" || want.ID == a.Release): // else another one comes
 		return HostBad, rolledBack(*bad, s)
 	case s.stage == string(agentapi.StageFailed):
 		return HostFailed, s.err

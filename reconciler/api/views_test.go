@@ -116,6 +116,15 @@ func TestHostStateOne(t *testing.T) {
 		{"rolled back, and another is wanted by now", node(func(n *state.Node) {
 			n.Bad = []agentapi.BadRelease{{Host: "n1", Release: digest.Of([]byte("x")), Node: n.Running.Node, Why: "no"}}
 		}), "healthy"},
+		{"rolled back, and another role is declared", func(f *apitest.Fleet) {
+			node(func(n *state.Node) {
+				n.Bad = []agentapi.BadRelease{{Host: "n1", Release: n.Running.Release, Node: n.Running.Node, Why: "no"}}
+				n.Running.Release = digest.Of(nil)
+			})(f)
+			h := f.Schema.Hosts["n1"]
+			h.Role = "idle"
+			f.Schema.Hosts["n1"] = h
+		}, "waiting (being planned)"},
 		{"bad, and nothing to go back to", node(func(n *state.Node) {
 			n.Bad = []agentapi.BadRelease{{Host: "n1", Release: n.Running.Release, Node: n.Running.Node, Why: "no"}}
 			n.Running.Health = agentapi.Health{Failing: []string{"a"}}
