@@ -174,8 +174,10 @@ func nodeOf(before state.Node, r agentapi.Report, now time.Time) state.Node {
 	if r.Running == nil && r.Good == "" && r.Bad == nil { // its cache is not open yet
 		n.Bad, n.Good = before.Bad, before.Good
 	}
-	if len(r.Marks) > 0 {
-		n.Stage = string(r.Marks[len(r.Marks)-1].Stage)
+	for _, m := range r.Marks {
+		if m.Stage != agentapi.StageBootable { // what is done to its disk beside is not how far it came
+			n.Stage = string(m.Stage)
+		}
 	}
 	if r.Running != nil && n.Stage == string(agentapi.StageAgent) { // its earlier marks went to a server that is no more
 		n.Stage = string(agentapi.StageService)

@@ -209,6 +209,17 @@ func TestAssignmentWaitsForANewerView(t *testing.T) {
 	}
 }
 
+func TestAMarkOfTheDiskIsNoStageOfTheBoot(t *testing.T) {
+	healthy, bootable := agentapi.Mark{Stage: agentapi.StageHealthy}, agentapi.Mark{Stage: agentapi.StageBootable}
+	n := nodeOf(state.Node{}, agentapi.Report{BootID: "b", Marks: []agentapi.Mark{healthy, bootable}}, time.Now())
+	if n.Stage != string(agentapi.StageHealthy) {
+		t.Errorf("the node came as far as %q", n.Stage)
+	}
+	if n = nodeOf(n, agentapi.Report{BootID: "b", Marks: []agentapi.Mark{bootable}}, time.Now()); n.Stage != string(agentapi.StageHealthy) {
+		t.Errorf("later it came as far as %q", n.Stage)
+	}
+}
+
 func TestNodeOfALostStoreIsShownAsItRuns(t *testing.T) {
 	a := testAgents(t)
 	a.views.set(newView(testFleet()))
