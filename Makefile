@@ -38,6 +38,7 @@ bench: ## a report, no verdict
 	@$(MAKE) --no-print-directory build
 	$(GO) test -run '^$$' -bench '^Benchmark(Load|Reload|PushTo.*)$$' -benchtime 3x -timeout 20m ./schema/load ./reconciler | tee bin/bench.txt
 	$(GO) test -run '^$$' -bench '^BenchmarkSwitch$$' -benchtime 3x -timeout 40m ./testbed/e2e | tee -a bin/bench.txt
+	$(GO) test -run '^$$' -bench '^BenchmarkBuild$$' -benchtime 1x -timeout 20m ./images/build | tee -a bin/bench.txt
 	$(GO) test -run '^$$' -bench '^BenchmarkTarget$$' -benchtime 1x -timeout 30m ./netboot/iscsi/conformance | tee -a bin/bench.txt
 	@echo; echo '== the report'; grep -E '^(│|Benchmark(Load|Reload))' bin/bench.txt
 

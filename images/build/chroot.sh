@@ -1,10 +1,13 @@
 # Runs the shell command $3 in a root file system that is $1/lower with $1/upper over it. $2 says whether the network is
-# that of the machine ("online") or none. Its mounts are in a mount namespace that ends with it.
+# that of the machine ("online") or none; $4 is the image that $1/lower is, or nothing where it has a copy. Its mounts are in a mount namespace that ends with it.
 set -eu
 umask 022 # and not that of this process: the modes of what a command makes must not depend on it
 dir=$1
 root=$dir/root
 hostname localhost # in this UTS namespace: the machine's own name must not get into an image
+if test -n "$4"; then
+	mount -t erofs -o ro,loop "$4" "$dir/lower"
+fi
 mount -t overlay overlay "$root" \
 	-o "lowerdir=$dir/lower,upperdir=$dir/upper,workdir=$dir/work,redirect_dir=off,metacopy=off,index=off,xino=off"
 mount -t proc proc "$root/proc"

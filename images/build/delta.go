@@ -35,7 +35,7 @@ func (b *Builder) Delta(ctx context.Context, r images.DeltaRecipe, base images.B
 	if err != nil {
 		return images.Delta{}, fmt.Errorf("building a role delta: %w", err)
 	}
-	d := &deltaBuild{r: r, view: v, s: s, chroot: chroot{dir: scratch, base: root, s: s}}
+	d := &deltaBuild{r: r, view: v, s: s, chroot: chroot{dir: scratch, base: root, image: b.Store.Path(base.Image.Digest), s: s}}
 	delta, err := d.make(ctx, b, base, scratch)
 	if err != nil {
 		return images.Delta{}, s.fail(ctx, err)

@@ -22,7 +22,7 @@ import (
 )
 
 // newBuilder is a Builder with a store and a scratch directory of its own.
-func newBuilder(t *testing.T) *Builder {
+func newBuilder(t testing.TB) *Builder {
 	t.Helper()
 	s, err := store.Open(t.TempDir())
 	if err != nil {
