@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/internal/signing"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
 
@@ -28,6 +29,7 @@ type agents struct {
 	now    func() time.Time
 	each   *striped // one report or hello of a machine at a time: both write its records
 
+	key       *signing.Key // of releases; nil in tests
 	strangers *strangers
 	deltas    *nodeDeltas
 	booting   func(host string) // is told of hosts whose machines begin to boot
@@ -80,7 +82,15 @@ func (a *agents) Hello(ctx context.Context, peer netip.Addr, h agentapi.Hello) (
 	if v, _, err = a.fleetView(); err != nil {
 		return agentapi.Assignment{}, err
 	}
-	return v.assignment(id), nil
+	return a.signed(v.assignment(id))
+}
+
+// signed is an assignment as it is handed out. Without a key it stays as it is, and is refused by each agent.
+func (a *agents) signed(got agentapi.Assignment) (agentapi.Assignment, error) {
+	if a.key == nil {
+		return got, nil
+	}
+	return agentapi.Sign(got, a.key)
 }
 
 // putMachine writes a machine where something about it is new. Each such write is a new view for all.
@@ -105,12 +115,12 @@ func (a *agents) Assignment(ctx context.Context, mac, after string, wait time.Du
 		}
 		got := v.assignment(agentapi.Identity{MAC: mac})
 		if got.Version != after {
-			return got, nil
+			return a.signed(got)
 		}
 		select {
 		case <-newer:
 		case <-timer.C:
-			return got, nil
+			return a.signed(got)
 		case <-ctx.Done():
 			return agentapi.Assignment{}, ctx.Err()
 		}

@@ -31,6 +31,7 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/backoff"
+	"github.com/troupe-dev/troupe/internal/signing"
 	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/netboot/dhcp"
 	"github.com/troupe-dev/troupe/netboot/iscsi"
@@ -53,6 +54,7 @@ type Config struct {
 	Registry oras.Target
 	Place    string
 	Logs     string        // the directory of the builds' logs
+	Key      *signing.Key  // signs what agents are told to run
 	Agent    agentapi.Blob // the initramfs segment that holds the agent
 	// Loaders are what machines start from their own disks; nil: none are at hand.
 	Loaders *agentapi.Loaders
@@ -98,7 +100,7 @@ func New(cfg Config) (*Reconciler, error) {
 	r := &Reconciler{cfg: cfg, log: cfg.Log, views: newViews(), refresh: make(chan struct{}, 1)}
 	r.events = &recorder{store: cfg.Store, log: cfg.Log}
 	r.boots = newBoots(cfg.Store, cfg.Log)
-	r.agents = &agents{store: cfg.Store, views: r.views, boots: r.boots, events: r.events, now: time.Now, each: newStriped()}
+	r.agents = &agents{store: cfg.Store, views: r.views, boots: r.boots, events: r.events, now: time.Now, each: newStriped(), key: cfg.Key}
 	r.deltas = newNodeDeltas(cfg.Store, r.events)
 	r.agents.deltas = r.deltas
 	r.boots.standing = r.views.standing

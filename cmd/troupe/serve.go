@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -24,6 +25,7 @@ import (
 	"github.com/troupe-dev/troupe/images/build/vm"
 	"github.com/troupe-dev/troupe/images/initramfs"
 	"github.com/troupe-dev/troupe/images/store"
+	"github.com/troupe-dev/troupe/internal/signing"
 	"github.com/troupe-dev/troupe/netboot"
 	"github.com/troupe-dev/troupe/netboot/dhcp"
 	"github.com/troupe-dev/troupe/reconciler"
@@ -225,7 +227,11 @@ func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	agent, arch, err := putAgent(ctx, blobs, o.agent)
+	key, trusted, err := loadKeys(filepath.Join(o.data, "keys"))
+	if err != nil {
+		return err
+	}
+	agent, arch, err := putAgent(ctx, blobs, o.agent, trusted)
 	if err != nil {
 		return err
 	}
@@ -254,7 +260,7 @@ func (o serveOptions) run(ctx context.Context, log *slog.Logger) error {
 	rec, err := reconciler.New(reconciler.Config{
 		Repo: repo, Branch: o.branch, Path: o.path, Loader: &load.Loader{}, Store: records, Blobs: blobs, Builder: builder,
 		Registry: registry, Place: o.store,
-		Logs: filepath.Join(o.data, "logs"), Agent: agentapi.Blob(agent), Loaders: loaders, Arch: arch, Jobs: o.jobs, LUNs: o.disksDir(), ISCSIPort: portOf(disks), Log: log,
+		Logs: filepath.Join(o.data, "logs"), Agent: agentapi.Blob(agent), Loaders: loaders, Arch: arch, Key: key, Jobs: o.jobs, LUNs: o.disksDir(), ISCSIPort: portOf(disks), Log: log,
 	})
 	if err != nil {
 		return err
@@ -364,8 +370,28 @@ func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
 	return <-done
 }
 
-// putAgent makes the initramfs segment with the agent, and keeps it in the store. arch is the agent's.
-func putAgent(ctx context.Context, blobs *store.Store, name string) (segment images.Blob, arch string, err error) {
+// loadKeys is the key that releases are signed with, made at the first start, and those that machines are told to trust:
+// this one, and those of the file trusted.pub beside it, where there is one. Whoever changes the key has it there before.
+func loadKeys(dir string) (*signing.Key, signing.Keys, error) {
+	key, err := signing.Load(filepath.Join(dir, "release.key"))
+	if err != nil {
+		return nil, nil, err
+	}
+	name := filepath.Join(dir, "trusted.pub")
+	more, err := os.ReadFile(name)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, fmt.Errorf("reading the keys that machines trust: %w", err)
+	}
+	trusted, err := signing.ParseKeys(key.Public() + "\n" + string(more))
+	if err != nil {
+		return nil, nil, fmt.Errorf("reading the keys that machines trust in %q: %w", name, err)
+	}
+	return key, trusted, nil
+}
+
+// putAgent makes the initramfs segment with the agent and the keys that it trusts, and keeps it in the store. arch is the
+// agent's.
+func putAgent(ctx context.Context, blobs *store.Store, name string, keys signing.Keys) (segment images.Blob, arch string, err error) {
 	if name == "" {
 		self, err := os.Executable()
 		if err != nil {
@@ -381,20 +407,20 @@ func putAgent(ctx context.Context, blobs *store.Store, name string) (segment ima
 	if arch, err = initramfs.Arch(f); err != nil {
 		return images.Blob{}, "", err
 	}
-	segment, err = putSegment(ctx, blobs, f)
+	segment, err = putSegment(ctx, blobs, f, keys)
 	if err != nil {
 		return images.Blob{}, "", fmt.Errorf("writing the agent's initramfs: %w", err)
 	}
 	return segment, arch, nil
 }
 
-func putSegment(ctx context.Context, blobs *store.Store, agent io.Reader) (images.Blob, error) {
+func putSegment(ctx context.Context, blobs *store.Store, agent io.Reader, keys signing.Keys) (images.Blob, error) {
 	w, err := blobs.Create(ctx)
 	if err != nil {
 		return images.Blob{}, err
 	}
 	defer func() { _ = w.Abort() }()
-	if err := initramfs.Agent(w, agent); err != nil {
+	if err := initramfs.Agent(w, agent, keys.String()); err != nil {
 		return images.Blob{}, err
 	}
 	return w.Commit()

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/troupe-dev/troupe/hosts/agent/cache"
 	"github.com/troupe-dev/troupe/hosts/agent/disk"
 	"github.com/troupe-dev/troupe/hosts/agent/netup"
@@ -17,6 +19,7 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/backoff"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/internal/verity"
 )
 
 // mounted is a root that waits to be switched to.
@@ -84,6 +87,9 @@ func (b *boot) activateCached(ctx context.Context, a agentapi.Assignment) (*moun
 	b.fetched = 0
 	m, err := b.mount(a, b.cache.Path(a.Release.Base.Digest), b.cache.Path(a.Release.Delta.Digest))
 	if errors.Is(err, rootfs.ErrImage) {
+		if b.mend(ctx, a.Release, err) {
+			return nil, mending{err}
+		}
 		return nil, b.dropBroken(blobs, err)
 	}
 	if err == nil {
@@ -243,6 +249,23 @@ func (b *boot) progress(id digest.Digest) func(done, total int64) {
 
 func (b *boot) retrying(err error, _ time.Duration) { b.rep.fail(mending{err}) }
 
+// mend fetches the damaged blocks of images that did not mount, and says whether that helps: all of one need not come
+// again for a bit that flipped.
+func (b *boot) mend(ctx context.Context, r *agentapi.Release, why error) bool {
+	b.log.Error("an image does not mount, looking for damaged blocks", "error", why)
+	mended := 0
+	for _, img := range []agentapi.Image{r.Base, r.Delta} {
+		n, err := b.cache.Scrub(ctx, img, b.client)
+		if err != nil {
+			b.log.Error("an image cannot be mended", "error", err)
+			return false
+		}
+		mended += n
+	}
+	b.rep.update(true, func(r *agentapi.Report) { r.Warnings = b.cache.Warnings() })
+	return mended > 0
+}
+
 // dropBroken hashes images that did not mount, and takes those out of the cache that are not what they were. It returns
 // why they did not mount: where one was broken, the next try fetches it and gets further. An error of the cache itself
 // comes without ErrImage: it may be damaged.
@@ -277,8 +300,16 @@ func (b *boot) mount(a agentapi.Assignment, base, delta string) (*mounted, error
 	if err != nil {
 		return nil, err
 	}
+	baseImage, err := imageIn(base, a.Release.Base)
+	if err != nil {
+		return nil, err
+	}
+	deltaImage, err := imageIn(delta, a.Release.Delta)
+	if err != nil {
+		return nil, err
+	}
 	spec := rootfs.Spec{
-		Base: base, Delta: delta,
+		Base: baseImage, Delta: deltaImage,
 		BaseDir: baseDir, DeltaDir: deltaDir, Upper: d.Upper, Work: d.Work, Root: newRoot,
 	}
 	if err := rootfs.Mount(spec); err != nil {
@@ -289,10 +320,22 @@ func (b *boot) mount(a agentapi.Assignment, base, delta string) (*mounted, error
 		return nil, errors.Join(err, rootfs.Unmount(spec))
 	}
 	if _, err := initOf(newRoot); err != nil {
+		if errors.Is(err, unix.EIO) { // what was read is not what the root hash says
+			err = fmt.Errorf("%w: %w", rootfs.ErrImage, err)
+		}
 		return nil, errors.Join(err, rootfs.Unmount(spec))
 	}
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageMount, Detail: kind})
 	return &mounted{assignment: a, delta: d}, nil
+}
+
+// imageIn is an image in a file or on a block device, as it is mounted: by the root hash of its release and no other.
+func imageIn(file string, img agentapi.Image) (rootfs.Image, error) {
+	root, err := verity.ParseRoot(img.Root)
+	if err != nil {
+		return rootfs.Image{}, fmt.Errorf("image %s: %w", img.Digest.Short(), err)
+	}
+	return rootfs.Image{File: file, Data: img.Data, Root: &root}, nil
 }
 
 func (b *boot) seed(a agentapi.Assignment, d *cache.Delta) error {

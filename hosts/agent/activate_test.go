@@ -27,7 +27,8 @@ func cacheWith(t *testing.T, dir string, a agentapi.Assignment, contents ...stri
 		t.Fatal(err)
 	}
 	for i, b := range []agentapi.Blob{a.Release.Base.Blob, a.Release.Delta.Blob} {
-		if err := os.WriteFile(c.Path(b.Digest), []byte(contents[i]), 0o600); err != nil {
+		file, _ := agentapitest.ImageFile([]byte(contents[i]))
+		if err := os.WriteFile(c.Path(b.Digest), file, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}

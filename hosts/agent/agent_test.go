@@ -26,6 +26,7 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/hosts/agentapi/agentapitest"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/internal/signing"
 )
 
 var nothing = slog.New(slog.DiscardHandler)
@@ -194,7 +195,7 @@ func newNode(t *testing.T, a agentapi.Assignment, s *agentapitest.Server) *node 
 	k := stateKeeper{path: filepath.Join(n.dir, "run", stateFile)}
 	err := k.change(func(st *RunState) {
 		*st = RunState{
-			Server: n.http.URL, Identity: agentapi.Identity{MAC: "52:54:00:77:00:01"}, BootID: "b1", Assignment: a, CacheDir: filepath.Join(n.dir, "cache"),
+			Server: n.http.URL, Identity: agentapi.Identity{MAC: "52:54:00:77:00:01"}, BootID: "b1", Assignment: a, Keys: s.Keys().String(), CacheDir: filepath.Join(n.dir, "cache"),
 			Marks: []agentapi.Mark{{Stage: agentapi.StageSwitch, At: 5, Detail: "/sbin/init"}}, Marked: []agentapi.Stage{agentapi.StageAgent, agentapi.StageSwitch},
 		}
 	})
@@ -839,4 +840,30 @@ func mountTmpfs(t *testing.T, dir, size string) {
 			t.Error(err)
 		}
 	})
+}
+
+// A node whose server's key is not the one that it booted with goes on as it runs, and says why.
+func TestAnotherKeyIsRefused(t *testing.T) {
+	var s agentapitest.Server
+	n := newNode(t, assigned(&s, "web", 1), &s)
+	_, stop := n.start()
+	defer stop()
+	other, err := signing.NewKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := s.Keys()
+	s.SignWith(other)
+	s.Assign(assigned(&s, "idle", 2))
+	var refused agentapi.Report
+	n.wait("a refusal", func(r agentapi.Report) bool {
+		refused = r
+		return strings.Contains(r.Error, agentapi.ErrManifest.Error())
+	})
+	if !strings.Contains(refused.Error, other.Fingerprint()) || !strings.Contains(refused.Error, own.Fingerprints()) {
+		t.Errorf("error %q names not both keys", refused.Error)
+	}
+	if refused.Running.Role != "web" || refused.Staged != "" {
+		t.Errorf("runs %s, staged %q", refused.Running.Role, refused.Staged)
+	}
 }

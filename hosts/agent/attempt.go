@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"time"
 
@@ -51,6 +52,9 @@ func (b *boot) choose(ctx context.Context, wanted *agentapi.Assignment) (choice.
 // canBoot says why the release of a record cannot be booted. What is missing can be fetched, and another kernel be had, only
 // where the server is there.
 func (b *boot) canBoot(r cache.Record, hasServer bool) error {
+	if err := b.vouched(r.Assignment); err != nil {
+		return err
+	}
 	if err := check(r.Assignment); err != nil || hasServer {
 		return err
 	}
@@ -63,6 +67,15 @@ func (b *boot) canBoot(r cache.Record, hasServer bool) error {
 		return fmt.Errorf("it has kernel %s, and %s was booted", k.Short(), b.cmd.Kernel.Short())
 	}
 	return nil
+}
+
+// vouched says why what the cache has of an assignment is not to be run: its release is not the one that the server signed.
+func (b *boot) vouched(a agentapi.Assignment) error {
+	signed, err := agentapi.Open(a, b.keys)
+	if err == nil && !reflect.DeepEqual(signed.Release, a.Release) {
+		err = fmt.Errorf("%w: the cache has another release than what was signed", agentapi.ErrManifest)
+	}
+	return err
 }
 
 // takeDead takes the server's word that no agent came up with the kernel of a release: who could count those boots did not

@@ -20,11 +20,13 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/backoff"
 	"github.com/troupe-dev/troupe/internal/kmod"
+	"github.com/troupe-dev/troupe/internal/signing"
 	"github.com/troupe-dev/troupe/internal/version"
 )
 
-// fsModules are what the root is mounted with. Which of them are built in differs from kernel to kernel.
-var fsModules = []string{"loop", "erofs", "overlay", "ext4"}
+// fsModules are what the root is mounted with. Which of them are built in, and what the one for SHA-256 is called, differs
+// from kernel to kernel; nobody but us loads what dm-verity asks for by the name of an algorithm.
+var fsModules = []string{"loop", "dm_verity", "sha256", "sha256_generic", "sha256_ssse3", "sha2_ce", "erofs", "overlay", "ext4"}
 
 // fatalDelay is how long a machine shows what it cannot go on from.
 const fatalDelay = time.Minute
@@ -46,6 +48,7 @@ type boot struct {
 	client    *agentapi.Client
 	rep       *reporter
 	fol       *follower
+	keys      signing.Keys  // whose releases are run
 	cache     *cache.Cache  // nil until it was opened
 	drivers   chan struct{} // closed once the drivers were loaded
 	copied    chan struct{} // closed once the program was copied to agentFile, or copyErr says why not
@@ -159,7 +162,8 @@ func (b *boot) loadDrivers(wg *sync.WaitGroup) {
 			wanted = append(slices.Clone(wanted), "efivarfs")
 		}
 		for _, m := range wanted {
-			if err := b.mods.Load(m); err != nil && !errors.Is(err, kmod.ErrNoModule) {
+			// ENODEV: the processor has no instructions for it.
+			if err := b.mods.Load(m); err != nil && !errors.Is(err, kmod.ErrNoModule) && !errors.Is(err, unix.ENODEV) {
 				b.log.Warn("a file system's module does not load", "error", err)
 			}
 		}

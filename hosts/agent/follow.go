@@ -9,6 +9,7 @@ import (
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/backoff"
+	"github.com/troupe-dev/troupe/internal/signing"
 )
 
 // pollWait is how long the server may hold a question for the assignment.
@@ -19,6 +20,9 @@ type follower struct {
 	client *agentapi.Client
 	log    *slog.Logger
 	hello  func() agentapi.Hello
+	keys   signing.Keys // whose releases are run
+	// refused is told of each assignment whether its release was refused, and why; may be nil.
+	refused func(error)
 
 	mu      sync.Mutex
 	latest  agentapi.Assignment
@@ -36,6 +40,19 @@ func (f *follower) get() agentapi.Assignment {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.latest
+}
+
+// hear takes an assignment that came from the server. One whose release nobody vouches for is nothing but a reason to wait:
+// what runs goes on.
+func (f *follower) hear(a agentapi.Assignment) {
+	opened, err := agentapi.Open(a, f.keys)
+	if err != nil {
+		opened = agentapi.Assignment{Version: a.Version, State: agentapi.Waiting, Reason: err.Error(), Host: a.Host, Role: a.Role}
+	}
+	if f.refused != nil {
+		f.refused(err)
+	}
+	f.set(opened)
 }
 
 // set takes an assignment; one with another version wakes the reader.
@@ -73,7 +90,7 @@ func (f *follower) greet(ctx context.Context, heard func()) error {
 	for {
 		a, err := f.client.Hello(ctx, f.hello())
 		if err == nil {
-			f.set(a)
+			f.hear(a)
 			return nil
 		}
 		if ctx.Err() != nil {
@@ -132,7 +149,7 @@ func (f *follower) ask(ctx context.Context) error {
 		f.mu.Lock()
 		f.again = false
 		f.mu.Unlock()
-		f.set(a)
+		f.hear(a)
 		return nil
 	}
 	began := time.Now()
@@ -148,7 +165,7 @@ func (f *follower) ask(ctx context.Context) error {
 	case err != nil:
 		return err
 	}
-	f.set(a)
+	f.hear(a)
 	if a.Version == after && time.Since(began) < time.Second {
 		return backoff.Sleep(ctx, time.Second) // a server that does not hold the question must not be asked in a loop
 	}

@@ -66,7 +66,7 @@ func (b *boot) leave(ctx context.Context, m *mounted) error {
 	err = keeper.change(func(s *RunState) {
 		*s = RunState{
 			Server: b.client.Server(), Identity: b.id, BootID: b.cmd.Boot, Kernel: b.cmd.Kernel, Inventory: b.inv,
-			Assignment: a, Marks: b.rep.pending(), Marked: b.rep.stages(), Lease: b.lease.Load(), CacheDir: cacheDir, NodeDelta: m.delta.ID, Watchdog: armed, Order: orderID(a),
+			Assignment: a, Keys: b.keys.String(), Marks: b.rep.pending(), Marked: b.rep.stages(), Lease: b.lease.Load(), CacheDir: cacheDir, NodeDelta: m.delta.ID, Watchdog: armed, Order: orderID(a),
 		}
 	})
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agent/inventory"
 	"github.com/troupe-dev/troupe/hosts/agent/netup"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/internal/signing"
 	"github.com/troupe-dev/troupe/internal/version"
 )
 
@@ -67,8 +68,27 @@ func (b *boot) speak() {
 	b.fol = newFollower(b.client, b.log, func() agentapi.Hello {
 		return agentapi.Hello{Identity: b.id, BootID: b.cmd.Boot, Agent: version.String(), Kernel: b.cmd.Kernel, Inventory: b.inv}
 	})
+	b.keys = b.trusted()
+	b.fol.keys, b.fol.refused = b.keys, b.rep.refuse
 	b.rep.onReply = b.fol.reply
 	b.rep.session = sessionStatus
+}
+
+// releaseKeys is where the initramfs has the keys of the server that it came from, as package signing writes them.
+const releaseKeys = "/etc/troupe/release.pub"
+
+// trusted are the keys whose releases are run. Without any, none is.
+func (b *boot) trusted() signing.Keys {
+	text, err := os.ReadFile(releaseKeys)
+	if err != nil {
+		b.log.Error("no release is trusted", "error", err)
+		return nil
+	}
+	keys, err := signing.ParseKeys(string(text))
+	if err != nil {
+		b.log.Error("no release is trusted", "file", releaseKeys, "error", err)
+	}
+	return keys
 }
 
 // take goes on with a lease that was found. Nobody else uses the identity until the server was greeted.

@@ -108,7 +108,7 @@ func brokenImage(t *testing.T) (b *boot, blobs []agentapi.Blob, why error) {
 	copy(image[1024:], "\xe2\xe1\xf5\xe0\x99\x99\x99\x99\x01\x00\x00\x00\x0c") // magic, checksum, that it has one, 1<<12 bytes a block
 	b = &boot{log: nothing, cache: cacheWith(t, dir, a, string(image), "delta of web"), rep: newReporter(nil, nothing, agentapi.Report{}), unmount: unix.Unmount}
 	mnt := t.TempDir()
-	why = rootfs.Mount(rootfs.Spec{Base: b.cache.Path(a.Release.Base.Digest), BaseDir: mnt})
+	why = rootfs.Mount(rootfs.Spec{Base: rootfs.Image{File: b.cache.Path(a.Release.Base.Digest)}, BaseDir: mnt})
 	if !errors.Is(why, rootfs.ErrImage) || !errors.Is(why, unix.EBADMSG) {
 		t.Fatalf("mounting the broken image: %v", why)
 	}

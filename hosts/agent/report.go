@@ -40,10 +40,11 @@ type reporter struct {
 	// sending has room for one: what two reports at a time acknowledged could not be told apart.
 	sending chan struct{}
 
-	mu     sync.Mutex
-	report agentapi.Report // Marks: not acknowledged
-	marked map[agentapi.Stage]bool
-	kick   chan struct{}
+	mu      sync.Mutex
+	report  agentapi.Report // Marks: not acknowledged
+	refusal string          // why the newest assignment is not run, whatever else is wrong; "" where it is
+	marked  map[agentapi.Stage]bool
+	kick    chan struct{}
 }
 
 func newReporter(c *agentapi.Client, log *slog.Logger, base agentapi.Report) *reporter {
@@ -127,6 +128,29 @@ func (r *reporter) fail(err error) {
 	}
 }
 
+// refuse reports that the newest assignment is not run since nobody vouches for its release, and that its node goes on as it
+// does; nil that it is. Another error does not hide it.
+func (r *reporter) refuse(err error) {
+	text := ""
+	if err != nil {
+		text = err.Error()
+	}
+	r.mu.Lock()
+	changed := r.refusal != text
+	r.refusal = text
+	if changed {
+		delete(r.marked, agentapi.StageFailed)
+	}
+	r.mu.Unlock()
+	if changed && err != nil {
+		r.log.Error("an assignment is refused", "error", err)
+		r.mark(agentapi.Mark{Stage: agentapi.StageFailed, Detail: text})
+	}
+	if changed {
+		r.wake()
+	}
+}
+
 func (r *reporter) wake() {
 	select {
 	case r.kick <- struct{}{}:
@@ -187,6 +211,9 @@ func (r *reporter) send(ctx context.Context) error {
 	r.mu.Lock()
 	rep := r.report
 	rep.Marks = slices.Clone(rep.Marks)
+	if r.refusal != "" {
+		rep.Error = r.refusal
+	}
 	r.mu.Unlock()
 	rep.Uptime = sinceBoot()
 	if r.session != nil {

@@ -28,6 +28,7 @@ type RunState struct {
 	Kernel     digest.Digest       `json:"kernel,omitempty"`
 	Inventory  agentapi.Inventory  `json:"inventory"`
 	Assignment agentapi.Assignment `json:"assignment"` // the one that runs
+	Keys       string              `json:"keys"`       // whose releases are run, as in releaseKeys
 	Marks      []agentapi.Mark     `json:"marks,omitempty"`
 	Marked     []agentapi.Stage    `json:"marked,omitempty"` // stages that were reached in this boot
 	Lease      *netup.Lease        `json:"lease,omitempty"`

@@ -20,6 +20,7 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/backoff"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/internal/signing"
 	"github.com/troupe-dev/troupe/internal/version"
 )
 
@@ -90,6 +91,10 @@ func newService(statePath string, log *slog.Logger) (*service, error) {
 	}
 	s.fol = newFollower(s.client, log, s.hello)
 	s.fol.latest = st.Assignment
+	if s.fol.keys, err = signing.ParseKeys(st.Keys); err != nil {
+		return nil, fmt.Errorf("what the boot left: %w", err)
+	}
+	s.fol.refused = s.rep.refuse
 	s.rep.update(false, func(r *agentapi.Report) { r.Running.Order = st.Order })
 	s.rep.onReply = func(r agentapi.ReportReply) {
 		s.fol.reply(r)
@@ -155,6 +160,7 @@ func (s *service) run(ctx context.Context) error {
 		wg.Go(func() { s.petWatchdog(ctx, name) })
 	}
 	wg.Go(s.trimDeltas)
+	wg.Go(func() { s.watchImages(ctx) })
 	wg.Go(func() { s.keepBootable(ctx) })
 	wg.Go(func() { s.runDiffs(ctx) })
 	if s.rep.session != nil {
@@ -493,7 +499,7 @@ func (s *service) confirm(ctx context.Context) error {
 		return mending{fmt.Errorf("asking again whether this machine is in no fleet: %w", err)}
 	}
 	if a.State != agentapi.Unclaimed {
-		s.fol.set(a)
+		s.fol.hear(a)
 		return errNewer
 	}
 	return nil
@@ -525,6 +531,7 @@ func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
 		Retry: func(err error, _ time.Duration) { s.rep.fail(mending{err}) },
 	}
 	s.log.Info("fetching a release in the background", "release", a.Release.ID.Short(), "generation", a.Generation)
+	had := cached(s.cache)
 	n, err := inBackground(func() (int64, error) { return s.cache.Fetch(ctx, f) })
 	s.staged.add(a.Release.ID, n)
 	s.rep.update(err == nil, func(r *agentapi.Report) {
@@ -544,6 +551,9 @@ func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
 		s.log.Warn("what starts the release without the server is not in the cache", "error", err)
 	}
 	if err := s.cache.Remember(a); err != nil {
+		return err
+	}
+	if err := s.checkStaged(ctx, a.Release, had); err != nil {
 		return err
 	}
 	s.rep.mark(agentapi.Mark{Stage: agentapi.StageStage, Detail: a.Release.ID.Short(), Bytes: s.staged.take(a.Release.ID)})

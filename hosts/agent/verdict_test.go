@@ -24,13 +24,25 @@ func (n *node) booted(a agentapi.Assignment, before ...agentapi.Assignment) *cac
 		n.t.Fatal(err)
 	}
 	for _, x := range before {
+		x = n.signed(x)
 		err = errors.Join(err, c.Remember(x), c.Begin(deltaID(x)),
 			c.Change(deltaID(x), func(r *cache.Record) { r.Healthy, r.Attempts, r.Good = r.Used, 0, time.Now() }))
 	}
-	if err := errors.Join(err, c.Remember(a), c.Begin(deltaID(a))); err != nil {
+	if err := errors.Join(err, c.Remember(n.signed(a)), c.Begin(deltaID(a))); err != nil {
 		n.t.Fatal(err)
 	}
 	return c
+}
+
+// signed is a with the manifest that the server makes of it.
+func (n *node) signed(a agentapi.Assignment) agentapi.Assignment {
+	n.t.Helper()
+	sealed, err := agentapi.Sign(a, n.server.Signer())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	a.Manifest = sealed.Manifest
+	return a
 }
 
 // record is what the cache remembers of a release.
@@ -118,7 +130,7 @@ func (n *node) boots(a agentapi.Assignment) {
 	k := stateKeeper{path: filepath.Join(n.dir, "run", stateFile)}
 	err := k.change(func(st *RunState) {
 		*st = RunState{
-			Server: n.http.URL, Identity: agentapi.Identity{MAC: "52:54:00:77:00:01"}, BootID: "b2", Assignment: a, CacheDir: filepath.Join(n.dir, "cache"),
+			Server: n.http.URL, Identity: agentapi.Identity{MAC: "52:54:00:77:00:01"}, BootID: "b2", Assignment: a, Keys: n.server.Keys().String(), CacheDir: filepath.Join(n.dir, "cache"),
 		}
 	})
 	if err != nil {
@@ -224,7 +236,7 @@ func TestTheServersWordOfADeadKernel(t *testing.T) {
 	var s agentapitest.Server
 	good, wanted := assigned(&s, "web", 1), assigned(&s, "idle", 2)
 	n := newNode(t, good, &s)
-	b := &boot{log: nothing, cache: n.booted(good, good), cmd: Cmdline{Dead: wanted.Release.ID}, rep: newReporter(nil, nothing, agentapi.Report{})}
+	b := &boot{log: nothing, keys: s.Keys(), cache: n.booted(good, good), cmd: Cmdline{Dead: wanted.Release.ID}, rep: newReporter(nil, nothing, agentapi.Report{})}
 	for range 2 {
 		c, err := b.choose(t.Context(), &wanted)
 		if err != nil || c.Key != deltaID(good) {

@@ -103,11 +103,13 @@ type Assignment struct {
 	State   State  `json:"state"`
 	Reason  string `json:"reason,omitempty"`
 
-	Host       string   `json:"host,omitempty"`
-	Generation uint64   `json:"generation,omitempty"`
-	Role       string   `json:"role,omitempty"`
-	Release    *Release `json:"release,omitempty"`
-	Node       Node     `json:"node,omitzero"`
+	Host       string `json:"host,omitempty"`
+	Generation uint64 `json:"generation,omitempty"`
+	Role       string `json:"role,omitempty"`
+	// Release is what Manifest has. On the wire there is only the latter: see Sign and Open.
+	Release  *Release  `json:"release,omitempty"`
+	Manifest *Manifest `json:"manifest,omitempty"`
+	Node     Node      `json:"node,omitzero"`
 	// ISCSI, where it is set, is where the images and the node delta are, in place of a cache on a disk of the machine.
 	ISCSI  *ISCSI  `json:"iscsi,omitempty"`
 	Disk   Disks   `json:"disk,omitzero"`

@@ -49,7 +49,7 @@ var takeNames = []string{
 	"dm_mod", "dm_snapshot", "dm_verity",
 	// Check sums of file systems and of dm-verity, by name only (a symbol would show in modules.dep).
 	"crc32c_generic", "crc32c_intel", "crc32_pclmul", "crct10dif_generic", "crct10dif_pclmul", "sha256_generic",
-	"sha256_ssse3", "sha256_arm64", "sha2_ce", "crct10dif_ce",
+	"sha256", "sha256_ssse3", "sha256_arm64", "sha2_ce", "crct10dif_ce",
 }
 
 // leaveOut are directories and modules below takeDirs that no machine boots through.
@@ -78,7 +78,7 @@ var leaveOut = []string{
 }
 
 // needed are modules without which no node reaches its root; each must be there or be built into the kernel.
-var needed = []string{"erofs", "ext4", "loop", "overlay"}
+var needed = []string{"dm_verity", "erofs", "ext4", "loop", "overlay"}
 
 // wanted says whether the module at rel, below kernel/ and without its suffix, is one to take.
 func wanted(rel string) bool {

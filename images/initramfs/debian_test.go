@@ -291,7 +291,7 @@ func TestBoots(t *testing.T) {
 		t.Fatal(err)
 	}
 	var first bytes.Buffer
-	if err := initramfs.Agent(&first, bytes.NewReader(prog)); err != nil {
+	if err := initramfs.Agent(&first, bytes.NewReader(prog), ""); err != nil {
 		t.Fatal(err)
 	}
 	for _, meta := range []string{cloud, generic} {

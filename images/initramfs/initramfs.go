@@ -23,12 +23,14 @@ import (
 const maxFile = 512 << 20
 
 // Agent writes the first archive: agent, a statically linked program, as /init; the console and the null device; and
-// empty directories to mount on.
-func Agent(w io.Writer, agent io.Reader) error {
+// empty directories to mount on. keys are those whose releases the agent runs, as package signing writes them.
+func Agent(w io.Writer, agent io.Reader, keys string) error {
 	a, err := withInit(agent)
 	if err != nil {
 		return fmt.Errorf("agent: %w", err)
 	}
+	a.dir("etc/troupe", 0o755)
+	a.bytes("etc/troupe/release.pub", 0o644, []byte(keys))
 	if _, err := a.writeTo(w); err != nil {
 		return fmt.Errorf("writing the agent's initramfs: %w", err)
 	}

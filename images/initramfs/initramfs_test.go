@@ -43,6 +43,7 @@ func fakeRoot() fstest.MapFS {
 	addModules(root, map[string][]byte{
 		"fs/erofs/erofs.ko":               fakeModule("depends=libcrc32c", "alias=fs-erofs"),
 		"fs/overlayfs/overlay.ko":         fakeModule("depends="),
+		"drivers/md/dm-verity.ko":         fakeModule("depends="),
 		"drivers/block/loop.ko":           fakeModule("alias=block-major-7-*", "alias=devname:loop-control"),
 		"drivers/net/net-failover.ko":     fakeModule("depends=failover"),
 		"drivers/net/virtio_net.ko":       fakeModule("depends=net_failover,sha256_generic", "alias=virtio:d00000001v*"),
@@ -103,7 +104,7 @@ func TestModules(t *testing.T) {
 	files, sum := build(t, root)
 
 	want := Summary{
-		Modules:    []string{"crc32c_generic", "erofs", "failover", "libcrc32c", "loop", "net_failover", "overlay", "r8169", "virtio_net"},
+		Modules:    []string{"crc32c_generic", "dm_verity", "erofs", "failover", "libcrc32c", "loop", "net_failover", "overlay", "r8169", "virtio_net"},
 		Firmware:   []string{"rtl_nic/a.fw", "rtl_nic/b.fw"},
 		NoFirmware: []string{"rtl_nic/none.fw"},
 		Tools:      []string{"/sbin/e2fsck", "/sbin/mke2fs"},
@@ -114,6 +115,7 @@ func TestModules(t *testing.T) {
 	}
 	texts := map[string]string{
 		"modules.dep": `kernel/crypto/crc32c_generic.ko:
+kernel/drivers/md/dm-verity.ko:
 kernel/fs/erofs/erofs.ko: kernel/lib/libcrc32c.ko kernel/crypto/crc32c_generic.ko
 kernel/net/core/failover.ko:
 kernel/lib/libcrc32c.ko: kernel/crypto/crc32c_generic.ko
@@ -344,7 +346,7 @@ func TestLibraries(t *testing.T) {
 func TestAgent(t *testing.T) {
 	prog := fakeELF(elf.EM_X86_64, "")
 	var b bytes.Buffer
-	if err := Agent(&b, bytes.NewReader(prog)); err != nil {
+	if err := Agent(&b, bytes.NewReader(prog), "a key\n"); err != nil {
 		t.Fatal(err)
 	}
 	files, err := List(&b)
@@ -369,6 +371,8 @@ func TestAgent(t *testing.T) {
 		"Dcrw------- dev/kmsg 1,11",
 		"Dcrw-rw-rw- dev/null 1,3",
 		"drwxr-xr-x etc",
+		"drwxr-xr-x etc/troupe",
+		"-rw-r--r-- etc/troupe/release.pub",
 		"-rwxr-xr-x init",
 		"Lrwxrwxrwx lib -> usr/lib",
 		"Lrwxrwxrwx lib64 -> usr/lib64",
@@ -396,7 +400,7 @@ func TestAgentMustBeStatic(t *testing.T) {
 		"dynamically linked": fakeProgram(elf.EM_X86_64, "/lib64/ld-linux-x86-64.so.2", ""),
 		"not an ELF program": []byte("#!/bin/sh\n"),
 	} {
-		if err := Agent(io.Discard, bytes.NewReader(prog)); err == nil || !strings.Contains(err.Error(), want) {
+		if err := Agent(io.Discard, bytes.NewReader(prog), ""); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got error %v, want one with %q", err, want)
 		}
 	}
@@ -440,7 +444,7 @@ func FuzzModinfo(f *testing.F) {
 
 func FuzzList(f *testing.F) {
 	var b bytes.Buffer
-	if err := Agent(&b, bytes.NewReader(fakeELF(elf.EM_X86_64, ""))); err != nil {
+	if err := Agent(&b, bytes.NewReader(fakeELF(elf.EM_X86_64, "")), ""); err != nil {
 		f.Fatal(err)
 	}
 	frames, err := withoutZeros(b.Bytes())

@@ -54,7 +54,7 @@ func newFloor(b *testing.B, accel, data string, base images.Base) *floor {
 		b.Fatal(err)
 	}
 	defer out.Close()
-	if err := initramfs.Agent(out, prog); err != nil {
+	if err := initramfs.Agent(out, prog, ""); err != nil {
 		b.Fatal(err)
 	}
 	if _, err := io.Copy(out, mods); err != nil {

@@ -338,7 +338,7 @@ func (r *rig) sizes() {
 		r.b.Fatal(err)
 	}
 	var segment bytes.Buffer
-	if err := initramfs.Agent(&segment, bytes.NewReader(prog)); err != nil {
+	if err := initramfs.Agent(&segment, bytes.NewReader(prog), ""); err != nil {
 		r.b.Fatal(err)
 	}
 	agent, modules := int64(segment.Len()), r.base.Modules.Size

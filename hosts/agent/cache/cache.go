@@ -62,6 +62,10 @@ type State struct {
 	// tells a boot something else than the system that it boots must not make a machine boot for ever, either.
 	Goal      string `json:"goal,omitempty"`
 	GoalTries int    `json:"goalTries,omitempty"`
+	// Damage is what the scrubs found.
+	Damage Damage `json:"damage,omitzero"`
+	// Scrubs are when the images were read through last.
+	Scrubs map[digest.Digest]time.Time `json:"scrubs,omitempty"`
 	// Lease is the last address that the node was given, in the form of package netup: what a boot takes that hears of no
 	// DHCP server.
 	Lease json.RawMessage `json:"lease,omitempty"`

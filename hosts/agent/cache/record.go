@@ -262,5 +262,12 @@ func (c *Cache) warn(format string, args ...any) {
 	}
 }
 
-// Warnings are what was found broken as the cache was opened, and got past, for people.
-func (c *Cache) Warnings() []string { return slices.Clone(c.warnings) }
+// Warnings are what was found broken as the cache was opened, and got past, and what scrubs found, for people.
+func (c *Cache) Warnings() []string {
+	all := slices.Clone(c.warnings)
+	if d := c.State().Damage; d.Blocks > 0 {
+		all = append(all, fmt.Sprintf("cache: its disk had %d damaged blocks of images, %d were mended; the last at %s, in image %s",
+			d.Blocks, d.Mended, d.When.UTC().Format(time.RFC3339), d.Image.Short()))
+	}
+	return all
+}

@@ -1,5 +1,5 @@
 // Package rootfs makes a root file system out of images: two read-only EROFS images, mounted from block devices or from
-// files through loop devices, and a writable directory above them, joined by overlayfs (Linux, Documentation/filesystems/overlayfs.rst).
+// files through loop devices, each checked by dm-verity as it is read, and a writable directory above them, joined by overlayfs (Linux, Documentation/filesystems/overlayfs.rst).
 package rootfs
 
 import (
@@ -8,14 +8,25 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/troupe-dev/troupe/hosts/agent/dm"
+	"github.com/troupe-dev/troupe/internal/verity"
 )
 
 // ErrImage is in the chain of the error about an image that the kernel does not mount: it may be broken.
 var ErrImage = errors.New("image does not mount")
 
+// An Image is a read-only image with its hash tree.
+type Image struct {
+	File string // or a block device
+	Data int64  // bytes before the superblock of the tree
+	// Root is the hash that every block is checked against; nil: none is checked, which is for images without a tree.
+	Root *verity.Root
+}
+
 // A Spec says what to mount where. All mount points are made where they are not there.
 type Spec struct {
-	Base, Delta       string // images: files or block devices
+	Base, Delta       Image
 	BaseDir, DeltaDir string // where they are mounted
 	Upper, Work       string // directories of the node delta, on one file system
 	Root              string // where all of it is mounted together
@@ -31,11 +42,14 @@ func Mount(s Spec) (err error) {
 			}
 		}
 	}()
-	for _, m := range [][2]string{{s.Base, s.BaseDir}, {s.Delta, s.DeltaDir}} {
-		if err := mountImage(m[0], m[1]); err != nil {
+	for _, m := range []struct {
+		image Image
+		dir   string
+	}{{s.Base, s.BaseDir}, {s.Delta, s.DeltaDir}} {
+		if err := MountImage(m.image, m.dir); err != nil {
 			return err
 		}
-		undo = append(undo, m[1])
+		undo = append(undo, m.dir)
 	}
 	if err := os.MkdirAll(s.Root, 0o755); err != nil {
 		return err
@@ -59,24 +73,44 @@ func unmount(dir string) error {
 	return nil
 }
 
-// mountImage mounts an EROFS image read-only.
-func mountImage(file, dir string) error {
+// MountImage mounts an EROFS image on dir, read-only. The devices below the mount go with it.
+func MountImage(img Image, dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
+	dev, err := openDevice(img.File)
+	if err != nil {
+		return err
+	}
+	defer dev.Close() // the mount, or the device above, holds it from here on, and autoclear frees a loop device with that
+	if img.Root == nil {
+		return mountDevice(dev.Name(), img.File, dir)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(dev.Fd()), &st); err != nil {
+		return fmt.Errorf("looking at %s: %w", dev.Name(), err)
+	}
+	d, err := dm.Open(dm.Image{Device: st.Rdev, Data: img.Data, Root: *img.Root})
+	if err != nil {
+		return fmt.Errorf("mounting %s: %w", img.File, err)
+	}
+	path, err := d.Path()
+	if err == nil {
+		err = mountDevice(path, img.File, dir)
+	}
+	return errors.Join(err, d.Release())
+}
+
+// openDevice opens a block device, or one that is made of a file.
+func openDevice(file string) (*os.File, error) {
 	fi, err := os.Stat(file)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if fi.Mode().Type() == os.ModeDevice { // a block device: one of characters has another bit, too
-		return mountDevice(file, file, dir)
+		return os.Open(file)
 	}
-	loop, err := attach(file)
-	if err != nil {
-		return err
-	}
-	defer loop.Close() // the mount holds the device from here on, and autoclear frees it with the mount
-	return mountDevice(loop.Name(), file, dir)
+	return attach(file)
 }
 
 func mountDevice(device, image, dir string) error {

@@ -72,7 +72,7 @@ func spec(t *testing.T, base, delta string) Spec {
 		}
 	})
 	s := Spec{
-		Base: base, Delta: delta, BaseDir: filepath.Join(dir, "base"), DeltaDir: filepath.Join(dir, "delta"),
+		Base: Image{File: base}, Delta: Image{File: delta}, BaseDir: filepath.Join(dir, "base"), DeltaDir: filepath.Join(dir, "delta"),
 		Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"), Root: filepath.Join(dir, "root"),
 	}
 	for _, d := range []string{s.Upper, s.Work} {

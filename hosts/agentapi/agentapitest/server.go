@@ -16,6 +16,8 @@ import (
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/digest"
+	"github.com/troupe-dev/troupe/internal/signing"
+	"github.com/troupe-dev/troupe/internal/verity"
 )
 
 // A Server is an http.Handler with one assignment for whoever asks. The zero value has an Unclaimed one and no blobs.
@@ -33,6 +35,7 @@ type Server struct {
 	reports    []agentapi.Report
 	marks      []agentapi.Mark
 	forgotten  bool
+	key        *signing.Key
 	changed    chan struct{} // closed at the next change of any of these
 }
 
@@ -44,6 +47,43 @@ func (s *Server) Assign(a agentapi.Assignment) {
 	s.assignment = a
 	s.assignment.Version = strconv.Itoa(s.version)
 	s.notify()
+}
+
+// Keys are those that agents must trust to run what they are assigned.
+func (s *Server) Keys() signing.Keys {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	keys, err := signing.ParseKeys(s.signer().Public())
+	if err != nil {
+		panic(err) // of a key that was just made
+	}
+	return keys
+}
+
+// Signer is the key that assignments are signed with.
+func (s *Server) Signer() *signing.Key {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.signer()
+}
+
+// SignWith has what is assigned signed by another key from now on.
+func (s *Server) SignWith(key *signing.Key) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.key = key
+}
+
+// signer is called with mu held.
+func (s *Server) signer() *signing.Key {
+	if s.key == nil {
+		key, err := signing.NewKey()
+		if err != nil {
+			panic(err) // there is no randomness to be had
+		}
+		s.key = key
+	}
+	return s.key
 }
 
 // Add makes bytes available and returns what names them.
@@ -58,11 +98,28 @@ func (s *Server) Add(content []byte) agentapi.Blob {
 	return agentapi.Blob{Digest: d, Size: int64(len(content))}
 }
 
-// AddImage makes bytes available as an image, whose tree nobody looks at: its root is made up.
+// AddImage makes bytes available as an image: ImageFile of them.
 func (s *Server) AddImage(content []byte) agentapi.Image {
-	b := s.Add(content)
-	return agentapi.Image{Blob: b, Data: 4096, Root: b.Digest.Hex()}
+	file, img := ImageFile(content)
+	img.Blob = s.Add(file)
+	return img
 }
+
+// ImageFile is content, padded to whole blocks and with its tree, and what is known of that but its name.
+func ImageFile(content []byte) ([]byte, agentapi.Image) {
+	data := verity.Padded(int64(len(content)))
+	file := make([]byte, data+verity.Size(data))
+	copy(file, content)
+	root, err := verity.Write(bytes.NewReader(file[:data]), data, intoSlice(file))
+	if err != nil {
+		panic(err) // nothing is read or written but memory
+	}
+	return file, agentapi.Image{Data: data, Root: root.String()}
+}
+
+type intoSlice []byte
+
+func (b intoSlice) WriteAt(p []byte, off int64) (int, error) { return copy(b[off:], p), nil }
 
 // AddFile makes a file available under a digest that is taken on trust.
 func (s *Server) AddFile(d digest.Digest, path string) {
@@ -183,6 +240,10 @@ func (s *Server) current() agentapi.Assignment {
 	a := s.assignment
 	if a.State == "" {
 		a.State, a.Version = agentapi.Unclaimed, "0"
+	}
+	a, err := agentapi.Sign(a, s.signer())
+	if err != nil {
+		panic(err) // of a value that becomes JSON
 	}
 	return a
 }
