@@ -78,7 +78,10 @@ func (s *service) makeBootable(ctx context.Context) error {
 		return err
 	}
 	s.rep.forget(agentapi.StageBootable)
-	s.rep.mark(agentapi.Mark{Stage: agentapi.StageBootable, Detail: a.Release.ID.Short() + ", " + detail, Bytes: n})
+	if n > 0 { // no bytes of images, which is what marks count
+		detail += fmt.Sprintf(", fetched: %d KiB", n>>10)
+	}
+	s.rep.mark(agentapi.Mark{Stage: agentapi.StageBootable, Detail: a.Release.ID.Short() + ", " + detail})
 	return nil
 }
 
