@@ -76,8 +76,10 @@ type Debian struct {
 type Role struct {
 	Name     string          `json:"name"`
 	OS       string          `json:"os"`   // names an Image of kind "os"
-	Boot     string          `json:"boot"` // "disk": from a cache on a local disk; "iscsi": from LUNs of the server
+	Boot     string          `json:"boot"` // "disk": from a cache on a local disk; "iscsi": from LUNs of the server; "ram": from memory
 	ISCSI    ISCSI           `json:"iscsi,omitzero"`
+	Delta    string          `json:"delta,omitempty"`    // "fresh": what a host writes goes with each boot; "" or "keep": not
+	Persist  []string        `json:"persist,omitempty"`  // directories that outlive the release
 	Activate string          `json:"activate,omitempty"` // how a host goes to another release: "kexec" where it can; "" or "reboot"
 	Apps     []string        `json:"apps,omitempty"`
 	Files    map[string]File `json:"files,omitempty"` // by absolute path

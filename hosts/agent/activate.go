@@ -51,6 +51,9 @@ func (b *boot) tryActivate(ctx context.Context, a agentapi.Assignment) (*mounted
 		}
 		return b.activateLUNs(ctx, a)
 	}
+	if a.RAM { // and nothing else is in memory
+		return b.activateCached(ctx, a)
+	}
 	c, err := b.choose(ctx, &a)
 	if err != nil {
 		return nil, err
@@ -196,6 +199,9 @@ const lateDisks = 6 * time.Second
 
 // cached lists the cache for a report; what cannot be listed is not there.
 func cached(c *cache.Cache) []digest.Digest {
+	if c.InMemory {
+		return nil // the next boot does not find it
+	}
 	list, err := c.List()
 	if err != nil {
 		return nil
@@ -315,9 +321,13 @@ func (b *boot) mount(a agentapi.Assignment, base, delta string) (*mounted, error
 	if err := rootfs.Mount(spec); err != nil {
 		return nil, err
 	}
+	// What is kept is mounted last: what a role puts there as its own files is what it begins with.
 	kind := map[bool]string{true: "new node delta", false: "kept node delta"}[d.Fresh] + dropped
 	if err := b.seed(a, d); err != nil {
 		return nil, errors.Join(err, rootfs.Unmount(spec))
+	}
+	if err := b.persist(a); err != nil {
+		return nil, errors.Join(err, unmountKept(a), rootfs.Unmount(spec))
 	}
 	if _, err := initOf(newRoot); err != nil {
 		if errors.Is(err, unix.EIO) { // what was read is not what the root hash says

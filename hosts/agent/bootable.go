@@ -63,7 +63,7 @@ func (s *service) keepBootable(ctx context.Context) {
 func (s *service) makeBootable(ctx context.Context) error {
 	a := s.state.get().Assignment
 	files := bootFiles(a)
-	if r, ok := s.cache.Record(deltaID(a)); files == nil || a.ISCSI != nil || !ok || !r.IsGood() {
+	if r, ok := s.cache.Record(deltaID(a)); files == nil || keepsNothing(a) || !ok || !r.IsGood() {
 		return nil
 	}
 	n, err := s.fetchBoot(ctx, a)

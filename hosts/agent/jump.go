@@ -112,7 +112,7 @@ func (b *boot) closeForJump() error {
 // loadNext loads the kernel of an assignment where its role wants that, and says for people how the node goes there.
 func (s *service) loadNext(a agentapi.Assignment) string {
 	s.jumps = false
-	if a.Activate != agentapi.Kexec || a.ISCSI != nil || s.state.get().Assignment.ISCSI != nil {
+	if a.Activate != agentapi.Kexec || keepsNothing(a) || keepsNothing(s.state.get().Assignment) {
 		return ""
 	}
 	if err := s.load(a); err != nil {

@@ -43,10 +43,14 @@ func (l *luns) isFor(spec *agentapi.ISCSI) bool {
 
 // openStorage opens where the assignment's images and node delta are. What is open for another assignment is closed first.
 func (b *boot) openStorage(ctx context.Context, a agentapi.Assignment) error {
-	if b.luns != nil && !b.luns.isFor(a.ISCSI) || b.luns == nil && a.ISCSI != nil {
+	elsewhere := b.cache != nil && b.cache.InMemory != a.RAM
+	if elsewhere || b.luns != nil && !b.luns.isFor(a.ISCSI) || b.luns == nil && a.ISCSI != nil {
 		if err := b.closeStorage(ctx); err != nil {
 			return err
 		}
+	}
+	if a.RAM {
+		return b.openMemory(ctx, a)
 	}
 	if a.ISCSI == nil {
 		return b.openCache(ctx, a.Disk)

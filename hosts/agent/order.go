@@ -21,6 +21,11 @@ func orderID(a agentapi.Assignment) string {
 // disk only when the mark of the delta is written anew, by seed: a boot that does not come as far does it once more. dropped tells
 // people what was.
 func openDelta(c *cache.Cache, a agentapi.Assignment) (d *cache.Delta, dropped string, err error) {
+	if a.Fresh {
+		if err := c.Unseed(deltaID(a)); err != nil {
+			return nil, "", err
+		}
+	}
 	if d, err = c.Delta(deltaID(a)); err != nil || d.Fresh || !isBehind(a, d) {
 		return d, "", err
 	}

@@ -77,6 +77,7 @@ func newService(statePath string, log *slog.Logger) (*service, error) {
 	if s.cache, err = cache.Open(st.CacheDir, log); err != nil {
 		return nil, err
 	}
+	s.cache.InMemory = st.Assignment.RAM
 	s.load = func(a agentapi.Assignment) error { return loadKernel(s.cache, a) }
 	s.rep = newReporter(s.client, log, agentapi.Report{
 		Identity: st.Identity, BootID: st.BootID, Agent: version.String(),
@@ -323,7 +324,7 @@ func decide(now, a agentapi.Assignment) decision {
 		return moveOn // which says what is wrong with it
 	case a.Host != now.Host || a.Release.ID != now.Release.ID || a.Node.Digest != now.Node.Digest:
 		return moveOn
-	case (a.ISCSI == nil) != (now.ISCSI == nil) || isReset(now, a) || isOrdered(now, a):
+	case (a.ISCSI == nil) != (now.ISCSI == nil) || a.RAM != now.RAM || !slices.Equal(a.Persist, now.Persist) || isReset(now, a) || isOrdered(now, a):
 		return moveOn
 	}
 	return adopt
@@ -514,7 +515,12 @@ func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
 		s.rep.mark(agentapi.Mark{Stage: agentapi.StageStage, Detail: a.Release.ID.Short() + ", from LUNs"})
 		return nil
 	}
-	if st.Assignment.ISCSI != nil {
+	if a.RAM {
+		s.rep.update(true, func(r *agentapi.Report) { r.Staged = a.Release.ID })
+		s.rep.mark(agentapi.Mark{Stage: agentapi.StageStage, Detail: a.Release.ID.Short() + ", fetched into memory by the next boot"})
+		return nil
+	}
+	if keepsNothing(st.Assignment) {
 		return nil
 	}
 	now := st.Assignment.Release

@@ -85,7 +85,7 @@ func (s *service) watchDeadline(ctx context.Context) {
 		st := s.state.get()
 		within := cmp.Or(st.Assignment.HealthyWithin, agentapi.DefaultHealthyWithin)
 		var late <-chan time.Time
-		if !passed && !over && st.Assignment.ISCSI == nil {
+		if !passed && !over && !keepsNothing(st.Assignment) {
 			left := st.Began + within - sinceBoot()
 			if left <= 0 {
 				s.expire(st.Assignment, within)
@@ -180,7 +180,7 @@ func (s *service) goBack(ctx context.Context, good cache.Record) error {
 
 // against says why what is wanted is not to be run, and after how long that is asked again; 0 for when something changes.
 func (s *service) against(a agentapi.Assignment) (why string, again time.Duration) {
-	if check(a) != nil || a.ISCSI != nil {
+	if check(a) != nil || keepsNothing(a) {
 		return "", 0
 	}
 	rec, ok := s.cache.Record(deltaID(a))

@@ -111,9 +111,15 @@ type Assignment struct {
 	Manifest *Manifest `json:"manifest,omitempty"`
 	Node     Node      `json:"node,omitzero"`
 	// ISCSI, where it is set, is where the images and the node delta are, in place of a cache on a disk of the machine.
-	ISCSI  *ISCSI  `json:"iscsi,omitempty"`
+	ISCSI *ISCSI `json:"iscsi,omitempty"`
+	// RAM says to keep images and node delta in memory, and to use no disk.
+	RAM    bool    `json:"ram,omitempty"`
 	Disk   Disks   `json:"disk,omitzero"`
 	Checks []Check `json:"checks,omitempty"`
+	// Fresh says to begin with a new node delta at each boot.
+	Fresh bool `json:"fresh,omitempty"`
+	// Persist are directories of the root that outlive the release: absolute and clean.
+	Persist []string `json:"persist,omitempty"`
 	// Delta is what an operator wants to be dropped of the node delta; nil for nothing.
 	Delta *DeltaOrder `json:"delta,omitempty"`
 	// HealthyWithin is how long after the start of its services a node may take until all checks have passed once, in

@@ -87,16 +87,22 @@ func (p *planner) host(name string, h schema.Host) Host {
 		out.Spec = spec(&out, want)
 	}
 	out.iscsi = r.iscsi
-	p.act(&out, old.Why, had, p.seen(mac), node)
+	remounts := had && !slices.Equal(old.Spec.Persist, out.Spec.Persist)
+	p.act(&out, old.Why, had, remounts, p.seen(mac), node)
 	return out
 }
 
 // act finds what the machine has to do to follow out.Spec; why is what its assignment was made for.
-func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
+// remounts says that other directories outlive the release: the same one is booted again.
+func (p *planner) act(out *Host, why string, had, remounts, seen bool, node state.Node) {
 	run, rel := node.Running, out.Spec.Release
 	current := run != nil && run.Release == rel.ID && run.Node == out.Spec.Node.Digest
 	out.FetchBytes = 0
-	if !current && out.iscsi == nil {
+	switch {
+	case current || out.iscsi != nil:
+	case out.Spec.RAM: // what is in memory now is gone with the reboot
+		out.FetchBytes = missing(nil, rel.Base.Blob, rel.Delta.Blob)
+	default:
 		out.FetchBytes = missing(node.Cached, rel.Base.Blob, rel.Delta.Blob)
 	}
 	bad := node.BadOf(state.Assignment{Host: out.Name, Release: rel.ID, Node: out.Spec.Node.Digest})
@@ -106,7 +112,7 @@ func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
 	case current && !out.Changed:
 		out.Action = None
 		return
-	case current:
+	case current && !remounts:
 		out.Action = Update
 		return
 	case bad != nil && !out.Changed: // with other checks it may be tried again
@@ -118,7 +124,7 @@ func (p *planner) act(out *Host, why string, had, seen bool, node state.Node) {
 		out.Reboot = node.Kernel != "" && node.Kernel != rel.Kernel
 	case run == nil:
 		out.Action = Boot
-	case out.FetchBytes > 0 && stages(node):
+	case out.FetchBytes > 0 && stages(node) && !out.Spec.RAM:
 		out.Action, out.Reboot = StageAndReboot, true
 	default:
 		out.Action, out.Reboot = Reboot, true
@@ -187,6 +193,7 @@ func spec(out *Host, want wanted) *agentapi.Assignment {
 			Kernel: kernel, KernelArgs: rel.KernelArgs,
 		},
 		Node: agentapi.Node{Hostname: want.Name, Domain: want.domain, Digest: want.node},
+		RAM:  want.role.Boot == bootRAM, Fresh: want.role.Role.Delta == deltaFresh, Persist: want.role.Persist,
 		Disk: agentapi.Disks(want.Disk), Checks: want.role.checks, HealthyWithin: healthyWithin(want.role), Activate: activateOf(want.role.Activate),
 	}
 	if len(want.Node.Files) > 0 {
@@ -213,6 +220,18 @@ func version(s *agentapi.Assignment) string {
 	if s.Activate != "" {
 		e = e.str(s.Activate)
 	}
+	if s.RAM {
+		e = e.str(bootRAM)
+	}
+	if s.Fresh {
+		e = e.str(deltaFresh)
+	}
+	if len(s.Persist) > 0 {
+		e = e.str("persist").num(uint64(len(s.Persist)))
+	}
+	for _, p := range s.Persist {
+		e = e.str(p)
+	}
 	if s.HealthyWithin != 0 && s.HealthyWithin != agentapi.DefaultHealthyWithin {
 		e = e.num(uint64(s.HealthyWithin))
 	}
@@ -232,8 +251,8 @@ func activateOf(word string) string {
 // the address from DHCP as its firmware starts, and begins with a fresh node delta.
 func (p *planner) node(h schema.Host) digest.Digest {
 	e := p.buf[:0].str("troupe node 1").str(h.Name).str(p.fleet.Network.Domain).str(addr(h.Address)).num(uint64(len(h.Node.Files)))
-	if boot := p.fleet.Roles[h.Role].Boot; boot == bootISCSI {
-		e = e.str(boot) // the same files over the same release, but on another disk
+	if boot := p.fleet.Roles[h.Role].Boot; boot == bootISCSI || boot == bootRAM {
+		e = e.str(boot) // the same files over the same release, but elsewhere
 	}
 	for _, path := range slices.Sorted(maps.Keys(h.Node.Files)) {
 		f := h.Node.Files[path]

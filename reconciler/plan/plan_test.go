@@ -521,6 +521,24 @@ var changes = map[string]struct {
 		host: "n1",
 		want: Host{Action: RolledBack, FromRole: "web", ToRole: "web", Generation: 1, Why: []string{"release RECIPE does not work on it: http :80/: no"}},
 	},
+	"from memory": {
+		change: func(w *world) { w.changeRole("web", func(r *schema.Role) { r.Boot = "ram" }) },
+		host:   "n1",
+		want: Host{
+			Action: Reboot, Changed: true, Reboot: true, FromRole: "web", ToRole: "web", Generation: 2, Why: []string{"boot disk → ram"},
+			FetchBytes: 1030, // all of it, though it is in the node's cache
+		},
+	},
+	"what outlives a release": {
+		change: func(w *world) { w.changeRole("web", func(r *schema.Role) { r.Persist = []string{"/var/lib/x"} }) },
+		host:   "n1",
+		want:   Host{Action: Reboot, Changed: true, Reboot: true, FromRole: "web", ToRole: "web", Generation: 2, Why: []string{"persist of role web changed"}},
+	},
+	"what outlives a boot": {
+		change: func(w *world) { w.changeRole("web", func(r *schema.Role) { r.Delta = "fresh" }) },
+		host:   "n1",
+		want:   Host{Action: Update, Changed: true, FromRole: "web", ToRole: "web", Generation: 2, Why: []string{"delta keep → fresh"}},
+	},
 	"the way to another release": {
 		change: func(w *world) { w.changeRole("web", func(r *schema.Role) { r.Activate = "kexec" }) },
 		host:   "n1",

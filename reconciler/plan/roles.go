@@ -54,7 +54,10 @@ func (r *role) onServer() *state.ISCSI {
 }
 
 const (
+	deltaFresh  = "fresh"  // of a role whose hosts begin with a new node delta at each boot; "keep" and "" do not
+	bootDisk    = "disk"   // of a role whose hosts run from disks of their own; "" is the same
 	bootISCSI   = "iscsi"  // of a role whose hosts run from LUNs of the server
+	bootRAM     = "ram"    // of one whose hosts run from their memory
 	defaultDisk = 16 << 30 // bytes, of a disk there
 )
 

@@ -47,6 +47,12 @@ func (p *planner) changes(old *state.Assignment, want wanted) []string {
 	if was, is := cmp.Or(old.Spec.HealthyWithin, agentapi.DefaultHealthyWithin), cmp.Or(healthyWithin(want.role), agentapi.DefaultHealthyWithin); was != is {
 		why = append(why, fmt.Sprintf("healthyWithin %v → %v", was, is))
 	}
+	if was, is := old.Spec.Fresh, want.role.Role.Delta == deltaFresh; was != is {
+		why = append(why, "delta "+map[bool]string{true: "keep → fresh", false: "fresh → keep"}[is])
+	}
+	if !slices.Equal(old.Spec.Persist, want.role.Persist) {
+		why = append(why, "persist of role "+want.Role+" changed")
+	}
 	if was, is := old.Spec.Activate, activateOf(want.role.Activate); was != is {
 		why = append(why, fmt.Sprintf("activate %s → %s", cmp.Or(was, "reboot"), cmp.Or(is, "reboot")))
 	}
@@ -160,16 +166,25 @@ func nodeChanges(old *state.Assignment, want wanted) []string {
 func bootChange(old *state.Assignment, want wanted) []string {
 	now := want.role.iscsi
 	switch {
-	case old.ISCSI == nil && now == nil:
-		return nil
-	case old.ISCSI == nil:
-		return []string{"boot disk → iscsi"}
+	case bootOf(old) != want.role.Boot && (bootOf(old) != bootDisk || want.role.Boot != ""):
+		return []string{fmt.Sprintf("boot %s → %s", bootOf(old), cmp.Or(want.role.Boot, bootDisk))}
 	case now == nil:
-		return []string{"boot iscsi → disk"}
+		return nil
 	case old.ISCSI.Size != now.Size:
 		return []string{fmt.Sprintf("disk on the server %s → %s, from its next reset on", bytes(old.ISCSI.Size), bytes(now.Size))}
 	}
 	return nil
+}
+
+// bootOf is from where a host was to run.
+func bootOf(a *state.Assignment) string {
+	switch {
+	case a.ISCSI != nil:
+		return bootISCSI
+	case a.Spec.RAM:
+		return bootRAM
+	}
+	return bootDisk
 }
 
 // bytes is a size for people: in GiB where it has whole ones.

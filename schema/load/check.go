@@ -66,6 +66,7 @@ func (m *merged) checkRoles() {
 		} else if r.Value.ISCSI != (schema.ISCSI{}) && r.Value.Boot != bootISCSI {
 			m.add(r.problem("iscsi", "roles.%s.iscsi: says something only of a role with boot: %q", label(name), bootISCSI))
 		}
+		m.checkPersist(name, r)
 		for i, app := range r.Value.Apps {
 			at := "apps." + strconv.Itoa(i)
 			m.add(r.problem(at, "roles.%s.%s: unknown app image %q", label(name), at, app))
@@ -73,13 +74,39 @@ func (m *merged) checkRoles() {
 	}
 }
 
+// maxPersist bounds the directories of a role that outlive a release: each is a mount.
+const maxPersist = 64
+
+// checkPersist complains about directories that cannot be kept, or not each by itself.
+func (m *merged) checkPersist(name string, r found[schema.Role]) {
+	if len(r.Value.Persist) == 0 {
+		return
+	}
+	if r.Value.Boot == bootRAM {
+		m.add(r.problem("persist", "roles.%s.persist: nothing outlives a boot of a role with boot: %q", label(name), bootRAM))
+	}
+	if len(r.Value.Persist) > maxPersist {
+		m.add(r.problem("persist", "roles.%s.persist: %d directories, want %d at most", label(name), len(r.Value.Persist), maxPersist))
+		return
+	}
+	for i, p := range r.Value.Persist {
+		for j, q := range r.Value.Persist {
+			if i != j && (p == q && i > j || strings.HasPrefix(p, q+"/")) {
+				at := "persist." + strconv.Itoa(i)
+				m.add(r.problem("persist", "roles.%s.%s: %q lies in %q, which is kept, too", label(name), at, p, q))
+			}
+		}
+	}
+}
+
 const (
+	bootRAM   = "ram"   // of a role
 	diskKind  = "disk"  // of an image that is a whole disk
 	bootISCSI = "iscsi" // of a role
 )
 
 // notOnDisk are the fields of a role that an agent carries out, or a build over an OS base, beside node.
-var notOnDisk = []string{"activate", "apps", "files", "packages", "services", "run", "build", "kernel", "healthy", "healthyWithin"}
+var notOnDisk = []string{"activate", "apps", "delta", "persist", "files", "packages", "services", "run", "build", "kernel", "healthy", "healthyWithin"}
 
 // checkDiskRole complains about all that nobody could carry out in an image that is booted as it is.
 func (m *merged) checkDiskRole(name string, r found[schema.Role], img found[schema.Image]) {

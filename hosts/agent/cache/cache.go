@@ -8,6 +8,7 @@
 //	                       drop something was followed last. The 16 deltas
 //	                       that were used last are kept, and fewer where an image needs the room
 //	releases/KEY.json      what this node knows of one release on one host: see Record. KEY is the ID of its node delta
+//	kept/ID/data, seeded   a directory of one host that outlives its releases: see Kept
 //	state.json             what it remembers beside that: see State
 //	verify                 the file system was repaired, and what that left was not looked through yet: see Recover
 //	spare                  room for these two on a disk that is full
@@ -38,6 +39,9 @@ import (
 
 // A Cache is a directory on a disk of the node. It is safe for concurrent use, by one process.
 type Cache struct {
+	// InMemory says that no boot finds the cache again. It is set by who opened it, before anything else.
+	InMemory bool
+
 	dir string
 	log *slog.Logger
 
