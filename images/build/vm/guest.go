@@ -69,7 +69,7 @@ func end(err error) {
 	}
 	unix.Sync()
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART) // QEMU ends with it; should it not, the kernel gives up when process 1 ends
-	os.Exit(1)
+	os.Exit(1)                                     //nolint:forbidigo // process 1 of a machine may not return to its caller
 }
 
 // fail tells of an error, whichever step or part it is of.

@@ -213,8 +213,13 @@ func makeNode(full string, h *tar.Header, r io.Reader) error {
 // runAlone runs the steps over the root file system, with nothing else there, and hands out what they made.
 func runAlone(o order) error {
 	for _, p := range []place{
-		{"proc", "/proc", ""}, {"sysfs", "/sys", ""}, {"devtmpfs", "/dev", ""}, {"devpts", "/dev/pts", "mode=0620,gid=5,ptmxmode=0666"},
-		{"tmpfs", "/dev/shm", "mode=1777"}, {"tmpfs", "/run", "mode=0755"}, {"tmpfs", "/tmp", "mode=1777,size=75%"},
+		{"proc", "/proc", ""},
+		{"sysfs", "/sys", ""},
+		{"devtmpfs", "/dev", ""},
+		{"devpts", "/dev/pts", "mode=0620,gid=5,ptmxmode=0666"},
+		{"tmpfs", "/dev/shm", "mode=1777"},
+		{"tmpfs", "/run", "mode=0755"},
+		{"tmpfs", "/tmp", "mode=1777,size=75%"},
 	} {
 		if err := mountAt(rootDir, p); err != nil {
 			return err
@@ -228,9 +233,8 @@ func runAlone(o order) error {
 	if err := unix.Sethostname([]byte("localhost")); err != nil {
 		return err
 	}
-	if err := runSteps(o, &syscall.SysProcAttr{Chroot: rootDir, Setsid: true}, func() {
-		_ = unix.Kill(-1, unix.SIGKILL) // nothing of a step goes on behind it; that there was nothing left is no error
-	}); err != nil {
+	killAll := func() { _ = unix.Kill(-1, unix.SIGKILL) } // nothing of a step goes on behind it; that there was nothing left is no error
+	if err := runSteps(o, &syscall.SysProcAttr{Chroot: rootDir, Setsid: true}, killAll); err != nil {
 		return err
 	}
 	if o.Output == "" {

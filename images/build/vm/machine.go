@@ -87,12 +87,12 @@ func (h *Host) runMachine(ctx context.Context, j Job) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	defer unix.Close(console) //nolint:errcheck // it was only read
+	defer unix.Close(console) // it was only read
 	events, eventsEnd, err := socketPair()
 	if err != nil {
 		return 0, errors.Join(err, consoleEnd.Close())
 	}
-	defer unix.Close(events)                              //nolint:errcheck // it was only read
+	defer unix.Close(events)                              // it was only read
 	cmd := exec.Command(qemu.Binary, h.args(j, accel)...) //nolint:noctx // ended by its process group below
 	var said bytes.Buffer
 	cmd.ExtraFiles, cmd.Stdout, cmd.Stderr = []*os.File{consoleEnd, eventsEnd}, &said, &said
@@ -210,7 +210,7 @@ func drain(fd int, take func([]byte) error) (end bool, err error) {
 
 func (w *watcher) takeConsole(p []byte) error {
 	if w.job.Console == nil || w.failure != nil || w.done != nil { // that a kernel says good-bye is of no interest
-		return nil
+		return nil //nolint:nilerr // the failure is told when the machine is gone
 	}
 	_, err := w.job.Console.Write(p)
 	return err
@@ -241,7 +241,7 @@ func (w *watcher) takeEvents(p []byte) error {
 func (w *watcher) take(line []byte) error {
 	var e event
 	if json.Unmarshal(line, &e) != nil {
-		return nil
+		return nil //nolint:nilerr // what is none is passed by
 	}
 	w.timer.Reset(w.limit)
 	// The console is on another wire; what was said there before is there already.
