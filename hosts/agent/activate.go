@@ -71,9 +71,8 @@ func (b *boot) activateCached(ctx context.Context, a agentapi.Assignment) (*moun
 	if err := b.rightKernel(ctx, a.Release); err != nil {
 		return nil, err
 	}
-	blobs := []agentapi.Blob{a.Release.Base.Blob, a.Release.Delta.Blob}
 	n, err := b.cache.Fetch(ctx, cache.Fetch{
-		Source: b.client, Blobs: blobs, Deltas: []string{deltaID(a)}, Report: b.progress(a.Release.ID), Retry: b.retrying,
+		Source: b.client, Images: []agentapi.Image{a.Release.Base, a.Release.Delta}, Deltas: []string{deltaID(a)}, Report: b.progress(a.Release.ID), Retry: b.retrying,
 	})
 	b.fetched += n
 	b.rep.update(false, func(r *agentapi.Report) {
@@ -93,7 +92,7 @@ func (b *boot) activateCached(ctx context.Context, a agentapi.Assignment) (*moun
 		if b.mend(ctx, a.Release, err) {
 			return nil, mending{err}
 		}
-		return nil, b.dropBroken(blobs, err)
+		return nil, b.dropBroken([]agentapi.Blob{a.Release.Base.Blob, a.Release.Delta.Blob}, err)
 	}
 	if err == nil {
 		b.rep.fail(nil) // not before: a mount that fails each time is one failure, not another with each try

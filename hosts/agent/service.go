@@ -525,7 +525,7 @@ func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
 	}
 	now := st.Assignment.Release
 	f := cache.Fetch{
-		Source: s.client, Blobs: []agentapi.Blob{a.Release.Base.Blob, a.Release.Delta.Blob},
+		Source: s.client, Images: []agentapi.Image{a.Release.Base, a.Release.Delta},
 		Keep:   []digest.Digest{now.Base.Digest, now.Delta.Digest},
 		Deltas: []string{st.NodeDelta, deltaID(a)},
 		Report: func(done, total int64) {

@@ -2,6 +2,7 @@ package chunk
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -32,6 +33,18 @@ func OpenForm(r io.ReaderAt, size int64) (*Form, error) {
 		f.meta, f.rel = size, related{}
 	}
 	return f, nil
+}
+
+// ImageSize is how many bytes of r are an image, by its own superblock: what stands behind is its hash tree.
+func ImageSize(r io.ReaderAt) (int64, error) {
+	var sb [128]byte
+	if err := readFull(r, sb[:], superOffset); err != nil {
+		return 0, fmt.Errorf("reading the superblock: %w", err)
+	}
+	if binary.LittleEndian.Uint32(sb[:]) != superMagic || sb[12] != 12 {
+		return 0, errors.New("reading the superblock: it is no EROFS image with blocks of 4096 bytes")
+	}
+	return int64(binary.LittleEndian.Uint32(sb[36:])) * blockSize, nil
 }
 
 // turnsBack makes sure that the image comes out again.

@@ -66,6 +66,9 @@ const (
 	// maxChunks bounds the chunks of an image, and with them the memory that they take.
 	maxChunks = 4 << 20
 
+	// MaxPages bounds all pages of an index, in bytes.
+	MaxPages = maxChunks * leastEntry
+
 	maxData = 1 << 40
 
 	// A page ends after a chunk whose ID begins with six zero bits, and so where it ends depends on its chunks alone.
@@ -81,7 +84,8 @@ const (
 	// in two of them.
 	SegmentSize = 1 << 20
 	maxSegment  = SegmentSize + MaxSize
-	maxSegFrame = maxSegment + maxSegment/64
+	// MaxSegmentFrame bounds the frame of one, in bytes; that of a chunk is shorter.
+	MaxSegmentFrame = maxSegment + maxSegment/64
 )
 
 // endsPage says whether a page ends after the chunk, of which it has count.
@@ -157,27 +161,29 @@ func (r *reader) number(what string, least, most int64) int64 {
 	return int64(v)
 }
 
-func (r *reader) end() error {
-	if r.err == nil && len(r.b) > 0 {
-		r.fail("%d bytes are left over", len(r.b))
-	}
-	return r.err
-}
-
 // Parse reads an index. What it gives is consistent: sizes add up, and counts are within bounds.
 func Parse(b []byte) (*Index, error) {
-	if len(b) > MaxIndex {
-		return nil, fmt.Errorf("an index of chunks has %d bytes, more than %d", len(b), MaxIndex)
+	x, rest, err := ParseFirst(b)
+	if err == nil && len(rest) > 0 {
+		err = fmt.Errorf("reading an index of chunks: %d bytes are left over", len(rest))
 	}
+	return x, err
+}
+
+// ParseFirst is Parse of what b begins with, and gives the rest.
+func ParseFirst(b []byte) (x *Index, rest []byte, err error) {
 	r := &reader{b: b}
-	x := r.index()
-	if err := r.end(); err != nil {
-		return nil, fmt.Errorf("reading an index of chunks: %w", err)
+	x = r.index()
+	if err = r.err; err == nil {
+		err = x.check()
 	}
-	if err := x.check(); err != nil {
-		return nil, fmt.Errorf("reading an index of chunks: %w", err)
+	if size := len(b) - len(r.b); err == nil && size > MaxIndex {
+		err = fmt.Errorf("it has %d bytes, more than %d", size, MaxIndex)
 	}
-	return x, nil
+	if err != nil {
+		return nil, nil, fmt.Errorf("reading an index of chunks: %w", err)
+	}
+	return x, r.b, nil
 }
 
 func (r *reader) index() *Index {
@@ -196,7 +202,7 @@ func (r *reader) index() *Index {
 		x.Pages = append(x.Pages, p)
 	}
 	for range r.number("the count of segments", 0, int64(len(r.b))) {
-		n := r.number("the size of a segment", 2, 2*maxSegFrame+1)
+		n := r.number("the size of a segment", 2, 2*MaxSegmentFrame+1)
 		x.Segs = append(x.Segs, Segment{Size: uint32(n / 2), Plain: n%2 == 1}) //nolint:gosec // bounded
 	}
 	return x
@@ -213,8 +219,8 @@ func (x *Index) check() error {
 	}
 	pages := x.pages()
 	switch {
-	case pages > maxChunks*leastEntry:
-		return fmt.Errorf("its pages come to %d bytes, more than %d", pages, maxChunks*leastEntry)
+	case pages > MaxPages:
+		return fmt.Errorf("its pages come to %d bytes, more than %d", pages, MaxPages)
 	case pages > x.Pack.Size:
 		return fmt.Errorf("its pages come to %d bytes, more than the %d of the pack", pages, x.Pack.Size)
 	case segs != x.Segments.Size:

@@ -115,7 +115,7 @@ func (m *maker) makeSegments() error {
 		if _, err := m.segs.Write(frame); err != nil {
 			return err
 		}
-		s := Segment{Size: uint32(len(frame)), Plain: bytes.Equal(raw[:n], related[:n])} //nolint:gosec // bounded by maxSegFrame
+		s := Segment{Size: uint32(len(frame)), Plain: bytes.Equal(raw[:n], related[:n])} //nolint:gosec // bounded by MaxSegmentFrame
 		m.segments, first, at = append(m.segments, s), end, at+n
 	}
 	return nil

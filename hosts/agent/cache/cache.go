@@ -3,6 +3,7 @@
 //	images/sha256/HEX      a whole image. It got this name by rename(2) after its bytes were hashed and fsynced, so a
 //	                       file with such a name is whole and was right: a warm boot does not hash it again
 //	images/tmp/HEX         a transfer that is not finished; what is there is hashed again before it goes on
+//	chunks/HEX             the index of an image's chunks (package internal/chunk) and its pages, of one that is there or on its way
 //	deltas/ID/upper, work  a node delta: the two directories of overlayfs
 //	deltas/ID/seeded       the delta has what it shall start with; without this file it is made anew. It says which order to
 //	                       drop something was followed last. The 16 deltas
@@ -82,7 +83,7 @@ const stallAfter = 30 * time.Second
 func Open(dir string, log *slog.Logger) (*Cache, error) {
 	c := &Cache{dir: dir, log: log, stall: stallAfter}
 	c.free = c.statfs
-	for _, d := range []string{"images/sha256", "images/tmp", "deltas", "releases"} {
+	for _, d := range []string{"images/sha256", "images/tmp", "chunks", "deltas", "releases"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
 			return nil, fmt.Errorf("opening the cache: %w", err)
 		}
@@ -92,8 +93,13 @@ func Open(dir string, log *slog.Logger) (*Cache, error) {
 			return nil, fmt.Errorf("opening the cache: %w", err)
 		}
 	}
-	if _, err := atomicfile.Sweep(dir); err != nil {
-		return nil, fmt.Errorf("opening the cache: %w", err)
+	for _, d := range []string{dir, c.path("chunks")} {
+		if _, err := atomicfile.Sweep(d); err != nil {
+			return nil, fmt.Errorf("opening the cache: %w", err)
+		}
+	}
+	if err := c.sweepListings(); err != nil {
+		log.Warn("the cache keeps indexes of images that are gone", "error", err)
 	}
 	if err := c.keepSpare(); err != nil {
 		log.Warn("the cache is full", "error", err)

@@ -492,7 +492,7 @@ func TestFetchEvictsNodeDeltas(t *testing.T) {
 	} {
 		lacks = i
 		f := Fetch{Deltas: []string{"ee"}, Blobs: []agentapi.Blob{base, next}}
-		if err := c.makeRoom([]agentapi.Blob{next}, f); err != nil {
+		if err := c.makeRoom([]agentapi.Image{plain(next)}, f); err != nil {
 			t.Fatal(err)
 		}
 		var left []string
@@ -508,7 +508,7 @@ func TestFetchEvictsNodeDeltas(t *testing.T) {
 		}
 	}
 	lacks++
-	err := c.makeRoom([]agentapi.Blob{next}, Fetch{Deltas: []string{"ee"}, Blobs: []agentapi.Blob{base, next}})
+	err := c.makeRoom([]agentapi.Image{plain(next)}, Fetch{Deltas: []string{"ee"}, Blobs: []agentapi.Blob{base, next}})
 	if !errors.Is(err, ErrNoSpace) || deltasIn(t, c) != "c0 d0 ee" {
 		t.Errorf("with nothing to evict: %v, and there are %s", err, deltasIn(t, c))
 	}

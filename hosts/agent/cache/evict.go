@@ -20,30 +20,37 @@ var ErrNoSpace = errors.New("not enough space in the cache")
 // reserve is free for the node delta when a Fetch ends, in bytes.
 const reserve = 64 << 20
 
+// listingShare is the part of an image that the list of its chunks takes on the disk at most, where these are as small as they
+// usually are.
+const listingShare = 256
+
 // maxDeltas is how many node deltas are kept, however much room there is: the last ones that were used.
 const maxDeltas = 16
 
 // An eviction is what may not go to make room for a fetch.
 type eviction struct {
-	missing []agentapi.Blob // images that are being fetched
-	needed  []digest.Digest // images of what runs, of what shall run, and of what the node goes back to
-	deltas  []string        // IDs of their node deltas
+	missing []agentapi.Image // images that are being fetched
+	needed  []digest.Digest  // images of what runs, of what shall run, and of what the node goes back to
+	deltas  []string         // IDs of their node deltas
 }
 
 // makeRoom evicts what nobody uses until missing fits. Where there is room, it changes nothing.
-func (c *Cache) makeRoom(missing []agentapi.Blob, f Fetch) error {
+func (c *Cache) makeRoom(missing []agentapi.Image, f Fetch) error {
 	c.evicting.Lock()
 	defer c.evicting.Unlock()
 	need := int64(reserve)
 	for _, b := range missing {
 		need += b.Size - c.partial(b.Digest)
+		if b.Chunks.Size > 0 {
+			need += b.Data / listingShare
+		}
 	}
 	e := eviction{missing: missing, needed: slices.Clone(f.Keep), deltas: slices.Clone(f.Deltas)}
 	for _, r := range c.precious() {
 		e.needed = append(e.needed, r.digests()...)
 		e.deltas = append(e.deltas, r.Key)
 	}
-	for _, b := range f.Blobs {
+	for _, b := range f.all() {
 		e.needed = append(e.needed, b.Digest)
 	}
 	for {
@@ -112,13 +119,13 @@ func (c *Cache) evict(e eviction) (bool, error) {
 
 // evictTransfer removes one transfer of an image outside missing. As long as there is room, what came of a release is
 // worth keeping: a node that was told something else meanwhile may be told to run it again.
-func (c *Cache) evictTransfer(missing []agentapi.Blob) (bool, error) {
+func (c *Cache) evictTransfer(missing []agentapi.Image) (bool, error) {
 	entries, err := os.ReadDir(c.path("images/tmp"))
 	if err != nil {
 		return false, fmt.Errorf("listing the transfers: %w", err)
 	}
 	for _, e := range entries {
-		if slices.ContainsFunc(missing, func(b agentapi.Blob) bool { return b.Digest.Hex() == e.Name() }) {
+		if slices.ContainsFunc(missing, func(b agentapi.Image) bool { return b.Digest.Hex() == e.Name() }) {
 			continue
 		}
 		err := os.Remove(c.path("images/tmp", e.Name()))
@@ -143,27 +150,39 @@ func (c *Cache) evictImage(keep []digest.Digest) (bool, error) {
 	if err := atomicfile.SyncDir(c.path("images/sha256")); err != nil {
 		return false, fmt.Errorf("evicting an image: %w", err)
 	}
+	c.dropListing(victim)
 	return true, nil
 }
 
 // oldest is the image outside keep that was fetched first; "" where there is none.
 func (c *Cache) oldest(keep []digest.Digest) (digest.Digest, error) {
-	all, err := c.List()
+	all, err := c.newest()
 	if err != nil {
 		return "", err
 	}
-	var found digest.Digest
-	var at time.Time
-	for _, d := range all {
-		fi, err := os.Stat(c.Path(d))
-		if err != nil || slices.Contains(keep, d) {
-			continue
-		}
-		if found == "" || fi.ModTime().Before(at) {
-			found, at = d, fi.ModTime()
+	for _, d := range slices.Backward(all) {
+		if !slices.Contains(keep, d) {
+			return d, nil
 		}
 	}
-	return found, nil
+	return "", nil
+}
+
+// newest are the images that are there, those that were fetched last first.
+func (c *Cache) newest() ([]digest.Digest, error) {
+	all, err := c.List()
+	if err != nil {
+		return nil, err
+	}
+	at := make(map[digest.Digest]time.Time, len(all))
+	for _, d := range all {
+		if fi, err := os.Stat(c.Path(d)); err == nil {
+			at[d] = fi.ModTime()
+		}
+	}
+	all = slices.DeleteFunc(all, func(d digest.Digest) bool { return at[d].IsZero() })
+	slices.SortStableFunc(all, func(a, b digest.Digest) int { return at[b].Compare(at[a]) })
+	return all, nil
 }
 
 // evictDelta removes the least recently used node delta outside keep that may go. One that cannot be removed is passed

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"net/http"
 	"os"
 	"slices"
 	"time"
@@ -12,6 +14,7 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/atomicfile"
 	"github.com/troupe-dev/troupe/internal/backoff"
+	"github.com/troupe-dev/troupe/internal/chunk"
 	"github.com/troupe-dev/troupe/internal/digest"
 )
 
@@ -26,12 +29,26 @@ type Source interface {
 
 // A Fetch is one transfer of what is missing of some images.
 type Fetch struct {
-	Source Source
-	Blobs  []agentapi.Blob
-	Keep   []digest.Digest                   // images that are in use, never evicted; Blobs are none the less
+	Source Source                            // a Ranger, too: else all travels whole
+	Images []agentapi.Image                  // that come by their chunks, where they have an index
+	Blobs  []agentapi.Blob                   // that come whole
+	Rate   int64                             // bytes a second that may come over the network; 0: as many as come
+	Keep   []digest.Digest                   // images that are in use, never evicted; neither are Images and Blobs
 	Deltas []string                          // IDs of the node deltas that are in use or will be next, never evicted
-	Report func(done, total int64)           // of all Blobs, in bytes, several times a second at most; may be nil
+	Report func(done, total int64)           // of all Images and Blobs, in bytes, several times a second at most; may be nil
 	Retry  func(err error, in time.Duration) // is told of each failed try; may be nil
+	// Rotten is told of bytes of an image in the cache that turned out to be broken; may be nil. What is fetched does not
+	// need them.
+	Rotten func(image digest.Digest, off, n int64)
+}
+
+// all are Images and Blobs.
+func (f Fetch) all() []agentapi.Image {
+	out := slices.Clone(f.Images)
+	for _, b := range f.Blobs {
+		out = append(out, plain(b))
+	}
+	return out
 }
 
 // Fetch brings into the cache what is missing, and returns how many bytes came over the network, also with an error.
@@ -40,9 +57,9 @@ type Fetch struct {
 // seeded yet all the same, as far as that goes: a change of node files, or back to images that are here, needs some, too.
 // Where all is here, it evicts nothing, however full the disk is.
 func (c *Cache) Fetch(ctx context.Context, f Fetch) (int64, error) {
-	var missing []agentapi.Blob
+	var missing []agentapi.Image
 	var done, total, net int64
-	for _, b := range f.Blobs {
+	for _, b := range f.all() {
 		if b.Digest.Hex() == "" || b.Size < 0 {
 			return 0, fmt.Errorf("fetching an image: no digest or size: %+v", b)
 		}
@@ -67,8 +84,9 @@ func (c *Cache) Fetch(ctx context.Context, f Fetch) (int64, error) {
 	if err := c.makeRoom(missing, f); err != nil {
 		return 0, err
 	}
+	pace := &pace{rate: f.Rate}
 	for _, b := range missing {
-		t := transfer{c: c, f: f, blob: b, before: done, total: total}
+		t := transfer{c: c, f: f, image: b, before: done, total: total, pace: pace}
 		err := t.run(ctx)
 		net += t.net
 		if err != nil {
@@ -83,7 +101,11 @@ func (c *Cache) Fetch(ctx context.Context, f Fetch) (int64, error) {
 type transfer struct {
 	c             *Cache
 	f             Fetch
-	blob          agentapi.Blob
+	image         agentapi.Image
+	pace          *pace
+	whole         bool  // its chunks are of no use
+	best          int64 // bytes that were put together by chunks, at most
+	vain          int   // tries in a row that brought bytes and got no further
 	before, total int64 // of the whole Fetch
 	net           int64 // bytes that came over the network
 	said          time.Time
@@ -98,59 +120,96 @@ func (t *transfer) run(ctx context.Context) error {
 	tries := agentapi.Retry()
 	for {
 		before := t.net
-		err := t.try(ctx)
+		err := t.tryBest(ctx)
 		var p permanent
 		switch {
 		case err == nil:
 			return nil
 		case ctx.Err() != nil:
-			return fmt.Errorf("fetching image %s: %w", t.blob.Digest.Short(), ctx.Err())
+			return fmt.Errorf("fetching image %s: %w", t.image.Digest.Short(), ctx.Err())
 		case errors.As(err, &p):
-			return fmt.Errorf("fetching image %s: %w", t.blob.Digest.Short(), p.error)
+			return fmt.Errorf("fetching image %s: %w", t.image.Digest.Short(), p.error)
 		}
 		if t.net > before {
 			tries.Reset()
 		}
 		d := tries.Next()
-		t.c.log.Warn("an image did not come whole, trying again", "digest", t.blob.Digest.Short(), "error", err, "in", d)
+		t.c.log.Warn("an image did not come whole, trying again", "digest", t.image.Digest.Short(), "error", err, "in", d)
 		if t.f.Retry != nil {
-			t.f.Retry(fmt.Errorf("fetching image %s: %w", t.blob.Digest.Short(), err), d)
+			t.f.Retry(fmt.Errorf("fetching image %s: %w", t.image.Digest.Short(), err), d)
 		}
 		if err := backoff.Sleep(ctx, d); err != nil {
-			return fmt.Errorf("fetching image %s: %w", t.blob.Digest.Short(), err)
+			return fmt.Errorf("fetching image %s: %w", t.image.Digest.Short(), err)
 		}
 	}
 }
 
+// tryBest brings the image by its chunks where it can, and else whole. How many bytes a wrong index cost is known
+// then, and the node has what it was told to have.
+func (t *transfer) tryBest(ctx context.Context) error {
+	from, ok := t.f.Source.(Ranger)
+	if t.whole || !ok || t.image.Chunks == (agentapi.Blob{}) {
+		return t.try(ctx)
+	}
+	net, best := t.net, t.best
+	err := t.assemble(ctx, from)
+	if t.vain++; t.net == net || t.best > best {
+		t.vain = 0
+	}
+	var p permanent
+	if err == nil || errors.As(err, &p) || ctx.Err() != nil || !isHopeless(err) && t.vain < maxVain {
+		return err
+	}
+	t.whole = true
+	t.c.log.Warn("an image cannot be fetched by its chunks, and is fetched whole", "image", t.image.Digest.Short(), "error", err)
+	t.c.dropListing(t.image.Digest)
+	if err := os.Remove(t.c.path("images/tmp", t.image.Digest.Hex())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return permanent{err}
+	}
+	return t.try(ctx)
+}
+
+// maxVain is how often in a row bytes may come of an image by its chunks that bring it no further.
+const maxVain = 5
+
+// isHopeless says whether err is about what the server has, and not about the way to it.
+func isHopeless(err error) bool {
+	var status *agentapi.StatusError
+	if errors.As(err, &status) && status.Code == http.StatusRequestedRangeNotSatisfiable {
+		return true
+	}
+	return errors.Is(err, chunk.ErrWrong) || errors.Is(err, agentapi.ErrRanges) || errors.Is(err, digest.ErrMismatch) || agentapi.NotFound(err)
+}
+
 // try goes on with the partial file, if there is one, up to the whole image.
 func (t *transfer) try(ctx context.Context) error {
-	path := t.c.path("images/tmp", t.blob.Digest.Hex())
+	path := t.c.path("images/tmp", t.image.Digest.Hex())
 	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return permanent{err}
 	}
 	defer file.Close()
 	h := digest.NewHash()
-	have, err := io.Copy(h, io.LimitReader(file, t.blob.Size+1))
+	have, err := io.Copy(h, io.LimitReader(file, t.image.Size+1))
 	if err != nil {
 		return permanent{err}
 	}
-	if have > t.blob.Size {
+	if have > t.image.Size {
 		if have, err = t.restart(file, &h); err != nil {
 			return permanent{err}
 		}
 	}
-	if have < t.blob.Size {
+	if have < t.image.Size {
 		if err := t.receive(ctx, file, &h, have); err != nil {
 			return err
 		}
 	}
-	if got := h.Digest(); got != t.blob.Digest {
+	if got := h.Digest(); got != t.image.Digest {
 		// Nothing of it can be trusted: it goes before the next try, so that this one does not return for ever.
 		if err := os.Remove(path); err != nil {
 			return permanent{err}
 		}
-		return fmt.Errorf("%w: got %s, want %s", digest.ErrMismatch, got, t.blob.Digest)
+		return fmt.Errorf("%w: got %s, want %s", digest.ErrMismatch, got, t.image.Digest)
 	}
 	return t.commit(file, path)
 }
@@ -170,7 +229,7 @@ func (t *transfer) receive(ctx context.Context, file *os.File, h *digest.Hash, h
 	defer cancel(nil)
 	watch := time.AfterFunc(t.c.stall, func() { cancel(fmt.Errorf("no byte came for %v", t.c.stall)) })
 	defer watch.Stop()
-	body, at, err := t.f.Source.Blob(ctx, t.blob.Digest, have)
+	body, at, err := t.f.Source.Blob(ctx, t.image.Digest, have)
 	if err != nil {
 		return causeOf(ctx, err)
 	}
@@ -180,17 +239,16 @@ func (t *transfer) receive(ctx context.Context, file *os.File, h *digest.Hash, h
 			return permanent{err}
 		}
 	}
+	in := &meter{ctx: ctx, r: body, t: t, watch: watch}
 	buf := make([]byte, 256<<10)
 	var unsynced int64
 	for {
-		n, rerr := body.Read(buf)
+		n, rerr := in.Read(buf)
 		if n > 0 {
-			watch.Reset(t.c.stall)
-			t.net += int64(n)
 			have += int64(n)
-			if have > t.blob.Size {
+			if have > t.image.Size {
 				_, err := t.restart(file, h)
-				return errors.Join(fmt.Errorf("%w: more than %d bytes", digest.ErrMismatch, t.blob.Size), err)
+				return errors.Join(fmt.Errorf("%w: more than %d bytes", digest.ErrMismatch, t.image.Size), err)
 			}
 			if _, err := file.Write(buf[:n]); err != nil {
 				return permanent{err}
@@ -208,8 +266,8 @@ func (t *transfer) receive(ctx context.Context, file *os.File, h *digest.Hash, h
 		case rerr == nil:
 		case !errors.Is(rerr, io.EOF):
 			return causeOf(ctx, rerr)
-		case have < t.blob.Size:
-			return fmt.Errorf("got %d bytes of %d: %w", have, t.blob.Size, io.ErrUnexpectedEOF)
+		case have < t.image.Size:
+			return fmt.Errorf("got %d bytes of %d: %w", have, t.image.Size, io.ErrUnexpectedEOF)
 		default:
 			return nil
 		}
@@ -225,7 +283,7 @@ func causeOf(ctx context.Context, err error) error {
 }
 
 func (t *transfer) say(have int64) {
-	if t.f.Report != nil && (time.Since(t.said) > 250*time.Millisecond || have == t.blob.Size) {
+	if t.f.Report != nil && (time.Since(t.said) > 250*time.Millisecond || have == t.image.Size) {
 		t.said = time.Now()
 		t.f.Report(t.before+have, t.total)
 	}
@@ -237,7 +295,7 @@ func (t *transfer) commit(file *os.File, path string) error {
 		// After a failed fsync nobody knows what is on the disk: the next try must not believe the page cache.
 		return permanent{errors.Join(err, os.Remove(path))}
 	}
-	if err := os.Rename(path, t.c.Path(t.blob.Digest)); err != nil {
+	if err := os.Rename(path, t.c.Path(t.image.Digest)); err != nil {
 		return permanent{err}
 	}
 	for _, dir := range []string{"images/sha256", "images/tmp"} {
