@@ -22,8 +22,11 @@ import (
 //	delta recipe:  base files list(packages) list(enable) list(run) list(boot)
 //	compilation:   source url base list(run) output number(network: 0 or 1)
 //	disk recipe:   url sha256 format
+//	app recipe:    tree url sha256 oci arch, and the fields of a base recipe
 //	release:       base delta kernel modules list(kernelArgs)
 //	disk release:  disk, and the fields of a release
+//	app release:   disk number(count) app…, and the fields of a release
+//	app     = string(name) image string(mount) list(exec) list(env) string(user) number(root) string(data) string(delta)
 //
 // Every part says how long it is before it comes, so two different values never have the same bytes. The number at the
 // end of a format goes up when the fields change, and when package build starts to make something else of the same
@@ -33,14 +36,20 @@ const (
 	formatDelta       = "troupe delta recipe 2"
 	formatCompile     = "troupe compilation 1"
 	formatCompiled    = "troupe compiled 1"
+	formatApp         = "troupe app recipe 1"
 	formatDisk        = "troupe disk recipe 1"
 	formatRelease     = "troupe release 2"
+	formatAppRelease  = "troupe app release 1"
 	formatDiskRelease = "troupe disk release 2"
 )
 
 func (r BaseRecipe) canonical() []byte {
-	e := encoder{}.str(formatBase).str(r.Suite).str(r.Mirror).list(sorted(r.Components))
-	return e.str(r.Arch).list(sorted(r.Packages)).str(r.Kernel).b
+	return r.encode(encoder{}.str(formatBase)).b
+}
+
+func (r BaseRecipe) encode(e encoder) encoder {
+	e = e.str(r.Suite).str(r.Mirror).list(sorted(r.Components))
+	return e.str(r.Arch).list(sorted(r.Packages)).str(r.Kernel)
 }
 
 func (r DeltaRecipe) canonical() []byte {
@@ -71,7 +80,13 @@ func (r DiskRecipe) canonical() []byte {
 
 func (r Release) canonical() []byte {
 	e := encoder{}.str(formatRelease)
-	if r.Disk != (Blob{}) {
+	switch {
+	case len(r.Apps) > 0:
+		e = encoder{}.str(formatAppRelease).blob(r.Disk).num(uint64(len(r.Apps)))
+		for _, a := range r.Apps {
+			e = a.encode(e)
+		}
+	case r.Disk != (Blob{}):
 		e = encoder{}.str(formatDiskRelease).blob(r.Disk)
 	}
 	e = e.image(r.Base).image(r.Delta).blob(r.Kernel).blob(r.Modules)

@@ -107,4 +107,6 @@ type Release struct {
 	// KernelArgs are the role's own, after troupe's.
 	KernelArgs []string `json:"kernelArgs,omitempty"`
 	Disk       Blob     `json:"disk,omitzero"`
+	// Apps are sorted by name.
+	Apps []ReleaseApp `json:"apps,omitempty"`
 }

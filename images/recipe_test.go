@@ -45,6 +45,10 @@ func compileRecipe() CompileRecipe {
 	}
 }
 
+func appRecipe() AppRecipe {
+	return AppRecipe{Tree: digest.Of([]byte("tree")), URL: "https://example.com/x.tar", SHA256: "00", OCI: "oci:/x:1", Arch: "amd64", Debian: baseRecipe()}
+}
+
 func release() Release {
 	blob := func(s string) Blob { return Blob{Digest: digest.Of([]byte(s)), Size: int64(len(s))} }
 	img := func(s string) Image {
@@ -53,6 +57,10 @@ func release() Release {
 	return Release{
 		Base: img("base"), Delta: img("delta"), Kernel: blob("kernel"), Modules: blob("mods"),
 		KernelArgs: []string{"quiet"},
+		Apps: []ReleaseApp{{
+			Name: "web", Image: img("web"), Mount: "/opt/web", Exec: []string{"bin/serve"}, Env: []string{"A=b"}, User: "www", Root: true,
+			Data: "keep", Delta: "fresh",
+		}},
 	}
 }
 
@@ -74,7 +82,8 @@ func TestGolden(t *testing.T) {
 		{"empty delta", DeltaRecipe{Base: digest.Of([]byte("base"))}.ID().Hex(), "e848fe7c44213630a50993017153bbcd0750099e8215180f1889421b35e37de2"},
 		{"disk", DiskRecipe{URL: "https://example.com/x.qcow2", SHA256: strings.Repeat("0", 64)}.ID().Hex(), "4d0a9f5683b7395ba7c371619581287a1f31bcdeda7aa614f7687877d2222257"},
 		{"disk release", Release{Disk: Blob{Digest: digest.Of([]byte("disk")), Size: 4}}.ID().Hex(), "3c626a93df6210cd34524746de6306fa6605de7087ecdb030a5a99580ca5d753"},
-		{"release", release().ID().Hex(), "a3e0534d2c16970736c71a6643c59daa4ffcda9f1c188241f3508eb70924bf1d"},
+		{"app", appRecipe().ID().Hex(), "55fdbe17426518555d23de9421dea593096559bc48d744b8ad56c9364ec042fc"},
+		{"release", release().ID().Hex(), "c1557d3c4356f88ca48c56ae3c5f756781873f71f9ff06084c2340d8e1033ebc"},
 	} {
 		if c.got != c.want {
 			t.Errorf("id of %s: got %s, want %s", c.name, c.got, c.want)
@@ -106,6 +115,7 @@ func TestEveryFieldCounts(t *testing.T) {
 	checkFields(t, deltaRecipe, DeltaRecipe.ID)
 	checkFields(t, compileRecipe, CompileRecipe.ID)
 	checkFields(t, release, Release.ID)
+	checkFields(t, appRecipe, AppRecipe.ID)
 	checkFields(t, func() Release {
 		return Release{Disk: Blob{Digest: digest.Of([]byte("disk")), Size: 4}, KernelArgs: []string{"quiet"}}
 	}, Release.ID)
@@ -151,6 +161,9 @@ func mutations(v reflect.Value, name string) []mutation {
 		}
 		return all
 	case reflect.Slice:
+		if v.Len() == 0 {
+			return nil
+		}
 		all := []mutation{{name + " minus one", func() { v.SetLen(v.Len() - 1) }}}
 		for i := range v.Len() {
 			all = append(all, mutations(v.Index(i), fmt.Sprintf("%s[%d]", name, i))...)

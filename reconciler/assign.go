@@ -37,7 +37,7 @@ const (
 )
 
 func (a *assign) run(ctx context.Context) error {
-	changed := a.store.Watch(ctx, state.Sources.Prefix(), state.Bases.Prefix(), state.Deltas.Prefix(), state.Disks.Prefix())
+	changed := a.store.Watch(ctx, state.Sources.Prefix(), state.Bases.Prefix(), state.Deltas.Prefix(), state.Disks.Prefix(), state.Apps.Prefix())
 	var retry <-chan time.Time
 	for {
 		select {

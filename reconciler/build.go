@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"sync"
 	"time"
@@ -37,6 +38,7 @@ type Builder interface {
 	Base(ctx context.Context, r images.BaseRecipe, p build.Progress) (images.Base, error)
 	Delta(ctx context.Context, r images.DeltaRecipe, b images.Base, p build.Progress) (images.Delta, error)
 	Disk(ctx context.Context, r images.DiskRecipe, p build.Progress) (images.Disk, error)
+	App(ctx context.Context, r images.AppRecipe, src build.AppSource, p build.Progress) (images.App, error)
 }
 
 // builds is the controller that builds what the fleet in force needs and nobody has built yet: each recipe once, at most
@@ -57,6 +59,7 @@ type builds struct {
 	log       *slog.Logger
 	now       func() time.Time
 	limit     int
+	files     func(ctx context.Context, commit string) (fs.FS, error) // of a commit of the fleet
 
 	wake chan struct{}
 	asks chan ask
@@ -134,7 +137,7 @@ func (b *builds) run(ctx context.Context) error {
 		}
 		checking.Wait()
 	}()
-	changed := b.store.Watch(ctx, state.Sources.Prefix(), state.Bases.Prefix(), state.Deltas.Prefix(), state.Disks.Prefix())
+	changed := b.store.Watch(ctx, state.Sources.Prefix(), state.Bases.Prefix(), state.Deltas.Prefix(), state.Disks.Prefix(), state.Apps.Prefix())
 	var retry <-chan time.Time
 	for {
 		select {
@@ -209,6 +212,10 @@ func (b *builds) result(ctx context.Context, rec state.Build) (images.Blob, bool
 		var disk images.Disk
 		disk, err = state.Disks.Get(ctx, b.store, rec.Recipe.String())
 		blob = disk.Image
+	case plan.KindApp:
+		var app images.App
+		app, err = state.Apps.Get(ctx, b.store, rec.Recipe.String())
+		blob = app.Image.Blob
 	case plan.KindDelta:
 		var delta images.Delta
 		delta, err = state.Deltas.Get(ctx, b.store, rec.Recipe.String())
@@ -384,6 +391,12 @@ func (b *builds) build(ctx context.Context, want plan.Build, obs plan.Observed, 
 			return disk.Image, state.Disks.Put(ctx, b.store, id, disk)
 		}, err
 	}
+	if want.App != nil {
+		app, err := b.app(ctx, want, p)
+		return func(ctx context.Context) (images.Blob, error) {
+			return app.Image.Blob, state.Apps.Put(ctx, b.store, id, app)
+		}, err
+	}
 	base := obs.Bases[want.Delta.Base]
 	fits := func(v images.Delta) bool { return v.Recipe == want.Recipe && v.Base == base.Image.Blob }
 	delta, err := taken(ctx, b, want, fits, p, func() (images.Delta, error) { return b.builder.Delta(ctx, *want.Delta, base, p) })
@@ -408,6 +421,21 @@ func taken[T any](ctx context.Context, b *builds, want plan.Build, fits func(T) 
 	_, _ = fmt.Fprintf(p, "taken from %s\n", from)
 	b.events.note(ctx, state.Event{Kind: "build", Subject: want.Name, Message: fmt.Sprintf("took the %s from %s: no need to build it", want.Kind, from)})
 	return v, nil
+}
+
+// app makes an app image. The directory that it may be made of is that of the commit for which it was planned.
+func (b *builds) app(ctx context.Context, want plan.Build, p build.Progress) (images.App, error) {
+	var src build.AppSource
+	if want.Dir != "" {
+		files, err := b.files(ctx, want.Commit)
+		if err == nil {
+			src.Tree, err = fs.Sub(files, want.Dir)
+		}
+		if err != nil {
+			return images.App{}, fmt.Errorf("reading %q of commit %s: %w", want.Dir, short(want.Commit), err)
+		}
+	}
+	return b.builder.App(ctx, *want.App, src, p)
 }
 
 // failed records why a build ended without a result. cause says it in a word; err has the step and its output.
@@ -503,6 +531,9 @@ func isBuilt(want plan.Build, obs plan.Observed) bool {
 	switch {
 	case want.Disk != nil:
 		_, ok := obs.Disks[want.Recipe]
+		return ok
+	case want.App != nil:
+		_, ok := obs.Apps[want.Recipe]
 		return ok
 	case want.Delta == nil:
 		_, ok := obs.Bases[want.Recipe]

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -83,6 +84,17 @@ func (b *testBuilder) Disk(ctx context.Context, r images.DiskRecipe, p build.Pro
 		return images.Disk{}, err
 	}
 	return images.Disk{Recipe: r.ID(), Image: b.put(ctx, "disk"), Format: "raw"}, nil
+}
+
+func (b *testBuilder) App(ctx context.Context, r images.AppRecipe, src build.AppSource, p build.Progress) (images.App, error) {
+	if err := b.begin(ctx, "app", p); err != nil {
+		return images.App{}, err
+	}
+	page, err := fs.ReadFile(src.Tree, "index.html")
+	if err != nil {
+		return images.App{}, err
+	}
+	return images.App{Recipe: r.ID(), Image: images.Image{Blob: b.put(ctx, string(page)), Data: 4096, Root: strings.Repeat("0", 64)}}, nil
 }
 
 func (b *testBuilder) set(err error, gate chan struct{}) {

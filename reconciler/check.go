@@ -110,7 +110,11 @@ func (b *builds) onRecord(ctx context.Context) ([]artifactRecord, error) {
 	if err != nil {
 		return nil, err
 	}
-	all := make([]artifactRecord, 0, len(bases)+len(deltas)+len(disks))
+	apps, err := state.Apps.List(ctx, b.store)
+	if err != nil {
+		return nil, err
+	}
+	all := make([]artifactRecord, 0, len(bases)+len(deltas)+len(disks)+len(apps))
 	for _, base := range bases {
 		all = append(all, artifactRecord{plan.KindBase, base.Recipe, []images.Blob{base.Image.Blob, base.Kernel, base.Modules}, base.Image})
 	}
@@ -119,6 +123,9 @@ func (b *builds) onRecord(ctx context.Context) ([]artifactRecord, error) {
 	}
 	for _, disk := range disks {
 		all = append(all, artifactRecord{plan.KindDisk, disk.Recipe, []images.Blob{disk.Image}, images.Image{}})
+	}
+	for _, app := range apps {
+		all = append(all, artifactRecord{plan.KindApp, app.Recipe, []images.Blob{app.Image.Blob}, app.Image})
 	}
 	return all, nil
 }
@@ -151,6 +158,8 @@ func (b *builds) forget(ctx context.Context, a artifactRecord) {
 		err = state.Deltas.Delete(ctx, b.store, a.recipe.String())
 	case plan.KindDisk:
 		err = state.Disks.Delete(ctx, b.store, a.recipe.String())
+	case plan.KindApp:
+		err = state.Apps.Delete(ctx, b.store, a.recipe.String())
 	}
 	if err != nil {
 		b.log.Error("forgetting what is lost", "recipe", a.recipe.Short(), "error", err)

@@ -329,6 +329,15 @@ func (f *follow) put(ctx context.Context, rec state.Source) error {
 	return state.Sources.Put(ctx, f.store, state.SourceID, rec)
 }
 
+// files are those of a commit, from the fleet's directory on.
+func (r *Reconciler) files(ctx context.Context, commit string) (fs.FS, error) {
+	rev, err := r.cfg.Repo.Revision(ctx, commit)
+	if err != nil {
+		return nil, err
+	}
+	return rev.Tree, nil
+}
+
 func short(hash string) string { return hash[:min(len(hash), 10)] }
 
 func notFound(err error) bool { return errors.Is(err, state.ErrNotFound) }

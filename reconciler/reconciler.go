@@ -111,7 +111,7 @@ func New(cfg Config) (*Reconciler, error) {
 	}
 	r.artifacts = newArtifacts(cfg.Store, cfg.Blobs, cfg.Registry, cfg.Place, r.events, cfg.Log)
 	r.builds = &builds{
-		builder: cfg.Builder, arch: cfg.Arch, blobs: cfg.Blobs, damage: cfg.Blobs, artifacts: r.artifacts, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log,
+		builder: cfg.Builder, arch: cfg.Arch, blobs: cfg.Blobs, damage: cfg.Blobs, artifacts: r.artifacts, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log, files: r.files,
 		now: time.Now, limit: cfg.Jobs, wake: make(chan struct{}, 1), asks: make(chan ask),
 	}
 	r.assign = &assign{

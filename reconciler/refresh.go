@@ -15,7 +15,7 @@ const settle = 20 * time.Millisecond
 // runViews is the controller that makes a new view whenever something that machines are told from has changed.
 func (r *Reconciler) runViews(ctx context.Context) error {
 	changed := r.cfg.Store.Watch(ctx, state.Assignments.Prefix(), state.Releases.Prefix(), state.Bases.Prefix(),
-		state.Disks.Prefix(), state.Builds.Prefix(), state.Machines.Prefix(), state.Orders.Prefix())
+		state.Disks.Prefix(), state.Apps.Prefix(), state.Builds.Prefix(), state.Machines.Prefix(), state.Orders.Prefix())
 	for {
 		select {
 		case <-changed:
@@ -70,6 +70,11 @@ func (r *Reconciler) readView(ctx context.Context) (*view, error) {
 		return nil, err
 	}
 	v.disks = byID(disks, func(d images.Disk) images.RecipeID { return d.Recipe })
+	apps, err := state.Apps.List(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	v.apps = byID(apps, func(a images.App) images.RecipeID { return a.Recipe })
 	builds, err := state.Builds.List(ctx, s)
 	if err != nil {
 		return nil, err
@@ -108,6 +113,7 @@ func (r *Reconciler) observed(ctx context.Context) (obs plan.Observed, err error
 		return obs, err
 	}
 	obs.Assignments, obs.Bases, obs.Disks, obs.Builds, obs.Machines = v.assignments, v.bases, v.disks, v.builds, v.machines
+	obs.Apps = v.apps
 	deltas, err := state.Deltas.List(ctx, s)
 	if err != nil {
 		return obs, err

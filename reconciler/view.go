@@ -22,6 +22,7 @@ type view struct {
 	releases    map[digest.Digest]state.Release
 	bases       map[images.RecipeID]images.Base
 	disks       map[images.RecipeID]images.Disk
+	apps        map[images.RecipeID]images.App
 	builds      map[images.RecipeID]state.Build
 	machines    map[string]state.Machine // by MAC
 	orders      map[string]state.Order   // by host
@@ -160,7 +161,7 @@ func (v *view) roleOf(host string) string {
 // waitsFor computes what waits has. It leaves out the step of a build that is under way: each is
 // news to all machines that wait.
 func (v *view) waitsFor(role string) string {
-	built := plan.Artifacts[images.RecipeID]{Bases: v.bases, Disks: v.disks, Builds: v.builds}
+	built := plan.Artifacts[images.RecipeID]{Bases: v.bases, Disks: v.disks, Apps: v.apps, Builds: v.builds}
 	m := built.Release(v.fleet, v.fleet.Roles[role]).Missing
 	switch m.Build.Phase {
 	case state.BuildRunning:
@@ -183,7 +184,7 @@ func (v *view) discovery(host string) (images.Base, bool) {
 	}
 	for _, os := range wanted {
 		img, ok := v.fleet.Images[os]
-		if !ok || img.From.Disk != nil {
+		if !ok || img.From.Debian == nil {
 			continue
 		}
 		if b, ok := v.bases[images.BaseRecipeOf(img).ID()]; ok {

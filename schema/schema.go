@@ -45,14 +45,32 @@ type Discovery struct {
 // An Image is something that is built once, centrally, and never changed.
 type Image struct {
 	Name string `json:"name"`
-	Kind string `json:"kind"` // "os", or "disk": a whole disk with a boot loader of its own
+	Kind string `json:"kind"` // "os", "disk": a whole disk with a boot loader of its own, or "app": an application
 	From From   `json:"from"`
 }
 
-// From says what an image is made of; exactly one field is set.
+// From says what an image is made of; exactly one field is set, but for Tree.
 type From struct {
-	Debian *Debian   `json:"debian,omitempty"` // of kind "os"
+	Debian *Debian   `json:"debian,omitempty"` // of kind "os" or "app"
 	Disk   *DiskFile `json:"disk,omitempty"`   // of kind "disk"
+	Dir    string    `json:"dir,omitempty"`    // of kind "app": slash-separated, from the fleet's root
+	Tar    *TarFile  `json:"tar,omitempty"`    // of kind "app"
+	OCI    *OCI      `json:"oci,omitempty"`    // of kind "app"
+
+	// Tree names what Dir holds in this commit, as internal/treesum does. No file says it: it is found when the fleet is loaded.
+	Tree string `json:"tree,omitempty"`
+}
+
+// TarFile is a tar archive that somebody else made.
+type TarFile struct {
+	URL    string `json:"url"`    // http, https, or file for one that lies on the server
+	SHA256 string `json:"sha256"` // of the file as it lies there, 64 hex digits
+}
+
+// OCI is an image of the OCI image specification.
+type OCI struct {
+	Image string `json:"image"` // "docker://HOST/NAME…" or "oci:/DIR…", each with ":TAG" or "@sha256:…"
+	Arch  string `json:"arch"`  // "amd64" or "arm64"; default amd64
 }
 
 // DiskFile is a disk image that somebody else made.
@@ -69,7 +87,7 @@ type Debian struct {
 	Components []string `json:"components"`
 	Arch       string   `json:"arch"` // "amd64" or "arm64"; default amd64
 	Packages   []string `json:"packages"`
-	Kernel     string   `json:"kernel"` // the package whose kernel and modules boot the OS
+	Kernel     string   `json:"kernel,omitempty"` // the package whose kernel and modules boot the OS; none in an app
 }
 
 // A Role is what a host is for.
@@ -80,8 +98,8 @@ type Role struct {
 	ISCSI    ISCSI           `json:"iscsi,omitzero"`
 	Delta    string          `json:"delta,omitempty"`    // "fresh": what a host writes goes with each boot; "" or "keep": not
 	Persist  []string        `json:"persist,omitempty"`  // directories that outlive the release
-	Activate string          `json:"activate,omitempty"` // how a host goes to another release: "kexec" where it can; "" or "reboot"
-	Apps     []string        `json:"apps,omitempty"`
+	Activate string          `json:"activate,omitempty"` // how a host goes to another release: "kexec" or "restart" where it can; "" or "reboot"
+	Apps     Apps            `json:"apps,omitempty"`
 	Files    map[string]File `json:"files,omitempty"` // by absolute path
 	Packages []string        `json:"packages,omitempty"`
 	Services Services        `json:"services,omitzero"`

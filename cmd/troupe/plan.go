@@ -121,6 +121,7 @@ var actions = []struct {
 	{plan.Leave, "leave the fleet"},
 	{plan.StageAndReboot, "stage and reboot"},
 	{plan.Reboot, "reboot"},
+	{plan.Restart, "restart apps"},
 	{plan.AwaitBuild, "wait for a build"},
 	{plan.RolledBack, "stay rolled back"},
 	{plan.Claim, "be claimed"},

@@ -72,7 +72,7 @@ func (b *boot) activateCached(ctx context.Context, a agentapi.Assignment) (*moun
 		return nil, err
 	}
 	n, err := b.cache.Fetch(ctx, cache.Fetch{
-		Source: b.client, Images: []agentapi.Image{a.Release.Base, a.Release.Delta}, Deltas: []string{deltaID(a)}, Report: b.progress(a.Release.ID), Retry: b.retrying,
+		Source: b.client, Images: a.Release.Images(), Deltas: []string{cache.NodeDeltaOf(a)}, Report: b.progress(a.Release.ID), Retry: b.retrying,
 	})
 	b.fetched += n
 	b.rep.update(false, func(r *agentapi.Report) {
@@ -92,7 +92,7 @@ func (b *boot) activateCached(ctx context.Context, a agentapi.Assignment) (*moun
 		if b.mend(ctx, a.Release, err) {
 			return nil, mending{err}
 		}
-		return nil, b.dropBroken([]agentapi.Blob{a.Release.Base.Blob, a.Release.Delta.Blob}, err)
+		return nil, b.dropBroken(a.Release.Blobs(), err)
 	}
 	if err == nil {
 		b.rep.fail(nil) // not before: a mount that fails each time is one failure, not another with each try
@@ -293,7 +293,7 @@ func (b *boot) dropBroken(blobs []agentapi.Blob, why error) error {
 	return why
 }
 
-// deltaID names the node delta of an assignment.
+// deltaID is the key of an assignment's record.
 func deltaID(a agentapi.Assignment) string { return cache.KeyOf(a) }
 
 // mount counts the boot and joins the images, files or block devices, and the node delta, and seeds the latter where it is new.
@@ -333,6 +333,9 @@ func (b *boot) mount(a agentapi.Assignment, base, delta string) (*mounted, error
 			err = fmt.Errorf("%w: %w", rootfs.ErrImage, err)
 		}
 		return nil, errors.Join(err, rootfs.Unmount(spec))
+	}
+	if err := b.mountApps(a); err != nil {
+		return nil, errors.Join(err, unmountKept(a), rootfs.Unmount(spec))
 	}
 	b.rep.mark(agentapi.Mark{Stage: agentapi.StageMount, Detail: kind})
 	return &mounted{assignment: a, delta: d}, nil

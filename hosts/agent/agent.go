@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/troupe-dev/troupe/hosts/agent/apps"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/digest"
 )
@@ -43,6 +44,8 @@ func check(a agentapi.Assignment) error {
 		return nil
 	case a.Release.Base.Digest == "" || a.Release.Delta.Digest == "" || a.Release.ID == "":
 		return errors.New("the release has no base, no delta or no name")
+	case apps.Check(a.Release.Apps) != nil:
+		return apps.Check(a.Release.Apps)
 	case a.Node.Hostname == "" || strings.ContainsAny(a.Node.Hostname+a.Node.Domain, " \t\n/"):
 		return fmt.Errorf("the assignment's host name %q is none", a.Node.Hostname)
 	}
@@ -68,6 +71,6 @@ func machineID(id agentapi.Identity, host string) string {
 func running(a agentapi.Assignment) *agentapi.Running {
 	return &agentapi.Running{
 		Host: a.Host, Role: a.Role, Generation: a.Generation,
-		Release: a.Release.ID, Base: a.Release.Base.Digest, Delta: a.Release.Delta.Digest, Node: a.Node.Digest,
+		Release: a.Release.ID, System: a.Release.System(), Base: a.Release.Base.Digest, Delta: a.Release.Delta.Digest, Node: a.Node.Digest,
 	}
 }

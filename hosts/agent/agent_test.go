@@ -167,6 +167,17 @@ func TestDecide(t *testing.T) {
 		{"other checks", func(a *agentapi.Assignment) { a.Checks = []agentapi.Check{{Unit: "x"}} }, adopt},
 		{"another name for the role", func(a *agentapi.Assignment) { a.Role = "www" }, adopt},
 		{"another release", func(a *agentapi.Assignment) { a.Release.ID = digest.Of(nil) }, moveOn},
+		{"other apps", func(a *agentapi.Assignment) { onlyOtherApps(a, "") }, moveOn},
+		{"other apps, without a reboot", func(a *agentapi.Assignment) { onlyOtherApps(a, agentapi.Restart) }, restart},
+		{"other apps and files", func(a *agentapi.Assignment) {
+			onlyOtherApps(a, agentapi.Restart)
+			a.Node.Digest = digest.Of(nil)
+		}, moveOn},
+		{"other files, apps without a reboot", func(a *agentapi.Assignment) { a.Activate, a.Node.Digest = agentapi.Restart, digest.Of(nil) }, moveOn},
+		{"an app that cannot be", func(a *agentapi.Assignment) {
+			onlyOtherApps(a, agentapi.Restart)
+			a.Release.Apps[0].Name = "../x"
+		}, moveOn},
 		{"other files", func(a *agentapi.Assignment) { a.Node.Digest = digest.Of(nil) }, moveOn},
 		{"another host", func(a *agentapi.Assignment) { a.Host = "n2" }, moveOn},
 		{"from LUNs", func(a *agentapi.Assignment) { a.ISCSI = &agentapi.ISCSI{} }, moveOn},
@@ -183,6 +194,7 @@ type node struct {
 	server *agentapitest.Server
 	http   *httptest.Server
 	dir    string
+	apps   appPlace // nil: as in a node
 }
 
 func newNode(t *testing.T, a agentapi.Assignment, s *agentapitest.Server) *node {
@@ -214,6 +226,9 @@ func (n *node) start() (reboots <-chan string, stop func() error) {
 	}
 	ch := make(chan string, 10)
 	s.trim = func(string) error { return nil }
+	if n.apps != nil {
+		s.apps = func(string) appPlace { return n.apps }
+	}
 	s.reboot = func(ctx context.Context, _ *slog.Logger) error {
 		ch <- "reboot"
 		<-ctx.Done() // as a machine does that goes down

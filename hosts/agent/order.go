@@ -22,11 +22,11 @@ func orderID(a agentapi.Assignment) string {
 // people what was.
 func openDelta(c *cache.Cache, a agentapi.Assignment) (d *cache.Delta, dropped string, err error) {
 	if a.Fresh {
-		if err := c.Unseed(deltaID(a)); err != nil {
+		if err := c.Unseed(cache.NodeDeltaOf(a)); err != nil {
 			return nil, "", err
 		}
 	}
-	if d, err = c.Delta(deltaID(a)); err != nil || d.Fresh || !isBehind(a, d) {
+	if d, err = c.Delta(cache.NodeDeltaOf(a)); err != nil || d.Fresh || !isBehind(a, d) {
 		return d, "", err
 	}
 	if len(a.Delta.Paths) > 0 {

@@ -35,6 +35,8 @@ type RunState struct {
 	CacheDir   string              `json:"cacheDir"`
 	NodeDelta  string              `json:"nodeDelta"`
 	Order      string              `json:"order,omitempty"` // to drop something, that the node delta was brought up to
+	// Trial are the apps that are being tried in place of those of Assignment: a process that finds them goes back.
+	Trial *[]agentapi.App `json:"trial,omitempty"`
 	// Began is when the service came up, in nanoseconds since the kernel started: the deadline of its checks counts from then.
 	Began time.Duration `json:"began,omitempty"`
 	// Watchdog is the device that was armed, "" for none.

@@ -19,7 +19,6 @@ import (
 	"github.com/troupe-dev/troupe/hosts/agent/netup"
 	"github.com/troupe-dev/troupe/hosts/agentapi"
 	"github.com/troupe-dev/troupe/internal/backoff"
-	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/internal/signing"
 	"github.com/troupe-dev/troupe/internal/version"
 )
@@ -48,6 +47,7 @@ type service struct {
 	jumps    bool                                              // the kernel of what was prepared is loaded
 	load     func(a agentapi.Assignment) error                 // loadKernel from the cache; replaced in tests
 	jump     func(ctx context.Context, log *slog.Logger) error // starts it; replaced in tests
+	apps     func(host string) appPlace                        // livePlace; another one in tests
 	trim     func(dir string) error                            // disk.Trim; nothing in tests, whose directories are on a disk of others
 }
 
@@ -86,6 +86,7 @@ func newService(statePath string, log *slog.Logger) (*service, error) {
 	for _, stage := range st.Marked {
 		s.rep.marked[stage] = true
 	}
+	s.apps = func(host string) appPlace { return livePlace{placeIn("/", host, s.cache)} }
 	s.rep.save = s.saveMarks
 	if err := s.beginProof(st); err != nil {
 		return nil, err
@@ -151,6 +152,9 @@ func (s *service) run(ctx context.Context) error {
 	defer wg.Wait()
 	defer cancel()
 	s.rep.mark(agentapi.Mark{Stage: agentapi.StageService})
+	if err := s.endTrial(); err != nil {
+		return err
+	}
 	if s.cache.State().Goal == deltaID(s.state.get().Assignment) {
 		s.forgetGoal()
 	}
@@ -220,11 +224,11 @@ func (s *service) pursue(ctx context.Context) error {
 		now := s.state.get().Assignment
 		var again <-chan time.Time
 		d := decide(now, a)
-		if why, wait := s.against(a); d == moveOn && why != "" {
+		if why, wait := s.against(a); (d == moveOn || d == restart) && why != "" {
 			d, again = hold, holdAgain(wait)
 			s.holdOn(a, why)
 		}
-		if good, isBad := s.fallback(); isBad && d != moveOn && d != discover {
+		if good, isBad := s.fallback(); isBad && d != moveOn && d != restart && d != discover {
 			d, again = goBack, s.tryGoingBack(ctx, good, &tries)
 		}
 		switch d {
@@ -242,6 +246,17 @@ func (s *service) pursue(ctx context.Context) error {
 			s.adopt(a)
 			stopChecks = s.startChecks(ctx)
 			continue
+		case restart:
+			stopChecks()
+			err := s.fol.whileCurrent(ctx, a, func(current context.Context) error { return s.restartApps(current, a) })
+			stopChecks = s.startChecks(ctx)
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if err == nil || errors.Is(err, errNewer) {
+				continue
+			}
+			again = s.tryAgain(a, err, &tries)
 		case moveOn, discover:
 			err := s.fol.whileCurrent(ctx, a, func(current context.Context) error { return s.prepare(current, a, d) })
 			if err == nil {
@@ -254,10 +269,7 @@ func (s *service) pursue(ctx context.Context) error {
 			if errors.Is(err, errNewer) {
 				continue
 			}
-			wait := tries.Next()
-			s.log.Error("the assignment cannot be activated, trying again", "generation", a.Generation, "error", err, "in", wait.Round(time.Second))
-			s.rep.fail(err)
-			again = time.After(wait)
+			again = s.tryAgain(a, err, &tries)
 		}
 		select {
 		case <-ctx.Done():
@@ -270,6 +282,14 @@ func (s *service) pursue(ctx context.Context) error {
 			tries.Reset()
 		}
 	}
+}
+
+// tryAgain says why an assignment is not activated, and when that is tried again.
+func (s *service) tryAgain(a agentapi.Assignment, err error, tries *backoff.Backoff) <-chan time.Time {
+	wait := tries.Next()
+	s.log.Error("the assignment cannot be activated, trying again", "generation", a.Generation, "error", err, "in", wait.Round(time.Second))
+	s.rep.fail(err)
+	return time.After(wait)
 }
 
 // stay tells the server that an announced reboot does not come: a newer assignment is what runs already.
@@ -286,6 +306,7 @@ type decision string
 const (
 	goOn     decision = "go on"    // as it runs
 	adopt    decision = "adopt"    // without a reboot: only words or checks differ
+	restart  decision = "restart"  // fetch, mount the apps anew and restart their services: nothing else differs
 	moveOn   decision = "move on"  // fetch, where the images are to be in a cache, and reboot into it
 	goBack   decision = "go back"  // what runs is bad: reboot into the last good release
 	hold     decision = "hold"     // go on as it runs, since what is wanted is bad
@@ -322,9 +343,13 @@ func decide(now, a agentapi.Assignment) decision {
 		return discover
 	case check(a) != nil:
 		return moveOn // which says what is wrong with it
-	case a.Host != now.Host || a.Release.ID != now.Release.ID || a.Node.Digest != now.Node.Digest:
+	case a.Host != now.Host || a.Node.Digest != now.Node.Digest:
 		return moveOn
 	case (a.ISCSI == nil) != (now.ISCSI == nil) || a.RAM != now.RAM || !slices.Equal(a.Persist, now.Persist) || isReset(now, a) || isOrdered(now, a):
+		return moveOn
+	case a.Release.ID != now.Release.ID && onlyApps(now, a):
+		return restart
+	case a.Release.ID != now.Release.ID:
 		return moveOn
 	}
 	return adopt
@@ -525,9 +550,8 @@ func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
 	}
 	now := st.Assignment.Release
 	f := cache.Fetch{
-		Source: s.client, Images: []agentapi.Image{a.Release.Base, a.Release.Delta},
-		Keep:   []digest.Digest{now.Base.Digest, now.Delta.Digest},
-		Deltas: []string{st.NodeDelta, deltaID(a)},
+		Source: s.client, Images: a.Release.Images(), Keep: digestsOf(now.Blobs()),
+		Deltas: []string{st.NodeDelta, cache.NodeDeltaOf(a)},
 		Report: func(done, total int64) {
 			s.rep.update(false, func(r *agentapi.Report) {
 				r.Fetch = &agentapi.Progress{Release: a.Release.ID, Done: done, Total: total}

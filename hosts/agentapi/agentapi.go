@@ -133,6 +133,9 @@ type Assignment struct {
 	Loaders *Loaders `json:"loaders,omitempty"`
 }
 
+// Restart is the Activate of a role whose nodes take up other apps as they run: where nothing else differs.
+const Restart = "restart"
+
 // Kexec is the Activate of a role whose nodes start the next kernel without the firmware.
 const Kexec = "kexec"
 
@@ -192,6 +195,50 @@ type Release struct {
 	Modules    Blob `json:"modules,omitzero"`
 	// KernelArgs are the role's own arguments.
 	KernelArgs []string `json:"kernelArgs,omitempty"`
+	// Apps are mounted in the root, and run, sorted by name.
+	Apps []App `json:"apps,omitempty"`
+	// OS names the release without its apps, where it has some. Releases with the same OS share their node delta, and a node
+	// goes from one to the other without a reboot.
+	OS digest.Digest `json:"os,omitempty"`
+}
+
+// An App is an application: a read-only image of its own, and what is done with it.
+type App struct {
+	Name  string   `json:"name"`
+	Image Image    `json:"image"`
+	Mount string   `json:"mount"`           // the directory in the root where it is mounted
+	Exec  []string `json:"exec,omitempty"`  // of its service, the first word a path in the image or absolute; none: it has no service
+	Env   []string `json:"env,omitempty"`   // of its service, "NAME=value"
+	User  string   `json:"user,omitempty"`  // of its service; "" is root
+	Root  bool     `json:"root,omitempty"`  // its service sees the image as its root file system
+	Data  string   `json:"data"`            // its data directory is left over boots and releases ("keep"), or emptied at each boot ("fresh")
+	Delta string   `json:"delta,omitempty"` // what is written where it is mounted is left over boots ("keep"), or dropped ("fresh"); "": nothing can be
+}
+
+// Images are all images of r: its base, its delta and those of its apps.
+func (r *Release) Images() []Image {
+	out := []Image{r.Base, r.Delta}
+	for _, a := range r.Apps {
+		out = append(out, a.Image)
+	}
+	return out
+}
+
+// Blobs are the files of all images of r.
+func (r *Release) Blobs() []Blob {
+	var out []Blob
+	for _, i := range r.Images() {
+		out = append(out, i.Blob)
+	}
+	return out
+}
+
+// System names what a node has to boot for r: all of it but for the apps.
+func (r *Release) System() digest.Digest {
+	if r.OS != "" {
+		return r.OS
+	}
+	return r.ID
 }
 
 // Node is what only this host has.
@@ -318,6 +365,7 @@ type Running struct {
 	Role       string        `json:"role"`
 	Generation uint64        `json:"generation"`
 	Release    digest.Digest `json:"release"`
+	System     digest.Digest `json:"system,omitempty"` // of that release
 	Base       digest.Digest `json:"base"`
 	Delta      digest.Digest `json:"delta"`
 	Node       digest.Digest `json:"node"`

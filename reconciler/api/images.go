@@ -57,6 +57,9 @@ func (r *Records) usedRecipes() map[digest.Digest]bool {
 	use := func(release digest.Digest) {
 		if rel, ok := r.Releases[string(release)]; ok {
 			used[rel.Base], used[rel.Delta] = true, true
+			for _, app := range rel.AppRecipes {
+				used[app] = true
+			}
 		}
 	}
 	for _, a := range r.Assignments {
@@ -121,8 +124,11 @@ func (r *Records) imageDetail(i Image) ImageDetail {
 	if b, ok := r.Disks[string(i.Recipe)]; ok {
 		d.Disk = &b
 	}
+	if a, ok := r.Apps[string(i.Recipe)]; ok {
+		d.App = &a
+	}
 	for _, rel := range r.newestReleases() {
-		if rel.Base == i.Recipe || rel.Delta == i.Recipe {
+		if rel.Base == i.Recipe || rel.Delta == i.Recipe || slices.Contains(slices.Collect(maps.Values(rel.AppRecipes)), i.Recipe) {
 			d.Releases = append(d.Releases, rel.ID)
 		}
 	}

@@ -26,6 +26,7 @@ type Records struct {
 	Bases       map[string]images.Base
 	Deltas      map[string]images.Delta
 	Disks       map[string]images.Disk
+	Apps        map[string]images.App
 	Releases    map[string]state.Release
 	Machines    map[string]state.Machine
 	Nodes       map[string]state.Node
@@ -55,6 +56,7 @@ func (s *Server) records(ctx context.Context) (*Records, error) {
 	list(ctx, s.Store, state.Bases, &r.Bases, &err)
 	list(ctx, s.Store, state.Deltas, &r.Deltas, &err)
 	list(ctx, s.Store, state.Disks, &r.Disks, &err)
+	list(ctx, s.Store, state.Apps, &r.Apps, &err)
 	list(ctx, s.Store, state.Releases, &r.Releases, &err)
 	list(ctx, s.Store, state.Machines, &r.Machines, &err)
 	list(ctx, s.Store, state.Nodes, &r.Nodes, &err)
@@ -104,7 +106,7 @@ func list[T any](ctx context.Context, s *state.Store, kind state.Kind[T], to *ma
 func watched() []string {
 	return []string{
 		state.Sources.Prefix(), state.Assignments.Prefix(), state.Builds.Prefix(), state.Bases.Prefix(),
-		state.Deltas.Prefix(), state.Disks.Prefix(), state.Releases.Prefix(), state.Machines.Prefix(), state.Nodes.Prefix(),
+		state.Deltas.Prefix(), state.Disks.Prefix(), state.Apps.Prefix(), state.Releases.Prefix(), state.Machines.Prefix(), state.Nodes.Prefix(),
 		state.LUNSets.Prefix(), state.Orders.Prefix(), state.Boots.Prefix(), state.Events.Prefix(),
 	}
 }

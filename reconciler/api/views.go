@@ -237,6 +237,7 @@ type ImageDetail struct {
 	Base     *images.Base    `json:"base,omitempty"`
 	Delta    *images.Delta   `json:"delta,omitempty"`
 	Disk     *images.Disk    `json:"disk,omitempty"`
+	App      *images.App     `json:"app,omitempty"`
 	Releases []digest.Digest `json:"releases,omitempty"` // that it is part of, newest first
 }
 

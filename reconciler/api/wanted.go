@@ -9,7 +9,7 @@ import (
 func (r *Records) releasesWanted() map[string]plan.Wanted {
 	all := map[string]plan.Wanted{}
 	if r.Fleet != nil {
-		built := plan.Artifacts[string]{Bases: r.Bases, Deltas: r.Deltas, Disks: r.Disks, Builds: r.Builds}
+		built := plan.Artifacts[string]{Bases: r.Bases, Deltas: r.Deltas, Disks: r.Disks, Apps: r.Apps, Builds: r.Builds}
 		for name, role := range r.Fleet.Roles {
 			all[name] = built.Release(r.Fleet, role)
 		}
@@ -31,6 +31,9 @@ func (r *Records) declaredRecipes() map[images.RecipeID]Image {
 	needed := map[string]bool{r.Fleet.Discovery.OS: true}
 	for name, w := range r.releasesWanted() {
 		needed[r.Fleet.Roles[name].OS] = needed[r.Fleet.Roles[name].OS] || hasHosts[name]
+		for _, app := range r.Fleet.Roles[name].Apps {
+			needed[app.Image] = needed[app.Image] || hasHosts[name]
+		}
 		if w.Delta == "" {
 			continue // its image is booted as it is
 		}
@@ -38,8 +41,11 @@ func (r *Records) declaredRecipes() map[images.RecipeID]Image {
 	}
 	for name, img := range r.Fleet.Images {
 		id, kind := images.BaseRecipeOf(img).ID(), plan.KindBase
-		if img.From.Disk != nil {
+		switch {
+		case img.From.Disk != nil:
 			id, kind = images.DiskRecipeOf(img).ID(), plan.KindDisk
+		case img.Kind == string(plan.KindApp):
+			id, kind = images.AppRecipeOf(img).ID(), plan.KindApp
 		}
 		all[id] = Image{Name: name, Kind: string(kind), Recipe: id, Declared: needed[name]}
 	}

@@ -17,8 +17,9 @@ import (
 
 // A planner is one call of Make.
 type planner struct {
-	fleet *schema.Fleet
-	obs   Observed
+	fleet  *schema.Fleet
+	commit string
+	obs    Observed
 
 	names     []string         // of the declared hosts, sorted
 	buf       canonical        // is used again for each node
@@ -59,7 +60,7 @@ func (p *planner) host(name string, h schema.Host) Host {
 	mac := p.machines.MAC(name)
 	out := Host{
 		Name: name, MAC: mac, ToRole: h.Role, Generation: 1, FetchBytes: -1,
-		Base: r.base, Delta: r.delta, host: h,
+		Base: r.base, Delta: r.delta, apps: r.apps, host: h,
 	}
 	if had {
 		out.FromRole, out.From, out.Generation = old.Role, old.Release, old.Generation
@@ -101,9 +102,9 @@ func (p *planner) act(out *Host, why string, had, remounts, seen bool, node stat
 	switch {
 	case current || out.iscsi != nil:
 	case out.Spec.RAM: // what is in memory now is gone with the reboot
-		out.FetchBytes = missing(nil, rel.Base.Blob, rel.Delta.Blob)
+		out.FetchBytes = missing(nil, rel.Blobs()...)
 	default:
-		out.FetchBytes = missing(node.Cached, rel.Base.Blob, rel.Delta.Blob)
+		out.FetchBytes = missing(node.Cached, rel.Blobs()...)
 	}
 	bad := node.BadOf(state.Assignment{Host: out.Name, Release: rel.ID, Node: out.Spec.Node.Digest})
 	switch {
@@ -124,6 +125,8 @@ func (p *planner) act(out *Host, why string, had, remounts, seen bool, node stat
 		out.Reboot = node.Kernel != "" && node.Kernel != rel.Kernel
 	case run == nil:
 		out.Action = Boot
+	case restarts(out, node) && !remounts && !out.Spec.RAM:
+		out.Action = Restart
 	case out.FetchBytes > 0 && stages(node) && !out.Spec.RAM:
 		out.Action, out.Reboot = StageAndReboot, true
 	default:
@@ -140,6 +143,12 @@ func (p *planner) act(out *Host, why string, had, remounts, seen bool, node stat
 	}
 }
 
+// restarts says whether a node goes to a release without a reboot: it runs all of that but for apps, from the same place.
+func restarts(out *Host, n state.Node) bool {
+	return out.Spec.Activate == agentapi.Restart && n.Running.System == out.Spec.Release.System() && n.Running.Node == out.Spec.Node.Digest &&
+		(n.Session != nil) == (out.iscsi != nil)
+}
+
 // stages says whether a node can fetch images while it runs. One that runs from the server has no cache to put them in: it
 // fetches them when it has booted.
 func stages(n state.Node) bool {
@@ -147,13 +156,12 @@ func stages(n state.Node) bool {
 }
 
 // missing is the size of those blobs that are not in cached. What comes twice is fetched once.
-func missing(cached []digest.Digest, base, delta agentapi.Blob) int64 {
+func missing(cached []digest.Digest, blobs ...agentapi.Blob) int64 {
 	var n int64
-	if !slices.Contains(cached, base.Digest) {
-		n += base.Size
-	}
-	if delta.Digest != base.Digest && !slices.Contains(cached, delta.Digest) {
-		n += delta.Size
+	for i, b := range blobs {
+		if !slices.Contains(cached, b.Digest) && !slices.Contains(blobs[:i], b) {
+			n += b.Size
+		}
 	}
 	return n
 }
@@ -190,7 +198,7 @@ func spec(out *Host, want wanted) *agentapi.Assignment {
 		State: agentapi.Assigned, Host: out.Name, Generation: out.Generation, Role: out.ToRole,
 		Release: &agentapi.Release{
 			ID: want.role.id, Base: agentImage(rel.Base), Delta: agentImage(rel.Delta),
-			Kernel: kernel, KernelArgs: rel.KernelArgs,
+			Kernel: kernel, KernelArgs: rel.KernelArgs, Apps: appsOf(rel.Apps),
 		},
 		Node: agentapi.Node{Hostname: want.Name, Domain: want.domain, Digest: want.node},
 		RAM:  want.role.Boot == bootRAM, Fresh: want.role.Role.Delta == deltaFresh, Persist: want.role.Persist,
@@ -204,6 +212,9 @@ func spec(out *Host, want wanted) *agentapi.Assignment {
 	}
 	if want.role.disk == nil {
 		s.Release.KernelBlob, s.Release.Modules = agentapi.Blob(rel.Kernel), agentapi.Blob(rel.Modules)
+	}
+	if len(rel.Apps) > 0 {
+		s.Release.OS = rel.OS()
 	}
 	s.Version = version(s)
 	return s
@@ -240,8 +251,8 @@ func version(s *agentapi.Assignment) string {
 
 // activateOf is a role's way to another release as the agent gets it: "" is a reboot.
 func activateOf(word string) string {
-	if word == agentapi.Kexec {
-		return agentapi.Kexec
+	if word == agentapi.Kexec || word == agentapi.Restart {
+		return word
 	}
 	return ""
 }
@@ -312,7 +323,8 @@ type role struct {
 	base, delta images.RecipeID // delta is "" where disk is set
 	baseRecipe  images.BaseRecipe
 	recipe      images.DeltaRecipe
-	disk        *images.DiskRecipe // of an image that is booted as it is, in place of the other two; its id is base
+	disk        *images.DiskRecipe         // of an image that is booted as it is, in place of the other two; its id is base
+	apps        map[string]images.RecipeID // by app
 	checks      []agentapi.Check
 	iscsi       *state.ISCSI    // nil: its hosts run from disks of their own
 	release     *images.Release // nil until it is built

@@ -21,6 +21,7 @@ type Observed struct {
 	Bases       map[images.RecipeID]images.Base
 	Deltas      map[images.RecipeID]images.Delta
 	Disks       map[images.RecipeID]images.Disk
+	Apps        map[images.RecipeID]images.App
 	Builds      map[images.RecipeID]state.Build
 	Machines    map[string]state.Machine // by MAC
 	Nodes       map[string]state.Node    // by MAC
@@ -29,7 +30,7 @@ type Observed struct {
 // A Plan is what a fleet wants of the machines.
 type Plan struct {
 	Commit string  `json:"commit"`
-	Builds []Build `json:"builds,omitempty"` // bases first, then deltas, then disks, each by name
+	Builds []Build `json:"builds,omitempty"` // apps first, then bases, deltas and disks, each by name
 	Hosts  []Host  `json:"hosts"`            // by name: all that are declared, and those that leave
 	// Unclaimed are the MACs of machines that booted from us and that no host declares.
 	Unclaimed []string `json:"unclaimed,omitempty"`
@@ -42,6 +43,7 @@ type Kind string
 
 // The kinds of a build.
 const (
+	KindApp   Kind = "app"
 	KindBase  Kind = "base"
 	KindDelta Kind = "delta"
 	KindDisk  Kind = "disk"
@@ -57,7 +59,7 @@ const (
 	BuildFailed  BuildState = "failed"
 )
 
-// A Build is a recipe that has to be built. Exactly one of Base, Delta and Disk is set.
+// A Build is a recipe that has to be built. Exactly one of Base, Delta, Disk and App is set.
 type Build struct {
 	Recipe images.RecipeID     `json:"recipe"`
 	Kind   Kind                `json:"kind"`
@@ -70,6 +72,10 @@ type Build struct {
 	Base   *images.BaseRecipe  `json:"-"`
 	Delta  *images.DeltaRecipe `json:"-"`
 	Disk   *images.DiskRecipe  `json:"-"`
+	App    *images.AppRecipe   `json:"-"`
+	// Dir is the directory of the repo that an App is made of, as Commit has it; "" for an App that is made of something else.
+	Dir    string `json:"-"`
+	Commit string `json:"-"`
 }
 
 // Action is what happens to a host's machine next.
@@ -83,6 +89,8 @@ const (
 	Update Action = "update"
 	// AwaitBuild: the release is not there yet; what runs goes on.
 	AwaitBuild Action = "build"
+	// Restart: only apps differ, and the role wants no reboot for that: the node fetches them, mounts them anew and restarts them.
+	Restart Action = "restart"
 	// StageAndReboot: the node fetches images in the background, then reboots.
 	StageAndReboot Action = "stage-and-reboot"
 	// Reboot: all images are in the node's cache, or on the server, or the node has no cache yet to fetch them into.
@@ -124,6 +132,8 @@ type Host struct {
 	Spec        *agentapi.Assignment `json:"-"`
 	Base, Delta images.RecipeID      `json:"-"` // what the release is made of
 
+	apps map[string]images.RecipeID // and its apps, by name
+
 	host  schema.Host
 	iscsi *state.ISCSI // nil for a host that runs from a disk of its own
 }
@@ -139,13 +149,13 @@ func (h Host) Assignment(commit string, since time.Time) state.Assignment {
 	return state.Assignment{
 		Host: h.Name, Generation: h.Generation, Commit: commit, Why: join(slices.DeleteFunc(slices.Clone(h.Why), func(why string) bool { return why == neverSeen || why == noAgent })), Since: since,
 		Role: h.ToRole, Release: h.To, Node: h.Spec.Node.Digest, Spec: *h.Spec,
-		Address: h.host.Address, BaseRecipe: h.Base, DeltaRecipe: h.Delta, ISCSI: h.iscsi,
+		Address: h.host.Address, BaseRecipe: h.Base, DeltaRecipe: h.Delta, AppRecipes: h.apps, ISCSI: h.iscsi,
 	}
 }
 
 // Make says what fleet, of a commit, wants in the face of obs. The fleet must be one that schema/load let through.
 func Make(fleet *schema.Fleet, commit string, obs Observed) Plan {
-	p := &planner{fleet: fleet, obs: obs, names: slices.Sorted(maps.Keys(fleet.Hosts)), roles: map[string]*role{}, diffs: map[diffKey][]string{}}
+	p := &planner{fleet: fleet, commit: commit, obs: obs, names: slices.Sorted(maps.Keys(fleet.Hosts)), roles: map[string]*role{}, diffs: map[diffKey][]string{}}
 	p.match()
 	out := Plan{Commit: commit, Hosts: make([]Host, 0, len(fleet.Hosts)), Unclaimed: p.unclaimed}
 	for _, name := range p.names {

@@ -50,7 +50,7 @@ func newWorld() *world {
 		obs: Observed{
 			Assignments: map[string]state.Assignment{}, Bases: map[images.RecipeID]images.Base{},
 			Deltas: map[images.RecipeID]images.Delta{}, Disks: map[images.RecipeID]images.Disk{}, Builds: map[images.RecipeID]state.Build{},
-			Machines: map[string]state.Machine{}, Nodes: map[string]state.Node{},
+			Apps: map[images.RecipeID]images.App{}, Machines: map[string]state.Machine{}, Nodes: map[string]state.Node{},
 		},
 	}
 	w.declare(1, "web")
@@ -118,7 +118,9 @@ func (w *world) build() {
 		return images.Image{Blob: blob(what, id, size), Data: size - 1, Root: digest.Of([]byte(what)).Hex(), Chunks: blob(what+" chunks", id, 1)}
 	}
 	for _, b := range w.plan().Builds {
-		if b.Disk != nil {
+		if b.App != nil {
+			w.obs.Apps[b.Recipe] = images.App{Recipe: b.Recipe, Image: image("app", b.Recipe, 7)}
+		} else if b.Disk != nil {
 			w.obs.Disks[b.Recipe] = images.Disk{Recipe: b.Recipe, Image: images.Blob{Digest: digest.Of([]byte(b.Disk.SHA256)), Size: 4 << 30}}
 		} else if b.Base != nil {
 			w.obs.Bases[b.Recipe] = images.Base{
@@ -152,8 +154,13 @@ func (w *world) run() {
 		}
 		rel := h.Spec.Release
 		n.Running = &agentapi.Running{Host: h.Name, Role: h.Spec.Role, Generation: h.Spec.Generation, Release: rel.ID, Node: h.Spec.Node.Digest}
+		n.Running.System = rel.System()
 		n.Kernel = rel.Kernel
-		for _, d := range []digest.Digest{rel.Base.Digest, rel.Delta.Digest} {
+		has := []digest.Digest{rel.Base.Digest, rel.Delta.Digest}
+		for _, a := range rel.Apps {
+			has = append(has, a.Image.Digest)
+		}
+		for _, d := range has {
 			if !slices.Contains(n.Cached, d) {
 				n.Cached = append(slices.Clone(n.Cached), d)
 			}
@@ -189,7 +196,7 @@ func host(t *testing.T, p Plan, name string) Host {
 	return p.Hosts[i]
 }
 
-var forPeople = cmpopts.IgnoreFields(Host{}, "Name", "MAC", "From", "To", "Spec", "Base", "Delta", "host", "iscsi")
+var forPeople = cmpopts.IgnoreFields(Host{}, "Name", "MAC", "From", "To", "Spec", "Base", "Delta", "apps", "host", "iscsi")
 
 // recipe is what a text calls a recipe.
 var recipe = regexp.MustCompile(`\b[0-9a-f]{12}\b`)

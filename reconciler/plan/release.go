@@ -15,15 +15,17 @@ type Artifacts[K ~string] struct {
 	Bases  map[K]images.Base
 	Deltas map[K]images.Delta
 	Disks  map[K]images.Disk
+	Apps   map[K]images.App
 	Builds map[K]state.Build
 }
 
 // A Wanted is the release that a fleet wants for a role.
 type Wanted struct {
-	Base, Delta images.RecipeID // Delta is "" where the image is of kind "disk"
-	Release     *images.Release // nil while it is not built
-	ID          digest.Digest   // of Release
-	Missing     Missing         // the part that has to be built next, where Release is nil
+	Base, Delta images.RecipeID            // Delta is "" where the image is of kind "disk"
+	Apps        map[string]images.RecipeID // by app; nil for none
+	Release     *images.Release            // nil while it is not built
+	ID          digest.Digest              // of Release
+	Missing     Missing                    // the part that has to be built next, where Release is nil
 }
 
 // Release finds the release of a role, of fleet, among what was built.
@@ -33,6 +35,7 @@ func (a Artifacts[K]) Release(fleet *schema.Fleet, role schema.Role) Wanted {
 	}
 	w := Wanted{Base: images.BaseRecipeOf(fleet.Images[role.OS]).ID()}
 	w.Delta = images.DeltaRecipeOf(w.Base, role).ID()
+	w.Apps = appRecipes(fleet, role)
 	base, ok := a.Bases[K(w.Base)]
 	if !ok {
 		w.Missing = Missing{What: "image " + role.OS, Recipe: w.Base, Build: a.Builds[K(w.Base)]}
@@ -43,11 +46,34 @@ func (a Artifacts[K]) Release(fleet *schema.Fleet, role schema.Role) Wanted {
 		w.Missing = Missing{What: "role " + role.Name, Recipe: w.Delta, Build: a.Builds[K(w.Delta)]}
 		return w
 	}
+	var apps []images.ReleaseApp
+	for _, app := range role.Apps {
+		id := w.Apps[app.Name]
+		built, ok := a.Apps[K(id)]
+		if !ok {
+			w.Missing = Missing{What: "app image " + app.Image, Recipe: id, Build: a.Builds[K(id)]}
+			return w
+		}
+		apps = append(apps, images.ReleaseAppOf(app, built.Image))
+	}
 	w.Release = &images.Release{
+		Apps: apps,
 		Base: base.Image, Delta: delta.Image, Kernel: base.Kernel, Modules: base.Modules, KernelArgs: role.Kernel.Args,
 	}
 	w.ID = w.Release.ID()
 	return w
+}
+
+// appRecipes are the recipes of a role's app images, by app; nil for none.
+func appRecipes(fleet *schema.Fleet, role schema.Role) map[string]images.RecipeID {
+	if len(role.Apps) == 0 {
+		return nil
+	}
+	all := make(map[string]images.RecipeID, len(role.Apps))
+	for _, app := range role.Apps {
+		all[app.Name] = images.AppRecipeOf(fleet.Images[app.Image]).ID()
+	}
+	return all
 }
 
 // disk finds the release of a role whose image is booted as it is.

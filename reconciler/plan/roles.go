@@ -34,8 +34,9 @@ func (p *planner) newRole(name string) *role {
 		r.delta = r.recipe.ID()
 	}
 	r.checks = checksOf(r.Healthy)
-	built := Artifacts[images.RecipeID]{Bases: p.obs.Bases, Deltas: p.obs.Deltas, Disks: p.obs.Disks, Builds: p.obs.Builds}
+	built := Artifacts[images.RecipeID]{Bases: p.obs.Bases, Deltas: p.obs.Deltas, Disks: p.obs.Disks, Apps: p.obs.Apps, Builds: p.obs.Builds}
 	want := built.Release(p.fleet, r.Role)
+	r.apps = want.Apps
 	r.release, r.id, r.wait, r.unfit = want.Release, want.ID, want.Missing.String(), want.Missing.Why != ""
 	r.iscsi = r.onServer()
 	return r
@@ -64,6 +65,9 @@ const (
 // BuildsOf are the builds by which the image or, where there is no such image, the role of that name is made, the base
 // first, with their recipes and names alone, whether or not they are done. None where the fleet has neither.
 func BuildsOf(fleet *schema.Fleet, name string) []Build {
+	if img := fleet.Images[name]; img.Kind == string(KindApp) {
+		return []Build{appBuild(img)}
+	}
 	role, isRole := fleet.Roles[name]
 	os := role.OS
 	if _, isImage := fleet.Images[name]; isImage {
@@ -80,8 +84,17 @@ func BuildsOf(fleet *schema.Fleet, name string) []Build {
 	if isRole {
 		delta := images.DeltaRecipeOf(all[0].Recipe, role)
 		all = append(all, Build{Recipe: delta.ID(), Kind: KindDelta, Name: name, Delta: &delta})
+		for _, app := range role.Apps {
+			all = append(all, appBuild(fleet.Images[app.Image]))
+		}
 	}
 	return all
+}
+
+// appBuild is the build of an app image.
+func appBuild(img schema.Image) Build {
+	recipe := images.AppRecipeOf(img)
+	return Build{Recipe: recipe.ID(), Kind: KindApp, Name: img.Name, App: &recipe, Dir: img.From.Dir}
 }
 
 // builds lists what has to be built for the hosts, for discovery, since a machine that no host declares boots an OS image
@@ -120,9 +133,18 @@ func (p *planner) wantRole(all map[images.RecipeID]*Build, r *role) {
 		p.want(all, Build{Recipe: r.base, Kind: KindDisk, Name: r.OS, Disk: r.disk, Hosts: r.waiting})
 		return
 	}
+	for _, app := range r.Apps {
+		if b := appBuild(p.fleet.Images[app.Image]); p.obs.Apps[b.Recipe].Recipe == "" {
+			b.Hosts = r.waiting
+			p.want(all, b)
+		}
+	}
 	_, based := p.obs.Bases[r.base]
 	if !based {
 		p.want(all, Build{Recipe: r.base, Kind: KindBase, Name: r.OS, Base: &r.baseRecipe, Hosts: r.waiting})
+	}
+	if delta, ok := p.obs.Deltas[r.delta]; based && ok && delta.Base == p.obs.Bases[r.base].Image.Blob {
+		return // only apps are missing
 	}
 	b := Build{Recipe: r.delta, Kind: KindDelta, Name: r.Name, Delta: &r.recipe, Hosts: r.waiting}
 	if !based {
@@ -135,6 +157,13 @@ func (p *planner) wantRole(all map[images.RecipeID]*Build, r *role) {
 func (p *planner) wantAsked(all map[images.RecipeID]*Build) {
 	for _, name := range slices.Sorted(maps.Keys(p.fleet.Images)) {
 		img := p.fleet.Images[name]
+		if img.Kind == string(KindApp) {
+			b := appBuild(img)
+			if p.obs.Apps[b.Recipe].Recipe == "" && all[b.Recipe] == nil && p.obs.Builds[b.Recipe].Asked {
+				p.want(all, b)
+			}
+			continue
+		}
 		if img.From.Disk != nil {
 			disk := images.DiskRecipeOf(img)
 			if id := disk.ID(); p.obs.Disks[id].Recipe == "" && all[id] == nil && p.obs.Builds[id].Asked {
@@ -179,6 +208,8 @@ func (p *planner) want(all map[images.RecipeID]*Build, b Build) {
 		b.Parts = baseParts(*b.Base)
 	case b.Delta != nil:
 		b.Parts = deltaParts(*b.Delta)
+	case b.App != nil:
+		b.Parts, b.Commit = appParts(*b.App), p.commit
 	default:
 		b.Parts = diskParts(*b.Disk)
 	}
@@ -199,7 +230,7 @@ func (p *planner) releases() []state.Release {
 		}
 		i := slices.IndexFunc(out, func(rel state.Release) bool { return rel.ID == r.id })
 		if i < 0 {
-			out = append(out, state.Release{ID: r.id, Base: r.base, Delta: r.delta, Release: *r.release})
+			out = append(out, state.Release{ID: r.id, Base: r.base, Delta: r.delta, AppRecipes: r.apps, Release: *r.release})
 			i = len(out) - 1
 		}
 		if len(out[i].Roles) < maxNames {

@@ -94,6 +94,7 @@ func (p *planner) compare(old *state.Assignment, r *role) []string {
 			why = append(why, p.recipes(of, old.DeltaRecipe, now)...)
 		}
 	}
+	why = append(why, p.appChanges(old, r)...)
 	if rel := old.Spec.Release; rel != nil && !slices.Equal(rel.KernelArgs, r.Kernel.Args) {
 		why = append(why, "kernel arguments of role "+r.Name+" changed")
 	}

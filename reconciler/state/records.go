@@ -11,6 +11,7 @@
 //	base        bases/<recipe>          builds            what came out of it
 //	delta       deltas/<recipe>         builds            what came out of it
 //	disk        disks/<recipe>          builds            what came out of it
+//	app         apps/<recipe>           builds            what came out of it
 //	machine     machines/<mac>          agents            what a machine is made of, when it was first seen
 //	node        nodes/<mac>             agents            what it runs and how it is: changes often
 //	            (both are deleted by strangers, where no host is that machine)
@@ -77,6 +78,8 @@ type Assignment struct {
 	Address     netip.Addr      `json:"address,omitzero"`
 	BaseRecipe  images.RecipeID `json:"baseRecipe,omitempty"`
 	DeltaRecipe images.RecipeID `json:"deltaRecipe,omitempty"`
+	// AppRecipes are those of its apps' images, by app.
+	AppRecipes map[string]images.RecipeID `json:"appRecipes,omitempty"`
 
 	// ISCSI, where it is set, says that the host runs from LUNs of the server. How it reaches them is not part of the
 	// assignment: the luns controller knows, and agents are told when they are open.
@@ -269,6 +272,8 @@ type Release struct {
 	ID    digest.Digest   `json:"id"`
 	Base  images.RecipeID `json:"baseRecipe"`
 	Delta images.RecipeID `json:"deltaRecipe"` // "" for a disk image, whose recipe is Base
+	// AppRecipes are those of its apps' images, by app.
+	AppRecipes map[string]images.RecipeID `json:"appRecipes,omitempty"`
 	images.Release
 	Created time.Time `json:"created"`
 	Roles   []string  `json:"roles"` // whose release it was when it was made; the first hundred

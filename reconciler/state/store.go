@@ -255,6 +255,7 @@ var (
 	Bases       = Kind[images.Base]{"bases/"}
 	Deltas      = Kind[images.Delta]{"deltas/"}
 	Disks       = Kind[images.Disk]{"disks/"}
+	Apps        = Kind[images.App]{"apps/"}
 	Releases    = Kind[Release]{"releases/"}
 	Machines    = Kind[Machine]{"machines/"}
 	Nodes       = Kind[Node]{"nodes/"}

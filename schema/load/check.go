@@ -42,9 +42,9 @@ func (m *merged) checkDiscovery() {
 	if !ok && !m.broken {
 		m.add(d.problem("os", "discovery.os: unknown OS image %q%s", d.Value.OS, suggest(d.Value.OS, keys(m.images))))
 	}
-	if img.Value.Kind == diskKind {
-		m.add(d.problem("os", "discovery.os: image %q is of kind %q (%s), and machines that no host declares boot one of kind \"os\"",
-			d.Value.OS, diskKind, img.where("")))
+	if ok && !img.Bad && img.Value.Kind != osKind {
+		m.add(d.problem("os", "discovery.os: image %q is of kind %q (%s), and machines that no host declares boot one of kind %q",
+			d.Value.OS, img.Value.Kind, img.where(""), osKind))
 	}
 }
 
@@ -67,10 +67,11 @@ func (m *merged) checkRoles() {
 			m.add(r.problem("iscsi", "roles.%s.iscsi: says something only of a role with boot: %q", label(name), bootISCSI))
 		}
 		m.checkPersist(name, r)
-		for i, app := range r.Value.Apps {
-			at := "apps." + strconv.Itoa(i)
-			m.add(r.problem(at, "roles.%s.%s: unknown app image %q", label(name), at, app))
+		if ok && !img.Bad && img.Value.Kind == appKind {
+			m.add(r.problem("os", "roles.%s.os: image %q is of kind %q (%s): it is run on an OS, and is none", label(name), r.Value.OS, appKind, img.where("")))
+			continue
 		}
+		m.checkApps(name, r)
 	}
 }
 
@@ -100,6 +101,7 @@ func (m *merged) checkPersist(name string, r found[schema.Role]) {
 }
 
 const (
+	osKind    = "os"    // of an image that is a root file system with a kernel
 	bootRAM   = "ram"   // of a role
 	diskKind  = "disk"  // of an image that is a whole disk
 	bootISCSI = "iscsi" // of a role

@@ -232,6 +232,10 @@ func (e *evaluation) schemaAt(path []string) cue.Value {
 			v = e.file
 			continue
 		}
+		if i == 3 && isApps(path[:i]) {
+			v = e.app
+			continue
+		}
 		next := v.LookupPath(cue.MakePath(cue.Str(unquote(p)).Optional()))
 		if !next.Exists() {
 			next = v.LookupPath(cue.MakePath(cue.AnyString))
@@ -262,8 +266,8 @@ func (e *evaluation) fieldsOf(path []string) []string {
 func (e *evaluation) explainDisjunction(path []string, group []cueerrors.Error) {
 	v := e.at(path)
 	isFile := len(path) > 1 && unquote(path[len(path)-2]) == "files"
-	if isFile && v.IncompleteKind() == cue.StructKind {
-		// A file in full: what does not matter is that it is no plain text either.
+	if (isFile || isApps(path)) && v.IncompleteKind() == cue.StructKind {
+		// A file or apps in full: what does not matter is that they are no plain text or list of names either.
 		group = slices.DeleteFunc(slices.Clone(group[1:]), func(m cueerrors.Error) bool {
 			return len(userPath(m)) == len(path) && !strings.Contains(format(m), "required")
 		})
@@ -276,6 +280,9 @@ func (e *evaluation) explainDisjunction(path []string, group []cueerrors.Error) 
 	if isFile {
 		text = "want text or {content: …}, not " + e.written(path)
 	}
+	if isApps(path) && v.IncompleteKind() != cue.ListKind {
+		text = "want names of app images, or apps by name, not " + e.written(path)
+	}
 	pos := token.NoPos
 	for _, m := range group {
 		if p := e.userPlace(m); p.IsValid() {
@@ -287,6 +294,9 @@ func (e *evaluation) explainDisjunction(path []string, group []cueerrors.Error) 
 	}
 	e.add(pos, "%s: %s", pathText(path), text)
 }
+
+// isApps says whether path is that of a role's apps.
+func isApps(path []string) bool { return len(path) == 3 && path[0] == "roles" && path[2] == "apps" }
 
 // noneOf says what is wanted in the place of v, from why it is none of several things.
 func (e *evaluation) noneOf(path []string, v cue.Value, why []cueerrors.Error) string {

@@ -3,6 +3,7 @@ package load
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
 	"path"
 	"slices"
@@ -176,22 +177,63 @@ func (e *evaluation) image(name string, v cue.Value, it *item[schema.Image]) {
 	if d := it.Value.From.Disk; d != nil {
 		d.SHA256 = strings.ToLower(d.SHA256)
 	}
+	if t := it.Value.From.Tar; t != nil {
+		t.SHA256 = strings.ToLower(t.SHA256)
+	}
+	if it.Value.From.Dir != "" {
+		it.At[atDir] = e.place(e.posOf("images", name, "from", "dir"))
+	}
 }
+
+// atDir is where an image names a directory of the repo.
+const atDir = "from.dir"
+
+// madeOf are what an image of each kind can be made of.
+var madeOf = map[string][]string{"os": {"debian"}, diskKind: {"disk"}, appKind: {"dir", "tar", "debian", "oci"}}
 
 // imageFrom checks that an image is made of what its kind is made of, and of nothing else.
 func (e *evaluation) imageFrom(img schema.Image) {
-	has := map[string]bool{"debian": img.From.Debian != nil, "disk": img.From.Disk != nil}
-	want, other := "debian", "disk"
-	if img.Kind == "disk" {
-		want, other = other, want
+	from := img.From
+	has := map[string]bool{
+		"debian": from.Debian != nil, "disk": from.Disk != nil, "dir": from.Dir != "", "tar": from.Tar != nil, "oci": from.OCI != nil,
 	}
-	if has[other] {
-		e.complain([]string{"images", img.Name, "from", other}, "an image of kind %q is not made of it: want %s: {…}", img.Kind, want)
-		return
+	at := []string{"images", img.Name, "from"}
+	want := madeOf[img.Kind]
+	var said []string
+	for _, source := range slices.Sorted(maps.Keys(has)) {
+		switch {
+		case has[source] && !slices.Contains(want, source):
+			e.complain(append(at, source), "an image of kind %q is not made of it: want %s", img.Kind, sourceText(want))
+			return
+		case has[source]:
+			said = append(said, source)
+		}
 	}
-	if !has[want] {
-		e.complain([]string{"images", img.Name, "from"}, "says nothing: want %s: {…}", want)
+	switch {
+	case len(said) == 0:
+		e.complain(at, "says nothing: want %s", sourceText(want))
+	case len(said) > 1:
+		e.complain(append(at, said[1]), "an image is made of one thing, and this one of %s", strings.Join(said, " and "))
+	case img.Kind == "os" && from.Debian.Kernel == "":
+		e.complain(append(at, "debian", "kernel"), "missing")
+	case img.Kind == appKind && from.Debian != nil && from.Debian.Kernel != "":
+		e.complain(append(at, "debian", "kernel"), "an app runs on the kernel of its OS")
+	case img.Kind == appKind && from.Debian != nil && len(from.Debian.Packages) == 0:
+		e.complain(append(at, "debian", "packages"), "missing: an app of no packages is empty")
 	}
+}
+
+// sourceText is how what an image is made of is written.
+func sourceText(sources []string) string {
+	var out []string
+	for _, s := range sources {
+		if s == "dir" {
+			out = append(out, `dir: "PATH"`)
+			continue
+		}
+		out = append(out, s+": {…}")
+	}
+	return strings.Join(out, " or ")
 }
 
 func (e *evaluation) role(name string, v cue.Value, it *item[schema.Role]) {
@@ -219,9 +261,7 @@ func (e *evaluation) role(name string, v cue.Value, it *item[schema.Role]) {
 	it.Value.Files = wire.Files.files()
 	it.Value.Name = name
 	e.roleSize(it.Value)
-	for i := range it.Value.Apps {
-		it.At["apps."+strconv.Itoa(i)] = e.place(e.posOf("roles", name, "apps", strconv.Itoa(i)))
-	}
+	e.roleApps(name, it)
 }
 
 // marshalBut is the JSON of a struct without one of its fields.

@@ -39,6 +39,7 @@ type Loader struct {
 	Workers int
 
 	cache cache
+	trees trees
 }
 
 // Load evaluates the fleet whose root is tree. What is wrong with the fleet comes back as schema.Problems (use
@@ -70,6 +71,9 @@ func (l *Loader) Load(ctx context.Context, tree fs.FS) (*schema.Fleet, error) {
 		return nil, runErr
 	}
 	m.check()
+	if err := l.readDirs(ctx, m, tree); err != nil {
+		return nil, err
+	}
 	if len(m.problems) > 0 {
 		return nil, tidy(m.problems)
 	}

@@ -151,7 +151,7 @@ func (m *merged) fill() {
 // firstOS is the first image by name that machines can boot which no host declares; "" for none.
 func (m *merged) firstOS() string {
 	for _, name := range slices.Sorted(maps.Keys(m.images)) {
-		if m.images[name].Value.Kind != diskKind {
+		if img := m.images[name]; img.Bad || img.Value.Kind == osKind {
 			return name
 		}
 	}

@@ -28,6 +28,7 @@ type worker struct {
 	ctx    *cue.Context
 	fleet  cue.Value // #Fleet
 	file   cue.Value // #FileSpec
+	app    cue.Value // #App
 	schema *schemaDocs
 	shards int
 }
@@ -78,6 +79,7 @@ func (w *worker) prepare() error {
 	v := w.ctx.BuildFile(f)
 	w.fleet = v.LookupPath(cue.ParsePath("#Fleet"))
 	w.file = v.LookupPath(cue.ParsePath("#FileSpec"))
+	w.app = v.LookupPath(cue.ParsePath("#App"))
 	w.schema = readSchemaDocs(f)
 	return v.Err()
 }

@@ -48,7 +48,7 @@ func (c *Cache) makeRoom(missing []agentapi.Image, f Fetch) error {
 	e := eviction{missing: missing, needed: slices.Clone(f.Keep), deltas: slices.Clone(f.Deltas)}
 	for _, r := range c.precious() {
 		e.needed = append(e.needed, r.digests()...)
-		e.deltas = append(e.deltas, r.Key)
+		e.deltas = append(e.deltas, r.NodeDelta())
 	}
 	for _, b := range f.all() {
 		e.needed = append(e.needed, b.Digest)
@@ -206,19 +206,21 @@ func (c *Cache) evictDelta(keep []string, mayGo func(Record) bool) (bool, error)
 	return false, nil
 }
 
-// deltas are the records of the node deltas on the disk, least recently used first. One that has no record was used before
-// all that have, or never.
+// deltas are the records of the node deltas on the disk, least recently used first, each the newest of those that share the
+// delta and under the delta's ID in place of its own key. One that has no record was used before all that have, or never.
 func (c *Cache) deltas() ([]Record, error) {
 	entries, err := os.ReadDir(c.path("deltas"))
 	if err != nil {
 		return nil, fmt.Errorf("listing the node deltas: %w", err)
 	}
+	newest := map[string]Record{}
+	for _, r := range slices.Backward(c.Records()) {
+		newest[r.NodeDelta()] = r
+	}
 	all := make([]Record, 0, len(entries))
 	for _, e := range entries {
-		r, ok := c.Record(e.Name())
-		if !ok {
-			r = Record{Key: e.Name()}
-		}
+		r := newest[e.Name()]
+		r.Key = e.Name()
 		all = append(all, r)
 	}
 	slices.SortStableFunc(all, func(a, b Record) int { return cmp.Compare(a.Used, b.Used) })
@@ -248,7 +250,7 @@ func (c *Cache) TrimDeltas(keep ...string) error {
 	defer c.evicting.Unlock()
 	keep = slices.Clone(keep)
 	for _, r := range c.precious() {
-		keep = append(keep, r.Key)
+		keep = append(keep, r.NodeDelta())
 	}
 	for {
 		all, err := c.deltas()

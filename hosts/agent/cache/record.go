@@ -26,7 +26,8 @@ const maxRecords = 2 * maxDeltas
 // and how its boots ended. Its key is the ID of its node delta.
 type Record struct {
 	Key        string              `json:"key"`
-	Assignment agentapi.Assignment `json:"assignment"` // the newest one; without the secrets of a target
+	Delta      string              `json:"delta,omitempty"` // the ID of its node delta, where that is another than Key
+	Assignment agentapi.Assignment `json:"assignment"`      // the newest one; without the secrets of a target
 	// Used is the number of the switch to it, of all switches of this node: the higher, the later. 0: there was none.
 	Used uint64 `json:"used,omitempty"`
 	// Healthy is the Used of the last boot in which it became healthy; 0: it never did.
@@ -62,12 +63,12 @@ type Left struct {
 // IsGood says whether the node may go back to it.
 func (r Record) IsGood() bool { return r.Healthy > 0 && r.Bad == nil }
 
-// Images are what its root is mounted from.
+// Images are what it is mounted from, its apps' with it.
 func (r Record) Images() []agentapi.Blob {
 	if r.Assignment.Release == nil {
 		return nil
 	}
-	return []agentapi.Blob{r.Assignment.Release.Base.Blob, r.Assignment.Release.Delta.Blob}
+	return r.Assignment.Release.Blobs()
 }
 
 // digests are all that the release is booted from: its images, and what starts its kernel where no server does.
@@ -86,7 +87,15 @@ func (r Record) digests() []digest.Digest {
 	return out
 }
 
-// KeyOf is the key of an assignment's record, and the ID of its node delta.
+// NodeDelta is the ID of its node delta.
+func (r Record) NodeDelta() string { return cmp.Or(r.Delta, r.Key) }
+
+// NodeDeltaOf is the ID of an assignment's node delta: releases that differ in apps alone share it.
+func NodeDeltaOf(a agentapi.Assignment) string {
+	return DeltaID(a.Host, a.Release.System(), a.Node.Digest)
+}
+
+// KeyOf is the key of an assignment's record.
 func KeyOf(a agentapi.Assignment) string { return DeltaID(a.Host, a.Release.ID, a.Node.Digest) }
 
 // Records are all records, the last one used first.
@@ -116,7 +125,12 @@ func (c *Cache) Remember(a agentapi.Assignment) error { return c.remember(KeyOf(
 
 func (c *Cache) remember(key string, a agentapi.Assignment) error {
 	a.ISCSI = withoutSecrets(a.ISCSI)
-	return c.change(key, func(r *Record) { r.Assignment = a })
+	return c.change(key, func(r *Record) {
+		r.Assignment = a
+		if a.Release != nil && len(a.Release.Apps) > 0 {
+			r.Delta = NodeDeltaOf(a)
+		}
+	})
 }
 
 // withoutSecrets leaves of a target what says that there is one: its secrets come with each boot, from the server.
