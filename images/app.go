@@ -7,7 +7,7 @@ import (
 	"github.com/troupe-dev/troupe/schema"
 )
 
-// An AppRecipe is what an app image is made of: one of a directory, an archive, an OCI image and Debian packages.
+// An AppRecipe is what an app image is made of: one of a directory, an archive, an OCI image, Debian packages and what is compiled for it.
 type AppRecipe struct {
 	Tree   digest.Digest `json:"tree,omitempty"`   // what a directory of the repo holds (internal/treesum)
 	URL    string        `json:"url,omitempty"`    // of a tar archive
@@ -15,6 +15,8 @@ type AppRecipe struct {
 	OCI    string        `json:"oci,omitempty"`    // "docker://HOST/NAME…" or "oci:/DIR…", each with ":TAG" or "@sha256:…"
 	Arch   string        `json:"arch,omitempty"`   // that is taken of an OCI image for several
 	Debian BaseRecipe    `json:"debian,omitzero"`  // packages that are only unpacked; without a kernel
+
+	Compile CompileRecipe `json:"compile,omitzero"`
 }
 
 // An App is what came out of an AppRecipe.
@@ -52,8 +54,15 @@ func AppRecipeOf(img schema.Image) AppRecipe {
 		return AppRecipe{OCI: from.OCI.Image, Arch: from.OCI.Arch}
 	case img.Kind == "app" && from.Debian != nil:
 		return AppRecipe{Debian: BaseRecipeOf(img)}
+	case from.Compile != nil:
+		return AppRecipe{Compile: CompileRecipeOf(MachineRecipeOf(from.Compile).ID(), from.Compile)}
 	}
 	return AppRecipe{}
+}
+
+// MachineRecipeOf is the recipe of the OS base of the machine that compiles.
+func MachineRecipeOf(c *schema.Compile) BaseRecipe {
+	return BaseRecipeOf(schema.Image{Kind: "os", From: schema.From{Debian: c.Base}})
 }
 
 // ReleaseAppOf is app of a role, whose image is there.
@@ -79,7 +88,7 @@ func (r Release) OS() digest.Digest {
 
 func (r AppRecipe) canonical() []byte {
 	e := encoder{}.str(formatApp).str(string(r.Tree)).str(r.URL).str(r.SHA256).str(r.OCI).str(r.Arch)
-	return r.Debian.encode(e).b
+	return r.Compile.encode(r.Debian.encode(e)).b
 }
 
 func (a ReleaseApp) encode(e encoder) encoder {

@@ -22,6 +22,12 @@ func TestAppRecipesOfSchema(t *testing.T) {
 			schema.From{Debian: &schema.Debian{Suite: "bookworm", Packages: []string{"jq", "jq"}}},
 			AppRecipe{Debian: BaseRecipe{Suite: "bookworm", Packages: []string{"jq"}}},
 		},
+		"what is compiled": {
+			schema.From{Compile: &schema.Compile{
+				Source: schema.CompileSource{Dir: "src", Tree: tree.String()}, In: "debian", Base: &schema.Debian{Suite: "bookworm"}, Run: []string{"make"}, Output: "/out",
+			}},
+			AppRecipe{Compile: CompileRecipe{Source: tree, Base: BaseRecipe{Suite: "bookworm"}.ID(), Run: []string{"make"}, Output: "/out"}},
+		},
 	} {
 		got := AppRecipeOf(schema.Image{Kind: "app", From: c.from})
 		if d := cmp.Diff(c.want, got); d != "" {

@@ -22,7 +22,7 @@ import (
 //	delta recipe:  base files list(packages) list(enable) list(run) list(boot)
 //	compilation:   source url base list(run) output number(network: 0 or 1)
 //	disk recipe:   url sha256 format
-//	app recipe:    tree url sha256 oci arch, and the fields of a base recipe
+//	app recipe:    tree url sha256 oci arch, and the fields of a base recipe and of a compilation
 //	release:       base delta kernel modules list(kernelArgs)
 //	disk release:  disk, and the fields of a release
 //	app release:   disk number(count) app…, and the fields of a release
@@ -61,8 +61,10 @@ func (r DeltaRecipe) canonical() []byte {
 	return e.list(sorted(r.Packages)).list(sorted(r.Enable)).list(r.Run).list(r.Boot).b
 }
 
-func (r CompileRecipe) canonical() []byte {
-	return r.steps(encoder{}.str(formatCompile).str(string(r.Source)).str(r.URL).str(string(r.Base))).b
+func (r CompileRecipe) canonical() []byte { return r.encode(encoder{}.str(formatCompile)).b }
+
+func (r CompileRecipe) encode(e encoder) encoder {
+	return r.steps(e.str(string(r.Source)).str(r.URL).str(string(r.Base)))
 }
 
 // steps adds what is done with the source.

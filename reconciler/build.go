@@ -289,10 +289,16 @@ func (b *builds) step(ctx context.Context) (next time.Time, err error) {
 }
 
 func baseIsThere(want plan.Build, obs plan.Observed) bool {
-	if want.Delta == nil {
+	base := want.After
+	if want.Delta != nil {
+		base = want.Delta.Base
+	} else if want.App != nil {
+		base = want.App.Compile.Base
+	}
+	if base == "" {
 		return true
 	}
-	_, ok := obs.Bases[want.Delta.Base]
+	_, ok := obs.Bases[base]
 	return ok
 }
 
@@ -392,7 +398,7 @@ func (b *builds) build(ctx context.Context, want plan.Build, obs plan.Observed, 
 		}, err
 	}
 	if want.App != nil {
-		app, err := b.app(ctx, want, p)
+		app, err := b.app(ctx, want, obs, p)
 		return func(ctx context.Context) (images.Blob, error) {
 			return app.Image.Blob, state.Apps.Put(ctx, b.store, id, app)
 		}, err
@@ -424,8 +430,8 @@ func taken[T any](ctx context.Context, b *builds, want plan.Build, fits func(T) 
 }
 
 // app makes an app image. The directory that it may be made of is that of the commit for which it was planned.
-func (b *builds) app(ctx context.Context, want plan.Build, p build.Progress) (images.App, error) {
-	var src build.AppSource
+func (b *builds) app(ctx context.Context, want plan.Build, obs plan.Observed, p build.Progress) (images.App, error) {
+	src := build.AppSource{Base: obs.Bases[want.App.Compile.Base]}
 	if want.Dir != "" {
 		files, err := b.files(ctx, want.Commit)
 		if err == nil {

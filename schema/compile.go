@@ -4,11 +4,13 @@ import "encoding/json"
 
 // Compile says how an image is made of a source, in a machine that is there for nothing else.
 type Compile struct {
-	Source  CompileSource `json:"source"`
-	In      string        `json:"in"`     // names an Image of kind "os": that of the machine
-	Run     []string      `json:"run"`    // shell commands, run in order in /src
-	Output  string        `json:"output"` // absolute path of the directory or file that the image gets
-	Network bool          `json:"network,omitempty"`
+	Source CompileSource `json:"source"`
+	In     string        `json:"in"` // names an Image of kind "os": that of the machine
+	// Base is what that image is made of. No file says it: it is found when the fleet is loaded.
+	Base    *Debian  `json:"base,omitempty"`
+	Run     []string `json:"run"`    // shell commands, run in order in /src
+	Output  string   `json:"output"` // absolute path of the directory or file that the image gets
+	Network bool     `json:"network,omitempty"`
 }
 
 // CompileSource is a directory of the repo, or an archive. In CUE a plain string is the directory.

@@ -57,6 +57,8 @@ type From struct {
 	Tar    *TarFile  `json:"tar,omitempty"`    // of kind "app"
 	OCI    *OCI      `json:"oci,omitempty"`    // of kind "app"
 
+	Compile *Compile `json:"compile,omitempty"` // of kind "app"
+
 	// Tree names what Dir holds in this commit, as internal/treesum does. No file says it: it is found when the fleet is loaded.
 	Tree string `json:"tree,omitempty"`
 }

@@ -25,7 +25,8 @@ import (
 
 // An AppSource is what an app's recipe only names.
 type AppSource struct {
-	Tree fs.FS // the directory whose name is the recipe's Tree; nil for a recipe without one
+	Tree fs.FS       // the directory whose name is the recipe's Tree, or what is compiled; nil for a recipe without one
+	Base images.Base // of the machine that compiles; the zero Base for a recipe where nothing is compiled
 }
 
 // App makes the image of an application: an EROFS image as a base is one, of nothing but the application's files. What went
@@ -70,6 +71,8 @@ func (b *Builder) makeApp(ctx context.Context, r images.AppRecipe, src AppSource
 	case len(r.Debian.Packages) > 0:
 		s.begin("packages")
 		app.Packages, err = f.addPackages(ctx, r.Debian, scratch, s)
+	case r.Compile.Output != "":
+		err = b.addCompiled(ctx, r.Compile, src, f, s)
 	default:
 		err = errors.New("the recipe of the app says nothing")
 	}
@@ -134,6 +137,19 @@ func (f *flattener) keepFile(n *node, tree fs.FS, name string) error {
 		return err
 	}
 	return f.keep(n, file, fi.Size())
+}
+
+// addCompiled adds what is compiled for the app.
+func (b *Builder) addCompiled(ctx context.Context, r images.CompileRecipe, src AppSource, f *flattener, s *steps) error {
+	blob, err := b.compile(ctx, r, src.Base, src.Tree, s)
+	if err != nil {
+		return err
+	}
+	out, err := b.Store.Reader(ctx, blob.Digest)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.add(ctx, out), out.Close())
 }
 
 // addTar adds an archive that somebody else made.

@@ -3,9 +3,6 @@ package build
 import (
 	"archive/tar"
 	"bufio"
-	"bytes"
-	"compress/bzip2"
-	"compress/gzip"
 	"context"
 	"encoding/json"
 	"errors"
@@ -18,8 +15,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/klauspost/compress/zstd"
-	"github.com/ulikunitz/xz"
 	"golang.org/x/sys/unix"
 
 	"github.com/troupe-dev/troupe/images"
@@ -227,7 +222,7 @@ func writeArchive(ctx context.Context, w *tar.Writer, f io.ReadSeeker) error {
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	r, closeArchive, err := decompressed(contextReader{ctx, f})
+	r, closeArchive, err := decompress(contextReader{ctx, f})
 	if err != nil {
 		return fmt.Errorf("reading the source: %w", err)
 	}
@@ -311,28 +306,4 @@ func (u *unpacker) place(name string) (string, error) {
 		}
 	}
 	return clean, nil
-}
-
-// decompressed reads r as what it begins like; closeArchive lets go of what that took.
-func decompressed(r io.Reader) (_ io.Reader, closeArchive func(), err error) {
-	b := bufio.NewReaderSize(r, 64<<10)
-	head, _ := b.Peek(6) // a shorter file is no archive of these
-	none := func() {}
-	switch {
-	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
-		z, err := gzip.NewReader(b)
-		return z, none, err
-	case bytes.HasPrefix(head, []byte("BZh")):
-		return bzip2.NewReader(b), none, nil
-	case bytes.HasPrefix(head, []byte("\xfd7zXZ\x00")):
-		z, err := xz.ReaderConfig{DictCap: 64 << 20}.NewReader(b)
-		return z, none, err
-	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
-		z, err := zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(1<<30))
-		if err != nil {
-			return nil, none, err
-		}
-		return z, z.Close, nil
-	}
-	return b, none, nil
 }

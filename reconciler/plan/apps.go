@@ -76,6 +76,12 @@ func appParts(r images.AppRecipe) map[string]string {
 	set("SHA-256", r.SHA256)
 	set("OCI image", r.OCI)
 	set("architecture", r.Arch)
+	if c := r.Compile; c.Output != "" {
+		set("source", c.Source.Short())
+		set("machine", c.Base.Short())
+		set("steps", c.Result("").Short())
+		set("output", c.Output)
+	}
 	if u, err := url.Parse(r.URL); err == nil {
 		set("URL", u.Redacted())
 	}

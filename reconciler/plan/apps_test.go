@@ -7,6 +7,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/internal/digest"
 	"github.com/troupe-dev/troupe/schema"
 )
@@ -149,5 +150,32 @@ func TestBuildsOfAnApp(t *testing.T) {
 	}
 	if d := cmp.Diff([]Kind{KindBase, KindDelta, KindApp}, kinds); d != "" {
 		t.Errorf("builds of the role (-want +got):\n%s", d)
+	}
+}
+
+// TestCompiledApp wants the OS image of the machine that compiles before the app, though no role runs on it.
+func TestCompiledApp(t *testing.T) {
+	w := settled()
+	tools := &schema.Debian{Suite: "trixie", Kernel: "linux-image-cloud-amd64"}
+	w.site("one")
+	img := w.fleet.Images["site"]
+	img.From = schema.From{Compile: &schema.Compile{
+		Source: schema.CompileSource{Dir: "src", Tree: digest.Of([]byte("one")).String()}, In: "tools", Base: tools,
+		Run: []string{"make"}, Output: "/out",
+	}}
+	w.fleet.Images["site"] = img
+	machine := images.MachineRecipeOf(img.From.Compile)
+	p := w.plan()
+	if len(p.Builds) != 2 || p.Builds[0].Kind != KindApp || p.Builds[0].After != machine.ID() || p.Builds[0].Dir != "src" ||
+		p.Builds[1].Kind != KindBase || p.Builds[1].Name != "tools" || p.Builds[1].Recipe != machine.ID() {
+		t.Fatalf("builds: %+v", p.Builds)
+	}
+	w.obs.Bases[machine.ID()] = images.Base{Recipe: machine.ID()}
+	p = w.plan()
+	if len(p.Builds) != 1 || p.Builds[0].Kind != KindApp || p.Builds[0].After != "" || p.Builds[0].App.Compile.Base != machine.ID() {
+		t.Fatalf("builds with the machine's base: %+v", p.Builds)
+	}
+	if all := BuildsOf(w.fleet, "site"); len(all) != 2 || all[0].Recipe != machine.ID() || all[1].Kind != KindApp {
+		t.Errorf("builds by name: %+v", all)
 	}
 }

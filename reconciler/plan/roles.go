@@ -66,7 +66,7 @@ const (
 // first, with their recipes and names alone, whether or not they are done. None where the fleet has neither.
 func BuildsOf(fleet *schema.Fleet, name string) []Build {
 	if img := fleet.Images[name]; img.Kind == string(KindApp) {
-		return []Build{appBuild(img)}
+		return appBuilds(img)
 	}
 	role, isRole := fleet.Roles[name]
 	os := role.OS
@@ -85,16 +85,43 @@ func BuildsOf(fleet *schema.Fleet, name string) []Build {
 		delta := images.DeltaRecipeOf(all[0].Recipe, role)
 		all = append(all, Build{Recipe: delta.ID(), Kind: KindDelta, Name: name, Delta: &delta})
 		for _, app := range role.Apps {
-			all = append(all, appBuild(fleet.Images[app.Image]))
+			all = append(all, appBuilds(fleet.Images[app.Image])...)
 		}
 	}
 	return all
 }
 
+// appBuilds are the build of an app image, and before it that of the machine that compiles for it.
+func appBuilds(img schema.Image) []Build {
+	b := appBuild(img)
+	if c := img.From.Compile; c != nil {
+		machine := images.MachineRecipeOf(c)
+		return []Build{{Recipe: b.After, Kind: KindBase, Name: c.In, Base: &machine}, b}
+	}
+	return []Build{b}
+}
+
 // appBuild is the build of an app image.
 func appBuild(img schema.Image) Build {
 	recipe := images.AppRecipeOf(img)
-	return Build{Recipe: recipe.ID(), Kind: KindApp, Name: img.Name, App: &recipe, Dir: img.From.Dir}
+	b := Build{Recipe: recipe.ID(), Kind: KindApp, Name: img.Name, App: &recipe, Dir: img.From.Dir}
+	if c := img.From.Compile; c != nil {
+		b.Dir, b.After = c.Source.Dir, recipe.Compile.Base
+	}
+	return b
+}
+
+// wantApp adds the build of an app image, and before it that of the machine that compiles for it.
+func (p *planner) wantApp(all map[images.RecipeID]*Build, b Build, img schema.Image) {
+	if c := img.From.Compile; c != nil {
+		if _, based := p.obs.Bases[b.After]; based {
+			b.After = ""
+		} else {
+			machine := images.MachineRecipeOf(c)
+			p.want(all, Build{Recipe: b.After, Kind: KindBase, Name: c.In, Base: &machine, Hosts: b.Hosts})
+		}
+	}
+	p.want(all, b)
 }
 
 // builds lists what has to be built for the hosts, for discovery, since a machine that no host declares boots an OS image
@@ -134,9 +161,10 @@ func (p *planner) wantRole(all map[images.RecipeID]*Build, r *role) {
 		return
 	}
 	for _, app := range r.Apps {
-		if b := appBuild(p.fleet.Images[app.Image]); p.obs.Apps[b.Recipe].Recipe == "" {
+		img := p.fleet.Images[app.Image]
+		if b := appBuild(img); p.obs.Apps[b.Recipe].Recipe == "" {
 			b.Hosts = r.waiting
-			p.want(all, b)
+			p.wantApp(all, b, img)
 		}
 	}
 	_, based := p.obs.Bases[r.base]
@@ -160,7 +188,7 @@ func (p *planner) wantAsked(all map[images.RecipeID]*Build) {
 		if img.Kind == string(KindApp) {
 			b := appBuild(img)
 			if p.obs.Apps[b.Recipe].Recipe == "" && all[b.Recipe] == nil && p.obs.Builds[b.Recipe].Asked {
-				p.want(all, b)
+				p.wantApp(all, b, img)
 			}
 			continue
 		}

@@ -142,23 +142,54 @@ func (m *merged) checkApps(name string, r found[schema.Role]) {
 	}
 }
 
+// resolveMachines says of each image for which something is compiled what the machine is made of.
+func (m *merged) resolveMachines() {
+	for _, name := range sorted(m.images) {
+		img := m.images[name]
+		if img.Bad || img.Value.From.Compile == nil {
+			continue
+		}
+		c := *img.Value.From.Compile // what was evaluated may be kept for the next commit
+		os, ok := m.images[c.In]
+		switch {
+		case !ok && !m.broken:
+			m.add(img.problem(atIn, "images.%s.%s: unknown OS image %q%s", label(name), atIn, c.In, suggest(c.In, keys(m.images))))
+		case ok && !os.Bad && os.Value.Kind != osKind:
+			m.add(img.problem(atIn, "images.%s.%s: image %q is of kind %q (%s), and what compiles is of kind %q",
+				label(name), atIn, c.In, os.Value.Kind, os.where(""), osKind))
+		}
+		c.Base = os.Value.From.Debian
+		v := m.fleet.Images[name]
+		v.From.Compile = &c
+		m.fleet.Images[name] = v
+	}
+}
+
 // readDirs names what the directories hold that images are made of.
 func (l *Loader) readDirs(ctx context.Context, m *merged, fsys fs.FS) error {
 	for _, name := range sorted(m.images) {
 		img := m.images[name]
-		if img.Bad || img.Value.From.Dir == "" {
+		dir, at := img.Value.From.Dir, atDir
+		if c := img.Value.From.Compile; c != nil {
+			dir, at = c.Source.Dir, atSource
+		}
+		if img.Bad || dir == "" {
 			continue
 		}
-		sum, err := l.trees.sum(ctx, fsys, img.Value.From.Dir)
+		sum, err := l.trees.sum(ctx, fsys, dir)
 		if errors.Is(err, treesum.ErrContent) {
-			m.add(img.problem(atDir, "images.%s.from.dir: %v", label(name), err))
+			m.add(img.problem(at, "images.%s.%s: %v", label(name), at, err))
 			continue
 		}
 		if err != nil {
 			return fmt.Errorf("reading the directory of image %q: %w", name, err)
 		}
-		v := img.Value
-		v.From.Tree = sum
+		v := m.fleet.Images[name]
+		if v.From.Compile != nil {
+			v.From.Compile.Source.Tree = sum // of a copy, see resolveMachines
+		} else {
+			v.From.Tree = sum
+		}
 		m.fleet.Images[name] = v
 	}
 	return nil

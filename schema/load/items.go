@@ -180,22 +180,36 @@ func (e *evaluation) image(name string, v cue.Value, it *item[schema.Image]) {
 	if t := it.Value.From.Tar; t != nil {
 		t.SHA256 = strings.ToLower(t.SHA256)
 	}
+	if c := it.Value.From.Compile; c != nil {
+		c.Source.SHA256 = strings.ToLower(c.Source.SHA256)
+		if why := badPath(c.Output); why != "" {
+			e.complain([]string{"images", name, "from", "compile", "output"}, "%s", why)
+		}
+		for field, at := range map[string]string{"in": atIn, "source": atSource} {
+			it.At[at] = e.place(e.posOf("images", name, "from", "compile", field))
+		}
+	}
 	if it.Value.From.Dir != "" {
 		it.At[atDir] = e.place(e.posOf("images", name, "from", "dir"))
 	}
 }
 
 // atDir is where an image names a directory of the repo.
-const atDir = "from.dir"
+const (
+	atDir    = "from.dir"
+	atSource = "from.compile.source"
+	atIn     = "from.compile.in"
+)
 
 // madeOf are what an image of each kind can be made of.
-var madeOf = map[string][]string{"os": {"debian"}, diskKind: {"disk"}, appKind: {"dir", "tar", "debian", "oci"}}
+var madeOf = map[string][]string{"os": {"debian"}, diskKind: {"disk"}, appKind: {"dir", "tar", "debian", "oci", "compile"}}
 
 // imageFrom checks that an image is made of what its kind is made of, and of nothing else.
 func (e *evaluation) imageFrom(img schema.Image) {
 	from := img.From
 	has := map[string]bool{
 		"debian": from.Debian != nil, "disk": from.Disk != nil, "dir": from.Dir != "", "tar": from.Tar != nil, "oci": from.OCI != nil,
+		"compile": from.Compile != nil,
 	}
 	at := []string{"images", img.Name, "from"}
 	want := madeOf[img.Kind]

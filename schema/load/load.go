@@ -71,6 +71,7 @@ func (l *Loader) Load(ctx context.Context, tree fs.FS) (*schema.Fleet, error) {
 		return nil, runErr
 	}
 	m.check()
+	m.resolveMachines()
 	if err := l.readDirs(ctx, m, tree); err != nil {
 		return nil, err
 	}
