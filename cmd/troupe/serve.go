@@ -118,6 +118,9 @@ func (o serveOptions) check() error {
 	if o.machines < 0 {
 		return fmt.Errorf("--build-machines %d: want 1 or more", o.machines)
 	}
+	if _, err := o.registry(); err != nil {
+		return err
+	}
 	_, err := dhcpMode(o.dhcp)
 	return err
 }
