@@ -18,7 +18,7 @@ import (
 //	blob    = string(digest) number(size)
 //	image   = blob number(data) string(root) blob(chunks)
 //
-//	base recipe:   suite mirror list(components) arch list(packages) kernel
+//	base recipe:   suite mirror list(components) arch list(packages) kernel rebuild
 //	delta recipe:  base files list(packages) list(enable) list(run) list(boot)
 //	compilation:   source url base list(run) output number(network: 0 or 1)
 //	disk recipe:   url sha256 format
@@ -32,7 +32,7 @@ import (
 // end of a format goes up when the fields change, and when package build starts to make something else of the same
 // recipe: what was built before must not pass for it.
 const (
-	formatBase        = "troupe base recipe 3"
+	formatBase        = "troupe base recipe 4"
 	formatDelta       = "troupe delta recipe 2"
 	formatCompile     = "troupe compilation 1"
 	formatCompiled    = "troupe compiled 1"
@@ -49,7 +49,7 @@ func (r BaseRecipe) canonical() []byte {
 
 func (r BaseRecipe) encode(e encoder) encoder {
 	e = e.str(r.Suite).str(r.Mirror).list(sorted(r.Components))
-	return e.str(r.Arch).list(sorted(r.Packages)).str(r.Kernel)
+	return e.str(r.Arch).list(sorted(r.Packages)).str(r.Kernel).str(r.Rebuild)
 }
 
 func (r DeltaRecipe) canonical() []byte {

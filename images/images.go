@@ -31,6 +31,7 @@ type BaseRecipe struct {
 	Arch       string   `json:"arch"`       // Debian's word for it: "amd64", "arm64"
 	Packages   []string `json:"packages"`   // sorted, without repeats
 	Kernel     string   `json:"kernel"`
+	Rebuild    string   `json:"rebuild,omitempty"` // another word has the same packages be fetched anew
 }
 
 // A Base is what came out of a BaseRecipe.

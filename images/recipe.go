@@ -22,6 +22,7 @@ func BaseRecipeOf(img schema.Image) BaseRecipe {
 		Arch:       d.Arch,
 		Packages:   sorted(d.Packages),
 		Kernel:     d.Kernel,
+		Rebuild:    img.Rebuild,
 	}
 }
 

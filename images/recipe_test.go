@@ -24,6 +24,7 @@ func baseRecipe() BaseRecipe {
 		Arch:       "amd64",
 		Packages:   []string{"iproute2", "udev"},
 		Kernel:     "linux-image-cloud-amd64",
+		Rebuild:    "2026-11",
 	}
 }
 
@@ -66,18 +67,19 @@ func release() Release {
 
 // The ids of what a fleet built must not change under it: a new id builds every image again and reboots every machine.
 func TestGolden(t *testing.T) {
-	const wantBytes = "000000000000001474726f7570652062617365207265636970652033" +
+	const wantBytes = "000000000000001474726f7570652062617365207265636970652034" +
 		"0000000000000008626f6f6b776f726d" +
 		"000000000000001c687474703a2f2f6465622e64656269616e2e6f72672f64656269616e" +
 		"000000000000000100000000000000046d61696e" +
 		"0000000000000005616d643634" +
 		"000000000000000200000000000000086970726f75746532000000000000000475646576" +
-		"00000000000000176c696e75782d696d6167652d636c6f75642d616d643634"
+		"00000000000000176c696e75782d696d6167652d636c6f75642d616d643634" +
+		"0000000000000007323032362d3131"
 	if got := hex.EncodeToString(baseRecipe().canonical()); got != wantBytes {
 		t.Errorf("canonical bytes of a base recipe:\n got %s\nwant %s", got, wantBytes)
 	}
 	for _, c := range []struct{ name, got, want string }{
-		{"base", baseRecipe().ID().Hex(), "17a3d229e711307acfef2f0fb42c762de292e37a52415ba880f708b6e7d47643"},
+		{"base", baseRecipe().ID().Hex(), "114bae5ca6437b0b54d57f9e08cb64e933fe0d2b90cbe7d47b5de256e425ec4b"},
 		{"delta", deltaRecipe().ID().Hex(), "28b3fb14e0835fea67b79621f2b0551e56553bf202db0142a55c5a4cabb53daa"},
 		{"empty delta", DeltaRecipe{Base: digest.Of([]byte("base"))}.ID().Hex(), "e848fe7c44213630a50993017153bbcd0750099e8215180f1889421b35e37de2"},
 		{"disk", DiskRecipe{URL: "https://example.com/x.qcow2", SHA256: strings.Repeat("0", 64)}.ID().Hex(), "4d0a9f5683b7395ba7c371619581287a1f31bcdeda7aa614f7687877d2222257"},
@@ -192,7 +194,7 @@ func mapMutations(v reflect.Value, name string) []mutation {
 }
 
 func TestRecipesOfSchema(t *testing.T) {
-	img := schema.Image{Name: "debian", Kind: "os", From: schema.From{Debian: &schema.Debian{
+	img := schema.Image{Name: "debian", Kind: "os", Rebuild: "2026-11", From: schema.From{Debian: &schema.Debian{
 		Suite: "bookworm", Mirror: "http://deb.debian.org/debian", Components: []string{"main"}, Arch: "amd64",
 		Packages: []string{"udev", "iproute2", "udev"}, Kernel: "linux-image-cloud-amd64",
 	}}}
@@ -294,15 +296,15 @@ func FuzzDeltaCanonical(f *testing.F) {
 
 // FuzzBaseCanonical is FuzzDeltaCanonical for base recipes.
 func FuzzBaseCanonical(f *testing.F) {
-	f.Add("bookworm", "http://deb.debian.org/debian", "main", "contrib", "amd64", "udev", "linux-image-cloud-amd64")
-	f.Add("", "\x00", "", "", "a", "", "")
-	f.Fuzz(func(t *testing.T, suite, mirror, comp1, comp2, arch, pkg, kernel string) {
-		want := BaseRecipe{suite, mirror, sorted([]string{comp1, comp2}), arch, sorted([]string{pkg, comp1}), kernel}
+	f.Add("bookworm", "http://deb.debian.org/debian", "main", "contrib", "amd64", "udev", "linux-image-cloud-amd64", "2026-11")
+	f.Add("", "\x00", "", "", "a", "", "", "")
+	f.Fuzz(func(t *testing.T, suite, mirror, comp1, comp2, arch, pkg, kernel, rebuild string) {
+		want := BaseRecipe{suite, mirror, sorted([]string{comp1, comp2}), arch, sorted([]string{pkg, comp1}), kernel, rebuild}
 		d := decoder{want.canonical()}
 		if got := d.str(); got != formatBase {
 			t.Fatalf("format %q", got)
 		}
-		got := BaseRecipe{d.str(), d.str(), d.list(), d.str(), d.list(), d.str()}
+		got := BaseRecipe{d.str(), d.str(), d.list(), d.str(), d.list(), d.str(), d.str()}
 		if diff := cmp.Diff(want, got, cmpopts.EquateEmpty()); diff != "" || len(d.b) > 0 {
 			t.Fatalf("%d bytes left over; read back (-want +got):\n%s", len(d.b), diff)
 		}
@@ -341,4 +343,20 @@ func (d *decoder) delta() DeltaRecipe {
 	}
 	r.Packages, r.Enable, r.Run, r.Boot = d.list(), d.list(), d.list(), d.list()
 	return r
+}
+
+// An image without the word has the same recipe whatever the word would be, and each word is another one.
+func TestRebuildMakesAnotherRecipe(t *testing.T) {
+	seen := map[RecipeID]string{}
+	for _, word := range []string{"", "2026-11", "2026-12"} {
+		r := baseRecipe()
+		r.Rebuild = word
+		if other, had := seen[r.ID()]; had {
+			t.Errorf("%q and %q are one recipe", word, other)
+		}
+		seen[r.ID()] = word
+		if again := r; again.ID() != r.ID() {
+			t.Errorf("%q has two recipes", word)
+		}
+	}
 }

@@ -47,6 +47,8 @@ type Image struct {
 	Name string `json:"name"`
 	Kind string `json:"kind"` // "os", "disk": a whole disk with a boot loader of its own, or "app": an application
 	From From   `json:"from"`
+	// Rebuild, where it changes, has a new version made of what the archive has by then.
+	Rebuild string `json:"rebuild,omitempty"`
 }
 
 // From says what an image is made of; exactly one field is set, but for Tree.

@@ -222,6 +222,9 @@ func orNone(s string) string {
 // baseParts are the parts of an OS base's recipe.
 func baseParts(r images.BaseRecipe) map[string]string {
 	parts := map[string]string{"suite": r.Suite, "mirror": r.Mirror, "architecture": r.Arch, "kernel": r.Kernel}
+	if r.Rebuild != "" {
+		parts["rebuild"] = r.Rebuild
+	}
 	named(parts, "component ", r.Components)
 	named(parts, "package ", r.Packages)
 	return limited(parts)

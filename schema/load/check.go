@@ -16,6 +16,7 @@ import (
 func (m *merged) check() {
 	m.checkNetwork()
 	m.checkDiscovery()
+	m.checkRebuilds()
 	m.checkRoles()
 	m.checkHosts()
 }
@@ -45,6 +46,16 @@ func (m *merged) checkDiscovery() {
 	if ok && !img.Bad && img.Value.Kind != osKind {
 		m.add(d.problem("os", "discovery.os: image %q is of kind %q (%s), and machines that no host declares boot one of kind %q",
 			d.Value.OS, img.Value.Kind, img.where(""), osKind))
+	}
+}
+
+// checkRebuilds complains where nothing could be made anew.
+func (m *merged) checkRebuilds() {
+	for _, name := range sorted(m.images) {
+		img := m.images[name]
+		if !img.Bad && img.Value.Kind == diskKind && img.Value.Rebuild != "" {
+			m.add(img.problem("rebuild", "images.%s.rebuild: an image of kind %q is the file that its sha256 names, whenever it is fetched", label(name), diskKind))
+		}
 	}
 }
 
