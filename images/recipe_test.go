@@ -84,7 +84,7 @@ func TestGolden(t *testing.T) {
 		{"empty delta", DeltaRecipe{Base: digest.Of([]byte("base"))}.ID().Hex(), "e848fe7c44213630a50993017153bbcd0750099e8215180f1889421b35e37de2"},
 		{"disk", DiskRecipe{URL: "https://example.com/x.qcow2", SHA256: strings.Repeat("0", 64)}.ID().Hex(), "4d0a9f5683b7395ba7c371619581287a1f31bcdeda7aa614f7687877d2222257"},
 		{"disk release", Release{Disk: Blob{Digest: digest.Of([]byte("disk")), Size: 4}}.ID().Hex(), "3c626a93df6210cd34524746de6306fa6605de7087ecdb030a5a99580ca5d753"},
-		{"app", appRecipe().ID().Hex(), "b9856acd26f6a7344f4a2094e935e75e2fca4b8ce7f7cb40cd815f5ba6e3c963"},
+		{"app", appRecipe().ID().Hex(), "5d798e955a9481f7eb97d9db5568f39afa1a8686706400ae251aa17ecd47507f"},
 		{"release", release().ID().Hex(), "c1557d3c4356f88ca48c56ae3c5f756781873f71f9ff06084c2340d8e1033ebc"},
 	} {
 		if c.got != c.want {

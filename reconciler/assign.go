@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -25,6 +26,9 @@ type assign struct {
 	again  time.Duration // assignAgain; shorter in tests
 
 	planned atomic.Pointer[string] // the commit that all assignments are those of
+
+	// busy is held while the controller makes assignments of records: nothing that they name may be swept meanwhile.
+	busy sync.Mutex
 
 	told map[string]string // of which commit people were told what cannot be assigned, by host or release; owned by run
 }
@@ -58,6 +62,8 @@ func (a *assign) run(ctx context.Context) error {
 // step writes what the plan wants of each host that can have it now. One release or host that cannot be written keeps
 // none of the others.
 func (a *assign) step(ctx context.Context) error {
+	a.busy.Lock()
+	defer a.busy.Unlock()
 	p, obs, err := a.plan(ctx)
 	if err != nil {
 		return err

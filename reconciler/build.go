@@ -63,6 +63,8 @@ type builds struct {
 
 	wake chan struct{}
 	asks chan ask
+	// alone takes what must not happen while a build begins: run does it, one after the other.
+	alone chan func(context.Context)
 
 	// Owned by run:
 	running   map[images.RecipeID]*job
@@ -150,6 +152,8 @@ func (b *builds) run(ctx context.Context) error {
 			b.over(ctx, e)
 		case a := <-lost:
 			b.forget(ctx, a)
+		case do := <-b.alone:
+			do(ctx)
 		case <-ctx.Done():
 			return nil
 		}

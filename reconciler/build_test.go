@@ -125,7 +125,7 @@ func newTestBuilds(t *testing.T) (*builds, *testBuilder) {
 	builder.fleet = &r.follow.fleet
 	return &builds{
 		builder: builder, arch: "amd64", blobs: blobs, damage: blobs, store: s, plan: r.plan, events: &recorder{store: s, log: log}, logs: logs{t.TempDir()},
-		log: log, now: time.Now, limit: 2, wake: make(chan struct{}, 1), asks: make(chan ask),
+		log: log, now: time.Now, limit: 2, wake: make(chan struct{}, 1), asks: make(chan ask), alone: make(chan func(context.Context)),
 	}, builder
 }
 

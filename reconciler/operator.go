@@ -21,7 +21,7 @@ func (r *Reconciler) API() *api.Server { return r.operators }
 func newAPI(r *Reconciler) *api.Server {
 	return &api.Server{
 		Store: r.cfg.Store, Agents: r.agents, Fleet: r.Fleet, Poke: r.Poke, Look: r.Look,
-		Planner: planner{r}, Images: imageBuilds{r}, Planned: r.planned, LUNs: r.luns, Deltas: r.deltas, Boots: r.boots.newest, Started: time.Now(), Log: r.log,
+		Planner: planner{r}, Images: imageBuilds{r}, Planned: r.planned, LUNs: r.luns, Deltas: r.deltas, Artifacts: r, Boots: r.boots.newest, Started: time.Now(), Log: r.log,
 	}
 }
 

@@ -112,7 +112,7 @@ func New(cfg Config) (*Reconciler, error) {
 	r.artifacts = newArtifacts(cfg.Store, cfg.Blobs, cfg.Registry, cfg.Place, r.events, cfg.Log)
 	r.builds = &builds{
 		builder: cfg.Builder, arch: cfg.Arch, blobs: cfg.Blobs, damage: cfg.Blobs, artifacts: r.artifacts, store: cfg.Store, plan: r.plan, events: r.events, logs: logs{cfg.Logs}, log: cfg.Log, files: r.files,
-		now: time.Now, limit: cfg.Jobs, wake: make(chan struct{}, 1), asks: make(chan ask),
+		now: time.Now, limit: cfg.Jobs, wake: make(chan struct{}, 1), asks: make(chan ask), alone: make(chan func(context.Context)),
 	}
 	r.assign = &assign{
 		store: cfg.Store, plan: r.plan, events: r.events, log: cfg.Log, now: time.Now, wake: make(chan struct{}, 1), again: assignAgain,
@@ -202,7 +202,7 @@ func (r *Reconciler) Run(ctx context.Context) error {
 	for name, run := range map[string]func(context.Context) error{
 		"views": r.runViews, "boots": r.boots.run, "assign": r.assign.run, "builds": r.builds.run, "follow": r.follow.run,
 		"silences": r.silences.run, "strangers": r.agents.strangers.run, "luns": r.luns.run,
-		"artifacts": r.artifacts.run, "push": r.artifacts.push,
+		"artifacts": r.artifacts.run, "push": r.artifacts.push, "collect": r.collectWhereLow,
 	} {
 		g.Go(func() error { return r.keep(ctx, name, run) })
 	}

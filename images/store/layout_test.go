@@ -223,7 +223,10 @@ func TestSweep(t *testing.T) {
 	put(t, s, again) // a build that makes what was there already
 	sweep := func(dry bool) []string {
 		t.Helper()
-		gone, err := s.Sweep(t.Context(), func(d digest.Digest) bool { return d == digest.Of(keep) }, time.Now().Add(-time.Minute), dry)
+		gone, err := s.Sweep(t.Context(), store.Sweep{
+			Keep: func(d digest.Digest) bool { return d == digest.Of(keep) }, Gone: func(digest.Digest) bool { return true },
+			After: time.Now().Add(-time.Minute), Dry: dry,
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -253,7 +256,9 @@ func TestSweepBesideCommits(t *testing.T) {
 	go func() {
 		var err error
 		for err == nil && ctx.Err() == nil {
-			_, err = s.Sweep(context.WithoutCancel(ctx), func(digest.Digest) bool { return false }, time.Now().Add(-time.Minute), false)
+			_, err = s.Sweep(context.WithoutCancel(ctx), store.Sweep{
+				Keep: func(digest.Digest) bool { return false }, Gone: func(digest.Digest) bool { return true }, After: time.Now().Add(-time.Minute),
+			})
 		}
 		done <- err
 	}()
@@ -267,5 +272,27 @@ func TestSweepBesideCommits(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// What a server puts into its store when it starts is named by nothing, and stays while it runs.
+func TestSweepLeavesWhatThisProcessPut(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	agent := []byte("agent")
+	put(t, s, agent)
+	old := time.Now().Add(-time.Hour)
+	if err := os.Chtimes(filepath.Join(dir, blobFile(agent)), old, old); err != nil {
+		t.Fatal(err)
+	}
+	none := func(digest.Digest) bool { return false }
+	if gone, err := s.Sweep(t.Context(), store.Sweep{Keep: none, Gone: none, After: time.Now().Add(time.Hour)}); err != nil || len(gone) != 0 {
+		t.Errorf("swept %v, %v", gone, err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if gone, err := open(t, dir).Sweep(t.Context(), store.Sweep{Keep: none, Gone: none, After: time.Now().Add(time.Hour)}); err != nil || len(gone) != 1 {
+		t.Errorf("after a restart swept %v, %v", gone, err)
 	}
 }

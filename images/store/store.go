@@ -171,6 +171,9 @@ func (s *Store) corruptDir() string { return filepath.Join(s.dir, "corrupt") }
 
 func (s *Store) path(d digest.Digest) string { return filepath.Join(s.blobDir(), d.Hex()) }
 
+// Dir is the store's directory.
+func (s *Store) Dir() string { return s.dir }
+
 // Path is the name of the file of a blob that Open or Stat found good, for programs that take names (mount, mkfs).
 // It must not be written to.
 func (s *Store) Path(d digest.Digest) string { return s.path(d) }

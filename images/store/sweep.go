@@ -21,27 +21,36 @@ func (s *Store) use(d digest.Digest) {
 	s.used[d] = time.Now()
 }
 
-// isYoung says whether a blob was written, or given again, after that.
-func (s *Store) isYoung(d digest.Digest, fi fs.FileInfo, after time.Time) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.used[d].After(after) || fi.ModTime().After(after)
+// A Sweep says what is deleted: no blob that Keep wants, and none that was written, or given to the store again, after After,
+// since a build under way has put what nothing names yet. Of the others all that Gone says nobody names any more, and all that this
+// process was never given: what a server puts into its store when it starts has no name either.
+type Sweep struct {
+	Keep, Gone func(digest.Digest) bool
+	After      time.Time
+	Dry        bool // delete nothing
 }
 
-// Sweep deletes every blob that keep does not want and that nobody gave the store after that time: a build under way has
-// put what nothing names yet. What has a blob open goes on reading it. It returns what it deleted or, in a dry run, what
+// wants says whether a blob stays.
+func (s *Store) wants(d digest.Digest, fi fs.FileInfo, by Sweep) bool {
+	s.mu.Lock()
+	used, given := s.used[d]
+	s.mu.Unlock()
+	return used.After(by.After) || fi.ModTime().After(by.After) || given && !by.Gone(d)
+}
+
+// Sweep deletes what nobody wants. What has a blob open goes on reading it. It returns what it deleted or, in a dry run, what
 // it would.
-func (s *Store) Sweep(ctx context.Context, keep func(digest.Digest) bool, after time.Time, dry bool) ([]images.Blob, error) {
+func (s *Store) Sweep(ctx context.Context, by Sweep) ([]images.Blob, error) {
 	all, err := s.List(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var gone []images.Blob
 	for _, b := range all {
-		if keep(b.Digest) {
+		if by.Keep(b.Digest) {
 			continue
 		}
-		swept, err := s.sweep(ctx, b.Digest, after, dry)
+		swept, err := s.sweep(ctx, b.Digest, by)
 		if err != nil {
 			return gone, errors.Join(err, atomicfile.SyncDir(s.blobDir()))
 		}
@@ -54,7 +63,7 @@ func (s *Store) Sweep(ctx context.Context, keep func(digest.Digest) bool, after 
 
 // sweep deletes one blob where it is old. It has the blob alone meanwhile: who commits the same bytes comes before, and is
 // seen, or after, and finds nothing.
-func (s *Store) sweep(ctx context.Context, d digest.Digest, after time.Time, dry bool) (bool, error) {
+func (s *Store) sweep(ctx context.Context, d digest.Digest, by Sweep) (bool, error) {
 	e, err := s.acquire(ctx, d)
 	if err != nil {
 		return false, err
@@ -67,8 +76,8 @@ func (s *Store) sweep(ctx context.Context, d digest.Digest, after time.Time, dry
 	if err != nil {
 		return false, fmt.Errorf("sweeping blob %s: %w", d, err)
 	}
-	if s.isYoung(d, fi, after) || dry {
-		return dry && !s.isYoung(d, fi, after), nil
+	if s.wants(d, fi, by) || by.Dry {
+		return !s.wants(d, fi, by), nil
 	}
 	s.learn(e, ident{})
 	if err := os.Remove(s.path(d)); err != nil {

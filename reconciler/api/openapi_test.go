@@ -18,6 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/troupe-dev/troupe/hosts/agentapi"
+	"github.com/troupe-dev/troupe/images/artifact"
 	"github.com/troupe-dev/troupe/reconciler/plan"
 	"github.com/troupe-dev/troupe/reconciler/state"
 )
@@ -70,6 +71,11 @@ func TestOpenAPISchemas(t *testing.T) {
 		Image{},
 		ImageDetail{},
 		Release{},
+		Contents{},
+		Diff{},
+		Artifact{},
+		Collected{},
+		artifact.Verification{},
 		Noted{},
 		Change{},
 		PlanRequest{},

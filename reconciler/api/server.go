@@ -54,6 +54,8 @@ type Server struct {
 	Images  Images
 	LUNs    LUNs
 	Deltas  Deltas
+	// Artifacts are what the store has.
+	Artifacts Artifacts
 
 	// Planned is the hash of the commit that all assignments are those of, so that a fleet does not count as converged
 	// between a commit's coming into force and its plan. nil: that moment is not told apart.
@@ -134,6 +136,13 @@ func (s *Server) routes() []route {
 		{"POST /api/v1/images/{image}/build", quick, s.buildImage},
 		{"GET /api/v1/builds/{recipe}/log", streams, s.getLog},
 		{"GET /api/v1/releases", lists, s.getReleases},
+		{"GET /api/v1/releases/{release}/sbom", lists, s.getSBOM},
+		{"GET /api/v1/images/{image}/contents", lists, s.getContents},
+		{"GET /api/v1/diff", streams, s.getDiff}, // within planTime
+		{"GET /api/v1/artifacts/{artifact}", quick, s.getArtifact},
+		{"POST /api/v1/artifacts/{artifact}/pull", streams, s.pullArtifact}, // within storeTime
+		{"POST /api/v1/store/verify", streams, s.verifyStore},               // within storeTime
+		{"POST /api/v1/store/collect", streams, s.collect},                  // within storeTime
 		{"GET /api/v1/events", lists, s.getEvents},
 		{"POST /api/v1/poke", streams, s.poke}, // within lookTime
 		{"POST /api/v1/plan", streams, s.plan}, // within planTime
