@@ -272,17 +272,22 @@ func withoutQuery(text string) string { return urlQuery.ReplaceAllString(text, "
 
 func newDescribeImageCommand(use, what string) *cobra.Command {
 	var o remote
+	var packages, sbom bool
 	cmd := &cobra.Command{
 		Use:   use + " NAME|RECIPE",
 		Short: what,
 		Long: what + `. It is named by the name of the image or of the role, or by the
-first six or more hex digits of its recipe or of its digest.`,
+first six or more hex digits of its recipe or of its digest. With --packages and --sbom a
+release may be named, too.`,
 		Example: "  troupe describe image debian\n  troupe image show web",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := o.client()
 			if err != nil {
 				return err
+			}
+			if packages || sbom {
+				return o.showContents(cmd, args[0], sbom)
 			}
 			i, err := c.Image(cmd.Context(), args[0])
 			if err != nil {
@@ -292,6 +297,9 @@ first six or more hex digits of its recipe or of its digest.`,
 		},
 	}
 	o.flags(cmd, "table", "json", "yaml")
+	cmd.Flags().BoolVar(&packages, "packages", false, "only the packages, with their versions; of a role with those of its image")
+	cmd.Flags().BoolVar(&sbom, "sbom", false, "the SBOM of a release, or of a role's newest one, as SPDX 2.3")
+	cmd.MarkFlagsMutuallyExclusive("packages", "sbom")
 	return cmd
 }
 

@@ -20,13 +20,14 @@ func newImageCommand() *cobra.Command {
 		Use:   "image",
 		Args:  cobra.NoArgs, // what is no verb below is a mistake
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-		Short: "List, show and build images",
+		Short: "List, show, build, compare and copy images",
 		Example: `  troupe image ls
   troupe image show debian
   troupe image build web --wait`,
 	}
 	cmd.AddCommand(newGetImagesCommand("ls", "List the images that were built or shall be"),
-		newDescribeImageCommand("show", "Say all about one image"), newImageBuildCommand())
+		newDescribeImageCommand("show", "Say all about one image"), newImageBuildCommand(),
+		newImageDiffCommand(), newImagePushCommand(), newImagePullCommand(), newImageVerifyCommand(), newImageGCCommand())
 	return cmd
 }
 

@@ -47,7 +47,7 @@ func Open(place string) (Place, error) {
 		repo, err := Registry(place)
 		return closing{repo}, err
 	}
-	dir, err := layoutDir(place)
+	dir, err := Directory(place)
 	if err != nil {
 		return nil, err
 	}
@@ -67,7 +67,7 @@ func Source(ctx context.Context, place string) (oras.ReadOnlyTarget, error) {
 	if isRegistry(place) {
 		return Registry(place)
 	}
-	dir, err := layoutDir(place)
+	dir, err := Directory(place)
 	if err != nil {
 		return nil, err
 	}
@@ -82,7 +82,8 @@ func isRegistry(place string) bool {
 	return strings.HasPrefix(place, schemeHTTPS) || strings.HasPrefix(place, schemeHTTP)
 }
 
-func layoutDir(place string) (string, error) {
+// Directory is the directory of an OCI image layout: oci:DIR.
+func Directory(place string) (string, error) {
 	dir, ok := strings.CutPrefix(place, schemeDir)
 	if !ok || dir == "" {
 		return "", fmt.Errorf("%q is no place of artifacts: want oci://HOST/NAME, oci+http://HOST/NAME or oci:DIRECTORY", place)
