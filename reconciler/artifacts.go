@@ -62,7 +62,8 @@ func newArtifacts(s *state.Store, blobs *store.Store, remote oras.Target, place 
 // run records what was built until ctx ends.
 func (a *artifacts) run(ctx context.Context) error {
 	a.done, a.told = map[images.RecipeID]digest.Digest{}, map[images.RecipeID]bool{}
-	changed := a.store.Watch(ctx, state.Bases.Prefix(), state.Deltas.Prefix(), state.Disks.Prefix(), state.Releases.Prefix())
+	changed := a.store.Watch(ctx, state.Bases.Prefix(), state.Deltas.Prefix(), state.Disks.Prefix(), state.Apps.Prefix(),
+		state.Releases.Prefix())
 	tick := time.NewTicker(checkEvery)
 	defer tick.Stop()
 	for {
@@ -160,6 +161,13 @@ func (a *artifacts) built(ctx context.Context) ([]toRecord, error) {
 	for _, v := range disks {
 		add(artifact.OfDisk(v), v.Recipe, v.Image.Digest)
 	}
+	apps, err := state.Apps.List(ctx, a.store)
+	if err != nil {
+		return nil, err
+	}
+	for _, v := range apps {
+		add(artifact.OfApp(v), v.Recipe, v.Image.Digest)
+	}
 	slices.SortFunc(all, func(x, y toRecord) int { return cmp.Or(y.when.Compare(x.when), cmp.Compare(x.recipe, y.recipe)) })
 	return all, nil
 }
@@ -221,9 +229,34 @@ func (a *artifacts) release(ctx context.Context, rel state.Release, base images.
 	if rel.Delta != "" {
 		parts = append(parts, rel.Delta)
 	}
+	apps, err := a.appsOf(ctx, rel)
+	if err != nil {
+		return err
+	}
+	parts = append(parts, apps...)
 	config := artifact.Release{ID: rel.ID, BaseRecipe: rel.Base, DeltaRecipe: rel.Delta, Content: rel.Release}
 	_, err = artifact.RecordRelease(ctx, a.blobs, config, parts, doc, names...)
 	return err
+}
+
+// appsOf are the recipes of a release's apps, sorted.
+func (a *artifacts) appsOf(ctx context.Context, rel state.Release) ([]digest.Digest, error) {
+	apps, err := state.Apps.List(ctx, a.store)
+	if err != nil {
+		return nil, err
+	}
+	named, err := digestsIn(rel)
+	if err != nil {
+		return nil, err
+	}
+	var recipes []digest.Digest
+	for _, app := range apps {
+		if named[app.Image.Digest] {
+			recipes = append(recipes, app.Recipe)
+		}
+	}
+	slices.Sort(recipes)
+	return recipes, nil
 }
 
 // sbomOf is the SBOM of a release.

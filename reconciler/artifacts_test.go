@@ -17,6 +17,7 @@ import (
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/troupe-dev/troupe/images"
 	"github.com/troupe-dev/troupe/images/artifact"
 	"github.com/troupe-dev/troupe/images/store"
 	"github.com/troupe-dev/troupe/internal/digest"
@@ -317,5 +318,30 @@ func await(t *testing.T, so func() bool) {
 		case <-t.Context().Done():
 			t.Fatal("it did not come to that")
 		}
+	}
+}
+
+// An app has a manifest, and is part of the releases that name its image.
+func TestAppsAreParts(t *testing.T) {
+	b, builder := newTestBuilds(t)
+	a := withArtifacts(t, b, nil)
+	a.done, a.told = map[digest.Digest]digest.Digest{}, map[digest.Digest]bool{}
+	app := images.App{Recipe: digest.Of([]byte("app recipe"))}
+	app.Image.Blob = builder.put(t.Context(), "app image")
+	rel := state.Release{ID: digest.Of([]byte("release")), Roles: []string{"web"}}
+	rel.Release.Base.Blob, rel.Release.Delta.Blob = app.Image.Blob, images.Blob{}
+	if err := state.Apps.Put(t.Context(), b.store, app.Recipe.String(), app); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.step(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	desc, err := builder.blobs.Resolve(t.Context(), artifact.TagOf(app.Recipe))
+	if err != nil || desc.ArtifactType != artifact.TypeOf(artifact.KindApp) {
+		t.Errorf("the app's manifest: %+v, %v", desc, err)
+	}
+	parts, err := a.appsOf(t.Context(), rel)
+	if err != nil || len(parts) != 1 || parts[0] != app.Recipe {
+		t.Errorf("the release's apps: %v, %v", parts, err)
 	}
 }

@@ -25,6 +25,7 @@ const (
 	KindBase    = "base"
 	KindDelta   = "delta"
 	KindDisk    = "disk"
+	KindApp     = "app"
 	KindRelease = "release"
 )
 
@@ -85,6 +86,11 @@ func OfDelta(d images.Delta) Artifact {
 // OfDisk is a disk image as an artifact.
 func OfDisk(d images.Disk) Artifact {
 	return Artifact{Kind: KindDisk, Config: d, Layers: []Layer{Image(d.Image.Digest, d.Image.Size)}}
+}
+
+// OfApp is an app image as an artifact.
+func OfApp(a images.App) Artifact {
+	return Artifact{Kind: KindApp, Config: a, Layers: []Layer{Image(a.Image.Digest, a.Image.Size)}}
 }
 
 // A Release is the config of a release.

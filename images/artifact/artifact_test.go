@@ -62,7 +62,7 @@ func testBase(t *testing.T, s *store.Store) images.Base {
 		Recipe: digest.Of([]byte("base recipe")), Arch: "amd64", Kernel: put(t, s, []byte("kernel")), Modules: put(t, s, []byte("modules")),
 		Version: "6.1", Packages: []string{"libc6=2.36-9", "zlib1g=1:1.2"},
 	}
-	image := put(t, s, content(1, 9<<20+5))
+	image := put(t, s, content(1, 5<<20+5))
 	b.Image.Digest, b.Image.Size = image.Digest, image.Size
 	return b
 }
