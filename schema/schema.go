@@ -172,9 +172,15 @@ type Host struct {
 	Role    string            `json:"role"`
 	Labels  map[string]string `json:"labels,omitempty"`
 	Disk    Disk              `json:"disk,omitzero"`
+	Cache   Cache             `json:"cache,omitzero"`
 
 	// Node is what only this host has: the role's node, computed with this host as #host, and the host's own.
 	Node Node `json:"node,omitzero"`
+}
+
+// Cache says how a host fills its cache.
+type Cache struct {
+	Rate int64 `json:"rate,omitempty"` // bytes a second that may come while a role runs; 0: as many as come
 }
 
 // Disk says which disk of a host may hold the cache.

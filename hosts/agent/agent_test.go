@@ -882,3 +882,18 @@ func TestAnotherKeyIsRefused(t *testing.T) {
 		t.Errorf("runs %s, staged %q", refused.Running.Role, refused.Staged)
 	}
 }
+
+func TestStagingKeepsToItsRate(t *testing.T) {
+	var s agentapitest.Server
+	now, next := assigned(&s, "web", 1), assigned(&s, "idle", 2)
+	n := newNode(t, now, &s)
+	n.booted(now)
+	svc, err := newService(filepath.Join(n.dir, "run", stateFile), nothing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	next.Cache.Rate = 1 << 20
+	if got := svc.transfer(next).Rate; got != 1<<20 {
+		t.Errorf("staged with %d bytes a second, the host has %d", got, 1<<20)
+	}
+}

@@ -531,6 +531,22 @@ func (s *service) confirm(ctx context.Context) error {
 	return nil
 }
 
+// transfer is what brings the images of a release into the cache while another one runs.
+func (s *service) transfer(a agentapi.Assignment) cache.Fetch {
+	st := s.state.get()
+	return cache.Fetch{
+		Source: s.client, Images: a.Release.Images(), Keep: digestsOf(st.Assignment.Release.Blobs()),
+		Deltas: []string{st.NodeDelta, cache.NodeDeltaOf(a)}, Rate: a.Cache.Rate,
+		Report: func(done, total int64) {
+			s.rep.update(false, func(r *agentapi.Report) {
+				r.Fetch = &agentapi.Progress{Release: a.Release.ID, Done: done, Total: total}
+			})
+			s.rep.fail(nil)
+		},
+		Retry: func(err error, _ time.Duration) { s.rep.fail(mending{err}) },
+	}
+}
+
 // stage brings what a release needs into the cache, beside the one that runs. There is nothing to bring where it runs from
 // the server's LUNs, and no cache to bring it to where the node runs from them now.
 func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
@@ -548,18 +564,7 @@ func (s *service) stage(ctx context.Context, a agentapi.Assignment) error {
 	if keepsNothing(st.Assignment) {
 		return nil
 	}
-	now := st.Assignment.Release
-	f := cache.Fetch{
-		Source: s.client, Images: a.Release.Images(), Keep: digestsOf(now.Blobs()),
-		Deltas: []string{st.NodeDelta, cache.NodeDeltaOf(a)},
-		Report: func(done, total int64) {
-			s.rep.update(false, func(r *agentapi.Report) {
-				r.Fetch = &agentapi.Progress{Release: a.Release.ID, Done: done, Total: total}
-			})
-			s.rep.fail(nil)
-		},
-		Retry: func(err error, _ time.Duration) { s.rep.fail(mending{err}) },
-	}
+	f := s.transfer(a)
 	s.log.Info("fetching a release in the background", "release", a.Release.ID.Short(), "generation", a.Generation)
 	had := cached(s.cache)
 	n, err := inBackground(func() (int64, error) { return s.cache.Fetch(ctx, f) })

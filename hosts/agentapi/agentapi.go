@@ -115,6 +115,7 @@ type Assignment struct {
 	// RAM says to keep images and node delta in memory, and to use no disk.
 	RAM    bool    `json:"ram,omitempty"`
 	Disk   Disks   `json:"disk,omitzero"`
+	Cache  Cache   `json:"cache,omitzero"`
 	Checks []Check `json:"checks,omitempty"`
 	// Fresh says to begin with a new node delta at each boot.
 	Fresh bool `json:"fresh,omitempty"`
@@ -262,6 +263,11 @@ type File struct {
 type Disks struct {
 	Take   bool   `json:"take,omitempty"` // also one that is not blank
 	Device string `json:"device,omitempty"`
+}
+
+// Cache says how the cache is filled.
+type Cache struct {
+	Rate int64 `json:"rate,omitempty"` // bytes a second that staging may take from the network; 0: as many as come
 }
 
 // A Check is one condition of health; exactly one of HTTP, TCP, Unit and Exec is set.

@@ -202,7 +202,7 @@ func spec(out *Host, want wanted) *agentapi.Assignment {
 		},
 		Node: agentapi.Node{Hostname: want.Name, Domain: want.domain, Digest: want.node},
 		RAM:  want.role.Boot == bootRAM, Fresh: want.role.Role.Delta == deltaFresh, Persist: want.role.Persist,
-		Disk: agentapi.Disks(want.Disk), Checks: want.role.checks, HealthyWithin: healthyWithin(want.role), Activate: activateOf(want.role.Activate),
+		Disk: agentapi.Disks(want.Disk), Cache: agentapi.Cache(want.Cache), Checks: want.role.checks, HealthyWithin: healthyWithin(want.role), Activate: activateOf(want.role.Activate),
 	}
 	if len(want.Node.Files) > 0 {
 		s.Node.Files = make(map[string]agentapi.File, len(want.Node.Files))
@@ -242,6 +242,9 @@ func version(s *agentapi.Assignment) string {
 	}
 	for _, p := range s.Persist {
 		e = e.str(p)
+	}
+	if s.Cache.Rate != 0 {
+		e = e.str("rate").num(uint64(s.Cache.Rate)) //nolint:gosec // another number has other bytes either way
 	}
 	if s.HealthyWithin != 0 && s.HealthyWithin != agentapi.DefaultHealthyWithin {
 		e = e.num(uint64(s.HealthyWithin))

@@ -506,6 +506,11 @@ var changes = map[string]struct {
 		host:   "n1",
 		want:   Host{Action: Update, Changed: true, FromRole: "web", ToRole: "web", Generation: 2, Why: []string{"disk policy changed"}},
 	},
+	"the rate of its transfers": {
+		change: func(w *world) { w.change(1, func(h *schema.Host) { h.Cache.Rate = 1 << 20 }) },
+		host:   "n1",
+		want:   Host{Action: Update, Changed: true, FromRole: "web", ToRole: "web", Generation: 2, Why: []string{"cache: rate without limit → 1048576 B/s"}},
+	},
 	"the deadline of its checks": {
 		change: func(w *world) {
 			w.changeRole("web", func(r *schema.Role) { r.HealthyWithin = schema.Duration(time.Minute) })

@@ -41,6 +41,9 @@ func (p *planner) changes(old *state.Assignment, want wanted) []string {
 	if old.Spec.Disk != agentapi.Disks(want.Disk) {
 		why = append(why, "disk policy changed")
 	}
+	if was, is := old.Spec.Cache, agentapi.Cache(want.Cache); was != is {
+		why = append(why, fmt.Sprintf("cache: rate %s → %s", rate(was.Rate), rate(is.Rate)))
+	}
 	if !slices.EqualFunc(old.Spec.Checks, want.role.checks, sameCheck) {
 		why = append(why, "health checks of role "+want.Role+" changed")
 	}
@@ -57,6 +60,14 @@ func (p *planner) changes(old *state.Assignment, want wanted) []string {
 		why = append(why, fmt.Sprintf("activate %s → %s", cmp.Or(was, "reboot"), cmp.Or(is, "reboot")))
 	}
 	return why
+}
+
+// rate is a number of bytes a second, for people.
+func rate(n int64) string {
+	if n == 0 {
+		return "without limit"
+	}
+	return fmt.Sprintf("%d B/s", n)
 }
 
 type diffKey struct {
