@@ -258,9 +258,9 @@ func (m *memory) Sync() error { return nil }
 // A loopDisk is a real block device over a file.
 type loopDisk struct{ file, dev, name string }
 
-func newLoopDisk(t *testing.T, size int64) loopDisk {
+func newLoopDisk(t *testing.T, size int64) *loopDisk {
 	t.Helper()
-	d := loopDisk{file: image(t, size)}
+	d := &loopDisk{file: image(t, size)}
 	d.attach(t)
 	t.Cleanup(func() { d.detach(t) })
 	return d
@@ -277,7 +277,7 @@ func (d *loopDisk) detach(t *testing.T) {
 	run(t, "losetup", "-d", d.dev)
 }
 
-func (d loopDisk) maker() Maker {
+func (d *loopDisk) maker() Maker {
 	return Maker{
 		Scanner: Scanner{Keep: func(n string) bool { return n == d.name }},
 		Mke2fs:  "mke2fs", MinSize: 32 << 20, Log: slog.New(slog.DiscardHandler),

@@ -28,12 +28,12 @@ func diskWith(t *testing.T, make ...string) *loopDisk {
 	d := newLoopDisk(t, 128<<20)
 	if len(make) > 0 {
 		run(t, make[0], append(make[1:], d.dev)...)
-		return &d
+		return d
 	}
 	if _, err := d.maker().Ensure(t.Context(), agentapi.Disks{}); err != nil {
 		t.Fatal(err)
 	}
-	return &d
+	return d
 }
 
 // TestALateCacheIsFoundAndNoOtherDiskTaken has the cache's disk show after another one that could be used.

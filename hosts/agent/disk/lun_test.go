@@ -107,7 +107,7 @@ func TestEnsureLUNRepairsALostSuperblock(t *testing.T) {
 const nodeSize = 256 << 20
 
 // nodeDisk is a node disk with a file in it, and its maker, which uses the real tools.
-func nodeDisk(t *testing.T) (loopDisk, Maker, Found) {
+func nodeDisk(t *testing.T) (*loopDisk, Maker, Found) {
 	t.Helper()
 	d := newLoopDisk(t, nodeSize)
 	m := d.maker()
