@@ -233,7 +233,7 @@ func TestStartSaysWhatIsWrong(t *testing.T) {
 			c.Nodes = []Node{{Name: "a", MAC: "52:54:00:00:00:01"}, {Name: "b", MAC: "52:54:00:00:00:01"}}
 		}, `is that of node "a"`},
 		{"multicast MAC", func(c *Config) { c.Nodes = []Node{{Name: "a", MAC: "01:00:5e:00:00:01"}} }, "not the Ethernet address"},
-		{"unknown firmware", func(c *Config) { c.Nodes = []Node{{Name: "a", Firmware: "coreboot"}} }, "want \"bios\" or \"uefi\""},
+		{"unknown firmware", func(c *Config) { c.Nodes = []Node{{Name: "a", Firmware: "coreboot"}} }, "want \"bios\", \"uefi\" or \"direct\""},
 		{"serial with a comma", func(c *Config) { c.Nodes = []Node{{Name: "a", Serial: "1,uuid=2"}} }, "serial"},
 		{"bad UUID", func(c *Config) { c.Nodes = []Node{{Name: "a", UUID: "12"}} }, "UUID"},
 		{"no such program", func(c *Config) { c.Binary = filepath.Join(c.Dir, "none") }, "no such file"},
